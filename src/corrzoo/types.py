@@ -1,0 +1,124 @@
+"""The records that flow through the zoo: Record (an annotation as read) -> Pair -> Features -> Match, and its one error.
+
+NamedTuples for whatever a batch or a model hands on, because Lightning moves them between devices as they are;
+frozen dataclasses for what is only read.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DIFFICULTIES = ("viewpoint", "scale", "truncation", "occlusion")
+"""SPair-71k's difficulty flags, in the order of `Pair.difficulty`'s columns; -1 stands for 'not annotated'."""
+
+
+class ZooError(ValueError):
+    """Something a user can mend: the message names the value, what was expected, and the remedy, in one line."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One annotated pair as it stands on disk, in original pixels.
+
+    Keypoint k of the source and keypoint k of the target are the same semantic point; points that are not visible
+    in both images are left out.
+    """
+
+    src_path: Path | None
+    """None for images that are rendered on the fly."""
+    trg_path: Path | None
+    src_kps: Tensor
+    """(n, 2) float64, (x, y)."""
+    trg_kps: Tensor
+    """(n, 2) float64, (x, y)."""
+    src_size: tuple[int, int]
+    """(w, h)."""
+    trg_size: tuple[int, int]
+    """(w, h)."""
+    category: str
+    src_box: Tensor | None = None
+    """(4,) float64 xyxy; None when the dataset has no boxes."""
+    trg_box: Tensor | None = None
+    """(4,) float64 xyxy; None when the dataset has no boxes."""
+    flags: dict[str, int] = field(default_factory=dict)
+    """Difficulty flags by their names in `DIFFICULTIES`; empty when the dataset has none."""
+    flip: bool = False
+    """Both images are to be mirrored (PF-PASCAL's training list). The coordinates here are those before it."""
+
+
+class Pair(NamedTuple):
+    """A batch of image pairs. Coordinates are (x, y) in pixels of the network image, see `geometry`.
+
+    One sample, as `dataset[i]` gives it, has the same fields without the leading B.
+    """
+
+    src_img: Tensor
+    """(B, 3, H, W) uint8 as read, or float once normalised for the backbone (`Backbone.normalise`)."""
+    trg_img: Tensor
+    """(B, 3, H, W), like src_img."""
+    src_kps: Tensor
+    """(B, K, 2) float32; rows where kps_mask is False are zero and mean nothing."""
+    trg_kps: Tensor
+    """(B, K, 2) float32."""
+    kps_mask: Tensor
+    """(B, K) bool: which of the K rows are keypoints."""
+    src_size: Tensor
+    """(B, 2) float32, original (w, h)."""
+    trg_size: Tensor
+    """(B, 2) float32, original (w, h)."""
+    src_box: Tensor
+    """(B, 4) float32 xyxy in original pixels; NaN when the dataset has no boxes."""
+    trg_box: Tensor
+    """(B, 4) float32 xyxy in original pixels; NaN when the dataset has no boxes."""
+    index: Tensor
+    """(B,) int64 position in the benchmark: what makes evaluation by many processes exact."""
+    src_id: Tensor
+    """(B,) int64 image number in the dataset: what lets an image's features be computed once; -1 when augmented."""
+    trg_id: Tensor
+    """(B,) int64."""
+    category: Tensor
+    """(B,) int64 position in the dataset's `categories`."""
+    difficulty: Tensor
+    """(B, 4) int64 flags in the order of `DIFFICULTIES`; -1 where not annotated."""
+
+    def swapped(self) -> "Pair":
+        """The same pairs asked the other way round: what was target is queried, what was source is answered."""
+        other = {f: f.replace("src", "trg") if f.startswith("src") else f.replace("trg", "src") for f in self._fields}
+        return Pair(**{f: getattr(self, other[f]) for f in self._fields})
+
+
+class Features(NamedTuple):
+    """What a backbone sees in one image of each pair."""
+
+    image: Tensor
+    """(B, 3, H, W) normalised network image, at the size it was given in."""
+    maps: list[Tensor]
+    """One (B, C, h, w) map for each requested level."""
+    cls: Tensor | None = None
+    """(B, C) class token of the last level; None when the backbone has none."""
+
+
+class Match(NamedTuple):
+    """What a matching head answers."""
+
+    flow: Tensor
+    """(B, 2, h, w): displacement (dx, dy) from each source cell centre to its target, in pixels of the network image."""
+    correlation: Tensor | None = None
+    """(B, h*w, h'*w') scores of every source cell against every target cell, when the head keeps them."""
+    extras: dict[str, Tensor] = {}  # noqa: RUF012 - a NamedTuple default; nobody writes into it
+    """Whatever else the head's own loss needs."""
+
+
+def as_points(points: object) -> Tensor:
+    """(n, 2) float64 points from a tensor, an array or nested lists.
+
+    Raises:
+        ZooError: when the shape is not (n, 2).
+    """
+    out = torch.as_tensor(points, dtype=torch.float64)
+    if out.ndim != 2 or out.shape[1] != 2:
+        raise ZooError(f"expected points of shape (n, 2), got {tuple(out.shape)}")
+    return out
