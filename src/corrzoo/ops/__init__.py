@@ -1,0 +1,9 @@
+"""Dense correlation: scores between two feature grids and what is read out of them. Needs torch alone.
+
+`functional` holds the public functions, `reference` the equations in plain torch.
+"""
+
+from corrzoo.ops.functional import Backend, Window, correlation, local_correlation, match, mutual, readout
+from corrzoo.ops.reference import Matches, Mutual
+
+__all__ = ["Backend", "Matches", "Mutual", "Window", "correlation", "local_correlation", "match", "mutual", "readout"]

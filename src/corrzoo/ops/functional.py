@@ -1,0 +1,221 @@
+"""The public functions: arguments checked, precision settled, an implementation chosen."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from corrzoo.geometry import Size
+from corrzoo.ops import reference
+from corrzoo.ops.reference import Matches, Mutual
+from corrzoo.registry import nearest
+from corrzoo.types import ZooError
+
+Window = Literal["none", "argmax", "given", "crop"]
+Backend = Literal["auto", "torch", "triton"]
+WINDOWS = ("none", "argmax", "given", "crop")
+NEEDS = {"none": (), "argmax": ("sigma",), "given": ("sigma", "centre"), "crop": ("radius",)}
+
+
+def correlation(src: Tensor, trg: Tensor, normalize: bool = True) -> Tensor:
+    """Scores of every source feature against every target feature, the whole volume.
+
+    For heads whose networks read the volume, and for heat maps; a read-out alone is cheaper by `match`.
+
+    Args:
+        src: (B, N, C) source features.
+        trg: (B, M, C) target features.
+        normalize: Divide features by their length, which makes the scores cosines; a zero feature scores 0.
+
+    Returns:
+        (B, N, M) in float32 (float64 for float64), inside autocast too.
+
+    Raises:
+        ZooError: when the shapes do not fit or something is empty.
+    """
+    _check_features(src, trg)
+    with _no_autocast(src):
+        return reference.correlation(src, trg, normalize)
+
+
+def readout(
+    scores: Tensor,
+    trg_grid: Size,
+    temperature: float | Tensor,
+    window: Window = "none",
+    sigma: float | None = None,
+    radius: int | None = None,
+    centre: Tensor | None = None,
+) -> Matches:
+    """The expected target position from scores that already exist: `match` without its correlation.
+
+    Args:
+        scores: (B, N, M) scores of source points against the cells of the target grid, row by row.
+        trg_grid: (h, w) of the target, h * w = M.
+        temperature: The softmax is over scores / temperature; a 0-d tensor may carry a gradient.
+        window: See `match`.
+        sigma: See `match`.
+        radius: See `match`.
+        centre: See `match`.
+
+    Raises:
+        ZooError: when the shapes do not fit, something is empty, or the window lacks what it needs.
+    """
+    if scores.ndim != 3 or 0 in scores.shape:
+        raise ZooError(f"expected scores of shape (B, N, M) with nothing empty, got {tuple(scores.shape)}")
+    _check_window(scores.shape[:2], scores.shape[2], trg_grid, temperature, window, sigma, radius, centre)
+    with _no_autocast(scores):
+        return reference.readout(scores, trg_grid, temperature, window, sigma or 0.0, radius or 0, centre)
+
+
+def match(
+    src: Tensor,
+    trg: Tensor,
+    trg_grid: Size,
+    temperature: float | Tensor,
+    window: Window = "none",
+    sigma: float | None = None,
+    radius: int | None = None,
+    centre: Tensor | None = None,
+    normalize: bool = True,
+    backend: Backend = "auto",
+    recompute: bool | Literal["auto"] = "auto",
+) -> Matches:
+    """Where source points lie in the target: the expectation of the target coordinate under a softmax of the scores.
+
+    It answers `readout(correlation(src, trg, normalize), ...)` without holding the volume. N is free: a query list of
+    36 keypoints costs 36 rows. At grids of 32² and below the op is under 0.5 % of a model's arithmetic: it pays in
+    memory, at 56² and above, and in evaluation.
+
+    Args:
+        src: (B, N, C) features of the source points.
+        trg: (B, M, C) features of the target cells, row by row.
+        trg_grid: (h, w) of the target, h * w = M.
+        temperature: The softmax is over scores / temperature; a 0-d tensor may carry a gradient.
+        window: "none" is the plain soft-argmax. "argmax" multiplies the scores by a Gaussian around the row's argmax
+            first (SFNet's kernel soft-argmax, the centre is detached). "given" puts that Gaussian around `centre`
+            (GSF eq. 8). "crop" keeps the (2 radius + 1)² cells around the argmax that lie in the grid.
+        sigma: Standard deviation of the Gaussian, in target cells.
+        radius: Of the crop, in target cells.
+        centre: (B, N, 2) in continuous target cells; carries a gradient.
+        normalize: Divide features by their length; a zero feature scores 0.
+        backend: "torch" (strips, any device), "triton" (CUDA), or "auto": triton where it runs.
+        recompute: Whether the backward computes the scores again instead of keeping them. "auto" keeps what is
+            small. The triton backend always computes them again.
+
+    Raises:
+        ZooError: when the shapes do not fit, something is empty, the window lacks what it needs, or the backend
+            cannot serve.
+    """
+    _check_features(src, trg)
+    _check_window(src.shape[:2], trg.shape[1], trg_grid, temperature, window, sigma, radius, centre)
+    with _no_autocast(src):
+        scores = reference.correlation(src, trg, normalize)
+        return reference.readout(scores, trg_grid, temperature, window, sigma or 0.0, radius or 0, centre)
+
+
+def mutual(src: Tensor, trg: Tensor, normalize: bool = True, backend: Backend = "auto") -> Mutual:
+    """Row and column maxima of the scores with their indices, never the volume (NCNet, GSF eq. 4).
+
+    Args:
+        src: (B, N, C) source features.
+        trg: (B, M, C) target features.
+        normalize: Divide features by their length; a zero feature scores 0.
+        backend: As for `match`.
+
+    Returns:
+        The maxima carry gradients to both features.
+
+    Raises:
+        ZooError: when the shapes do not fit, something is empty, or the backend cannot serve.
+    """
+    _check_features(src, trg)
+    with _no_autocast(src):
+        return reference.mutual(src, trg, normalize)
+
+
+def local_correlation(
+    src: Tensor, trg: Tensor, centre: Tensor, radius: int, normalize: bool = True, backend: Backend = "auto"
+) -> Tensor:
+    """Scores of source points in a square of the target around a moving centre (RAFT's look-up, ViTSC eq. 8).
+
+    Args:
+        src: (B, N, C) features of the source points.
+        trg: (B, C, h, w) target features.
+        centre: (B, N, 2) in continuous target cells (a cell's own centre is at + 0.5).
+        radius: The square has (2 radius + 1)² points, at centre + integer offsets.
+        normalize: Divide features by their length (the target's before they are read); a zero feature scores 0.
+        backend: As for `match`.
+
+    Returns:
+        (B, N, (2 radius + 1)²), row by row from the top left: read bilinearly, zero outside the target. Gradients go
+        to src, trg and centre.
+
+    Raises:
+        ZooError: when the shapes do not fit, something is empty, or the backend cannot serve.
+    """
+    if trg.ndim != 4:
+        raise ZooError(f"expected trg of shape (B, C, h, w), got {tuple(trg.shape)}")
+    _check_features(src, trg.flatten(2).mT)
+    _check_radius(radius)
+    _check_centre(centre, src.shape[:2])
+    with _no_autocast(src):
+        return reference.local_correlation(src, trg, centre, radius, normalize)
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Autocast off: at a temperature of 0.02 the rounding of bfloat16 cosines moves the argmax."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _check_features(src: Tensor, trg: Tensor) -> None:
+    for name, x in (("src", src), ("trg", trg)):
+        if x.ndim != 3 or 0 in x.shape:
+            raise ZooError(f"expected {name} of shape (B, points, C) with nothing empty, got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ZooError(f"expected {name} of a floating dtype, got {x.dtype}")
+    if src.shape[0] != trg.shape[0] or src.shape[2] != trg.shape[2]:
+        raise ZooError(f"src {tuple(src.shape)} and trg {tuple(trg.shape)} must agree in the batch and in C")
+    if src.dtype != trg.dtype or src.device != trg.device:
+        raise ZooError(f"src is {src.dtype} on {src.device}, trg {trg.dtype} on {trg.device}: they must agree")
+
+
+def _check_window(
+    points: torch.Size,
+    cells: int,
+    trg_grid: Size,
+    temperature: float | Tensor,
+    window: str,
+    sigma: float | None,
+    radius: int | None,
+    centre: Tensor | None,
+) -> None:
+    if trg_grid[0] * trg_grid[1] != cells:
+        raise ZooError(f"trg_grid {tuple(trg_grid)} must have as many cells as the target: {cells}")
+    if isinstance(temperature, Tensor) and temperature.ndim != 0:
+        raise ZooError(f"expected temperature as a number or a 0-d tensor, got shape {tuple(temperature.shape)}")
+    if not isinstance(temperature, Tensor) and not temperature > 0:
+        raise ZooError(f"temperature must be positive, got {temperature}")
+    if window not in WINDOWS:
+        hint = nearest(window, WINDOWS) or f": choose one of {', '.join(WINDOWS)}"
+        raise ZooError(f"unknown window {window!r}{hint}")
+    given = {"sigma": sigma, "radius": radius, "centre": centre}
+    for name in NEEDS[window]:
+        if given[name] is None:
+            raise ZooError(f"window {window!r} needs {name}")
+    if "sigma" in NEEDS[window] and sigma is not None and not sigma > 0:
+        raise ZooError(f"sigma must be positive, got {sigma}")
+    if window == "crop":
+        _check_radius(radius)
+    if window == "given" and centre is not None:
+        _check_centre(centre, points)
+
+
+def _check_radius(radius: int | None) -> None:
+    if not isinstance(radius, int) or radius < 0:
+        raise ZooError(f"radius must be a whole number of cells, 0 or more, got {radius}")
+
+
+def _check_centre(centre: Tensor, points: torch.Size) -> None:
+    if centre.shape != (*points, 2):
+        raise ZooError(f"expected centre of shape {(*points, 2)}, got {tuple(centre.shape)}")
