@@ -107,3 +107,27 @@ def pseudo_flow(
     flow = torch.gather(trg_kps, 1, last.unsqueeze(-1).expand(-1, -1, 2)) - mean_src
     flow = torch.where(covered.unsqueeze(-1), flow, torch.zeros((), dtype=flow.dtype, device=flow.device))
     return flow.transpose(1, 2).unflatten(2, grid), covered.unflatten(1, grid)
+
+
+def bilinear_cells(points: Tensor, grid: Size, image: Size) -> tuple[Tensor, Tensor]:
+    """The four cells whose centres surround each point, and their bilinear weights: what `sample` reads.
+
+    Args:
+        points: (B, n, 2) in pixels of the (H, W) network image.
+        grid: (h, w).
+        image: (H, W).
+
+    Returns:
+        Row-major cell indices (B, n, 4) int64 and weights (B, n, 4) that sum to one.
+    """
+    (h, w), (H, W) = grid, image
+    limit = points.new_tensor([w - 1, h - 1])
+    at = points * points.new_tensor([w / W, h / H]) - 0.5  # cell c's centre is at c
+    at = torch.minimum(at.clamp(min=0), limit)
+    low = torch.minimum(at.floor(), (limit - 1).clamp(min=0))
+    high = torch.minimum(low + 1, limit)
+    share = at - low
+    x, y = torch.stack([low, high], -1).unbind(2)  # (B, n, 2) each
+    wx, wy = torch.stack([1 - share, share], -1).unbind(2)
+    cells = (y.unsqueeze(-1) * w + x.unsqueeze(-2)).flatten(2).long()
+    return cells, (wy.unsqueeze(-1) * wx.unsqueeze(-2)).flatten(2)

@@ -1,0 +1,5 @@
+"""`python -m corrzoo` is the command line."""
+
+from corrzoo.cli import main
+
+main()

@@ -1,0 +1,314 @@
+"""What a run leaves behind: result files, a table of PCK, pictures of matches."""
+
+import csv
+import hashlib
+import json
+import os
+import platform
+import resource
+import subprocess
+import time
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from rich.console import Console
+from rich.table import Table
+
+import corrzoo
+from corrzoo import visualize
+from corrzoo.metrics import PCK, correct_points
+from corrzoo.types import Pair, ZooError
+
+if TYPE_CHECKING:
+    from corrzoo.matcher import Matcher
+
+
+class ResultsWriter(Callback):
+    """`lightning test` leaves `results/<dataset>.json` and, a row a pair, `results/<dataset>.csv` in the run's folder.
+
+    The JSON says what was run, on what, how it was scored, and what it cost: see `describe_run`. `lightning predict`
+    leaves the matched points in `predictions/<dataset>.csv`, in original pixels.
+
+    Args:
+        folder: Where to write; the run's own folder when not given.
+        table: Print PCK by category.
+    """
+
+    def __init__(self, folder: str | None = None, table: bool = True) -> None:
+        self.folder, self.table = folder, table
+        self._predictions: dict[int, list[dict[str, Any]]] = {}
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        writable(self._folder(trainer))  # before an hour of evaluation, not after it
+        self._seconds, self._pairs = 0.0, 0
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_test_batch_start(self, *_: Any) -> None:
+        self._tick = _now()
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Pair, *_: Any
+    ) -> None:
+        self._seconds += _now() - self._tick
+        self._pairs += len(batch.index)
+
+    def on_test_end(self, trainer: Trainer, pl_module: "Matcher") -> None:  # type: ignore[override]
+        cost = {
+            "ms_per_pair": 1000 * self._seconds / max(self._pairs, 1),
+            "peak_memory_mb": _peak_memory_mb(),
+        }
+        for name, metric in pl_module.metrics_by_dataset():
+            values = {key: value.item() for key, value in metric.compute().items()}
+            breakdown, rows = metric.breakdown(), metric.rows()
+            if not trainer.is_global_zero:
+                continue
+            result = describe_run(trainer, pl_module, name, metric) | cost | {"pck": values, "breakdown": breakdown}
+            folder = self._folder(trainer)
+            write_json(folder / f"{name}.json", result)
+            write_csv(folder / f"{name}.csv", rows)
+            if self.table:
+                Console().print(breakdown_table(name, metric, values, breakdown))
+                print(f"results: {folder / name}.json and .csv")
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Pair,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        rows = self._predictions.setdefault(dataloader_idx, [])
+        for index, kps, mask in zip(outputs["index"].tolist(), outputs["trg_kps"], outputs["kps_mask"], strict=True):
+            rows += [
+                {"pair": index, "keypoint": k, "x": f"{x:.4f}", "y": f"{y:.4f}"}
+                for k, (x, y) in enumerate(kps[mask].tolist())
+            ]
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loaders = trainer.predict_dataloaders
+        for which, rows in self._predictions.items():
+            name = (loaders[which] if isinstance(loaders, list) else loaders).dataset.name
+            suffix = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
+            path = self._folder(trainer).parent / "predictions" / f"{name}{suffix}.csv"
+            write_csv(path, rows)
+            print(f"predictions: {path}")
+        self._predictions.clear()
+
+    def _folder(self, trainer: Trainer) -> Path:
+        return Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "results")
+
+
+class ScoreTable(Callback):
+    """Print PCK before and after training. Needs `trainer.num_sanity_val_steps: -1`, which scores before the start."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: "Matcher") -> None:  # type: ignore[override]
+        if trainer.sanity_checking:
+            self.before = dict(pl_module.scores)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: "Matcher") -> None:  # type: ignore[override]
+        if not trainer.is_global_zero:
+            return
+        before, after = getattr(self, "before", {}), pl_module.scores
+        title = f"{type(pl_module).__name__} on {pl_module.hparams.backbone}, validation pairs, {trainer.global_step} steps"
+        table = Table(title=title)
+        for column in ("", "before", "after"):
+            table.add_column(column, justify="left" if not column else "right")
+        for key, value in after.items():
+            table.add_row(key, f"{before[key]:.1f}" if key in before else "", f"{value:.1f}")
+        Console().print(table)
+
+
+class MatchImages(Callback):
+    """Save a picture of matches of some validation or test pairs: right ones green, wrong ones red and dashed.
+
+    It goes to `matches-<stage>.png` in the run's folder, and to wandb or TensorBoard when one of them logs the run.
+
+    Args:
+        pairs: How many pairs, spread evenly over the dataset.
+        alpha: Share of the reference length within which a match counts as right.
+    """
+
+    def __init__(self, pairs: int = 4, alpha: float = 0.1) -> None:
+        self.pairs, self.alpha = pairs, alpha
+
+    def on_fit_end(self, trainer: Trainer, pl_module: "Matcher") -> None:  # type: ignore[override]
+        self._save(trainer, pl_module, trainer.val_dataloaders, "fit")
+
+    def on_test_end(self, trainer: Trainer, pl_module: "Matcher") -> None:  # type: ignore[override]
+        self._save(trainer, pl_module, trainer.test_dataloaders, "test")
+
+    def _save(self, trainer: Trainer, module: "Matcher", loaders: Any, stage: str) -> None:
+        if not trainer.is_global_zero or not loaders:
+            return
+        loader = loaders[0] if isinstance(loaders, list) else loaders
+        dataset, metric = loader.dataset, module.metrics_by_dataset()[0][1]
+        count = min(self.pairs, len(dataset))
+        chosen = [dataset[i * len(dataset) // count] for i in range(count)]
+        pair = Pair(*(field.to(module.device) for field in loader.collate_fn(chosen)))
+        module.eval()
+        # swapped: an evaluator that asks the other way round draws the other way round
+        asked = pair if metric.protocol.query == "src" else pair.swapped()
+        pred = module.predict_points(asked._replace(src_id=-torch.ones_like(pair.src_id)))
+        right = correct_points(pred, pair, metric.protocol, self.alpha)
+        H, W = pair.src_img.shape[-2:]
+        shown = pred * (pred.new_tensor([W, H]) / asked.trg_size).unsqueeze(1)
+        mask = pair.kps_mask
+        figure = visualize.draw_matches(
+            asked.src_img,
+            asked.trg_img,
+            [kps[m].cpu() for kps, m in zip(asked.src_kps, mask, strict=True)],
+            [kps[m].cpu() for kps, m in zip(shown, mask, strict=True)],
+            [ok[m].cpu() for ok, m in zip(right, mask, strict=True)],
+            [kps[m].cpu() for kps, m in zip(asked.trg_kps, mask, strict=True)],
+            titles=[dataset.categories[c] for c in pair.category.tolist()],
+        )
+        path = Path(trainer.log_dir or trainer.default_root_dir) / f"matches-{stage}.png"
+        print(f"matches: {visualize.save_figure(figure, path)}")
+        log_image(trainer, f"matches/{stage}", path, figure)
+
+
+def log_image(trainer: Trainer, name: str, path: Path, figure: Any) -> None:
+    """Hand a picture to the loggers that show pictures."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(name, [str(path)])
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(name, visualize.to_array(figure), trainer.global_step, dataformats="HWC")
+
+
+def describe_run(trainer: Trainer, module: "Matcher", dataset: str, metric: PCK) -> dict[str, Any]:
+    """Everything a number needs to be compared with another: who, on what, scored how, from which code and weights."""
+    data = getattr(trainer, "datamodule", None)
+    backbone = sum(p.numel() for p in module.backbone.parameters())
+    checkpoint = trainer.ckpt_path
+    return {
+        "head": type(module).__name__,
+        "options": {k: v for k, v in dict(module.hparams).items() if not k.startswith("_")},
+        "backbone": module.hparams.backbone,
+        "weights": module.hparams.weights,
+        "dataset": dataset,
+        "split": "test",
+        "pairs": len(metric.rows()),
+        "resolution": data.hparams.size if data else None,
+        "protocol": metric.protocol.name,
+        "alphas": list(metric.alphas),
+        "params_backbone": backbone,
+        "params_head": sum(p.numel() for p in module.parameters()) - backbone,
+        "seed": int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
+        "checkpoint": str(checkpoint) if checkpoint else None,
+        "checkpoint_sha256": _sha256(Path(checkpoint)) if checkpoint else None,
+        "precision": str(trainer.precision),
+        "processes": trainer.world_size,
+        "device": torch.cuda.get_device_name() if module.device.type == "cuda" else platform.processor() or "cpu",
+        "backend": module.backend,
+        "versions": _versions(),
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def breakdown_table(name: str, metric: PCK, values: dict[str, float], breakdown: dict[str, Any]) -> Table:
+    """PCK by category and over all pairs, for a terminal."""
+    table = Table(title=f"{name}: PCK, {metric.protocol.name}, mean over pairs (%)")
+    table.add_column("category")
+    table.add_column("pairs", justify="right")
+    for alpha in metric.alphas:
+        table.add_column(f"@{alpha:.2f}", justify="right")
+    for category, row in breakdown["category"].items():
+        table.add_row(category, str(row["pairs"]), *(f"{v:.1f}" for v in row["pck"]))
+    table.add_section()
+    table.add_row("all", str(len(metric.rows())), *(f"{values[f'pck@{a:.2f}']:.1f}" for a in metric.alphas))
+    return table
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made if it was not there.
+
+    Raises:
+        ZooError: when it cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ZooError(
+            f"cannot write results into {folder}: {error.strerror}; choose another --trainer.default_root_dir"
+        ) from error
+    return folder
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file whole or not at all."""
+    _write(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a file whole or not at all; its columns are the keys of the first row."""
+    rows = list(rows)
+    writable(path.parent)
+    partial = path.with_name(path.name + ".part")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["index"])
+        writer.writeheader()
+        writer.writerows(rows)
+    partial.replace(path)
+
+
+def _write(path: Path, text: str) -> None:
+    writable(path.parent)
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _peak_memory_mb() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def _versions() -> dict[str, str]:
+    import lightning
+    import timm
+
+    return {
+        "corrzoo": corrzoo.__version__,
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+    }
+
+
+@cache
+def _commit() -> str | None:
+    """The commit of the checkout that this package runs from, with '+' for uncommitted changes; None elsewhere."""
+    here = Path(__file__).parent
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+"], cwd=here, capture_output=True, text=True
+        )
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return run.stdout.strip() if run.returncode == 0 else None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,151 @@
+"""The command line: `lightning fit | validate | test | predict`, for any head, backbone and dataset."""
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from corrzoo.checkpoints import read_checkpoint
+from corrzoo.data import PairsDataModule, list_datasets
+from corrzoo.heads import list_heads, options_of
+from corrzoo.matcher import Matcher
+from corrzoo.registry import nearest
+from corrzoo.types import ZooError
+
+
+class ZooParser(LightningArgumentParser):
+    """A parser whose errors are one line, which names what was meant."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Leave with status 2."""
+        sys.stderr.write(f"error: {explain(message, self)}\n")
+        sys.exit(2)
+
+
+class ZooCLI(LightningCLI):
+    """LightningCLI with the zoo's defaults, and a guard: a checkpoint does not silently replace the model asked for.
+
+    Args:
+        args: The command line; that of the process when not given.
+    """
+
+    training_options: ClassVar[frozenset[str]] = frozenset(
+        "weights sha256 finetune lr backbone_lr optimizer weight_decay schedule milestones gamma".split()
+    )
+    """Options that mean nothing once a model is only evaluated."""
+
+    def __init__(self, args: ArgsType = None) -> None:
+        super().__init__(
+            Matcher,
+            PairsDataModule,
+            subclass_mode_model=True,
+            seed_everything_default=0,
+            parser_class=ZooParser,
+            parser_kwargs={"description": "Train and compare matching heads for semantic correspondence."},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,  # checkpoints hold plain options; `corrzoo.load` reads them
+            trainer_defaults={"logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": ""}}},
+            args=args,
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """No abbreviations: `--trainer.max_epoch` is a typo, not `max_epochs`."""
+        return super().init_parser(allow_abbrev=False, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The checkpoint callback, whose options are `--checkpoint.*`: the best by validation PCK, and the last."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "val/pck@0.10",
+                "checkpoint.mode": "max",
+                "checkpoint.save_last": True,
+                "checkpoint.filename": "best",
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Keep, beside the whole configuration, what was asked for in so many words."""
+        super().parse_arguments(parser, args)
+        self.asked = parser.parse_args(args, defaults=False)[self.config.subcommand]
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning's own version replaces the model that was asked for by the checkpoint's, without a word. Here the
+        # checkpoint's options hold where nothing else was asked for, and a contradiction is an error.
+        config = self.config[self.config.subcommand]
+        path = config.get("ckpt_path")
+        if not path or str(path) in ("best", "last", "hpc") or "://" in str(path):
+            return
+        head, saved = read_checkpoint(Path(path))
+        if (asked := config.model.class_path.rsplit(".", 1)[-1]) != head:
+            raise ZooError(f"{path} holds a {head}, but the command asks for a {asked}: give --model {head}")
+        said = self.asked.get("model", {}).get("init_args", {})
+        free = options_of(head).evaluation_options
+        if self.config.subcommand != "fit":
+            free |= self.training_options
+        differing = [k for k in vars(said) if k in saved and k not in free and not _same(said[k], saved[k])]
+        if differing:
+            listed = ", ".join(f"{k}={saved[k]!r} (the command says {said[k]!r})" for k in differing)
+            raise ZooError(f"{path} was trained with {listed}: leave these options out, or train anew")
+        for name, value in saved.items():
+            if name in config.model.init_args and not (name in free and name in said):
+                config.model.init_args[name] = value
+
+    def before_instantiate_classes(self) -> None:
+        """Name the run's folder after its model, and keep wandb offline where nobody is logged in."""
+        config = self.config[self.config.subcommand]
+        logger, model = config.trainer.logger, config.model
+        if hasattr(logger, "class_path"):
+            head = model.class_path.rsplit(".", 1)[-1]
+            if "name" in logger.init_args and logger.init_args.name == "":
+                logger.init_args.name = f"{head}-{model.init_args.backbone.replace('/', '-')}"
+            if logger.class_path.endswith("WandbLogger") and not _logged_in_to_wandb():
+                logger.init_args.offline = True
+                print("wandb: no account on this machine, the run is kept offline (`wandb sync` sends it later)")
+
+
+def explain(message: str, parser: LightningArgumentParser) -> str:
+    """What a parser's error comes down to, in one line, with the nearest valid name."""
+    options = {a.dest for a in parser._actions} | {f"model.{o}" for h in list_heads() for o in options_of(h).names}
+    if found := re.search(r"Option '(\S+?)' is not accepted", message):
+        name = found[1]
+        names = {o.rsplit(".", 1)[-1]: o for o in options}
+        hint = nearest(name, names) or "; --help lists the options"
+        return f"unknown option {name!r}{hint}"
+    if found := re.search(r"unrecognized arguments: --(\S+)", message):
+        name = found[1].split("=")[0]
+        return f"unknown option '--{name}'{nearest(name, options) or '; --help lists the options'}"
+    if found := re.search(r"invalid choice: '(\S+)' \(choose from (.*)\)", message):
+        choices = re.findall(r"\w+", found[2])
+        return f"unknown command {found[1]!r}{nearest(found[1], choices) or ': choose from ' + ', '.join(choices)}"
+    if found := re.search(r"key \"(?:\w+\.)?model\".*Given value: (?:.*'class_path': '([^']+)'|(\S+))", message, re.DOTALL):
+        name = found[1] or found[2]
+        return f"unknown head {name!r}{nearest(name, list_heads()) or ': choose one of ' + ', '.join(list_heads())}"
+    if "arguments are required" in message and "model" in message:
+        return "no head was given: add --config zoo_configs/<head>.yaml, or --model <head>; heads: " + ", ".join(list_heads())
+    return " ".join(message.split())
+
+
+def _same(a: Any, b: Any) -> bool:
+    return list(a) == list(b) if isinstance(a, list | tuple) and isinstance(b, list | tuple) else a == b
+
+
+def _logged_in_to_wandb() -> bool:
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    return "WANDB_API_KEY" in os.environ or "WANDB_MODE" in os.environ or (
+        netrc.is_file() and "wandb.ai" in netrc.read_text()
+    )
+
+
+def main(args: ArgsType = None) -> None:
+    """Entry point of the scripts `lightning` and `corrzoo`, and of `python -m corrzoo`."""
+    try:
+        ZooCLI(args)
+    except ZooError as error:
+        # A reading process wraps its error into a page of traceback; the last line is the error.
+        sys.exit(f"error: {str(error).rsplit('ZooError: ', 1)[-1].strip()}")

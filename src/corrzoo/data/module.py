@@ -1,0 +1,116 @@
+"""PairsDataModule: any dataset of the zoo for training, validation and test."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from corrzoo.data.augment import create_augment
+from corrzoo.data.download import download as fetch
+from corrzoo.data.pairs import DATASETS, PairDataset
+from corrzoo.types import Pair, ZooError
+
+
+class PairsDataModule(LightningDataModule):
+    """Pairs for training, validation and test, by the names of their datasets.
+
+    Args:
+        train: Dataset whose training split is learnt from, a name of `list_datasets()`.
+        val: Dataset whose validation split is scored while training; the training dataset when not given.
+        test: Datasets whose test splits are scored by `lightning test` and matched by `lightning predict`.
+        root: Folder that holds `SPair-71k/`, `PF-PASCAL/`, `PF-WILLOW/` and `Caltech-101/`.
+        size: Side of the square network image in pixels, or [H, W].
+        batch_size: Pairs in a step, over all processes together.
+        workers: Processes that read images, for each training process.
+        augment: What is done to training pairs, a name of `list_augments()`.
+        download: Fetch a dataset that is not under root.
+        cache_mb: Memory for decoded images, for each reading process.
+        options: Further options of a dataset by its name, such as `{"synthetic": {"length": 2000}}`.
+    """
+
+    def __init__(
+        self,
+        train: str = "spair71k",
+        val: str | None = None,
+        test: list[str] = ["spair71k"],  # noqa: B006 - never written to; a plain default is what --help shows
+        root: str = "data",
+        size: int | list[int] = 224,
+        batch_size: int = 16,
+        workers: int = 2,
+        augment: str = "none",
+        download: bool = True,
+        cache_mb: int = 256,
+        options: dict[str, dict[str, Any]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        for name in [train, val or train, *test]:
+            DATASETS[name]  # noqa: B018 - a misspelt dataset is an error before anything is loaded
+        for name in options or {}:
+            DATASETS[name]  # noqa: B018
+
+    def prepare_data(self) -> None:
+        """Fetch the datasets that the coming stage reads and that are not there."""
+        for name, _ in self._wanted(None):
+            folder = DATASETS[name].folder
+            if self.hparams.download and folder and not (Path(self.hparams.root) / folder).exists():
+                fetch(name, self.hparams.root)
+
+    def setup(self, stage: str) -> None:
+        """Read the annotations of what the stage needs: bad data stops the run before it starts."""
+        self.datasets = {(name, split): self._create(name, split) for name, split in self._wanted(stage)}
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader(self.hparams.train, "trn")
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader(self.hparams.val or self.hparams.train, "val")
+
+    def test_dataloader(self) -> list[DataLoader]:
+        return [self._loader(name, "test") for name in self.hparams.test]
+
+    def predict_dataloader(self) -> list[DataLoader]:
+        return self.test_dataloader()
+
+    def _wanted(self, stage: str | None) -> list[tuple[str, str]]:
+        if stage is None:  # prepare_data is not told the stage
+            stage = self.trainer.state.fn if self.trainer else "fit"
+        val = (self.hparams.val or self.hparams.train, "val")
+        return {
+            "fit": [(self.hparams.train, "trn"), val],
+            "validate": [val],
+            "test": [(name, "test") for name in self.hparams.test],
+            "predict": [(name, "test") for name in self.hparams.test],
+        }[str(getattr(stage, "value", stage))]
+
+    def _create(self, name: str, split: str) -> PairDataset:
+        augment = create_augment(self.hparams.augment) if split == "trn" else None
+        size = self.hparams.size
+        return DATASETS[name](
+            self.hparams.root,
+            split,
+            size=size if isinstance(size, int) else (size[0], size[1]),
+            augment=augment,
+            cache_mb=self.hparams.cache_mb,
+            **(self.hparams.options or {}).get(name, {}),
+        )
+
+    def _loader(self, name: str, split: str) -> DataLoader[Pair]:
+        processes = self.trainer.world_size if self.trainer else 1
+        if self.hparams.batch_size % processes:
+            raise ZooError(
+                f"data.batch_size {self.hparams.batch_size} is shared by {processes} processes and does not divide: "
+                f"choose a multiple of {processes}"
+            )
+        return DataLoader(
+            self.datasets[name, split],
+            batch_size=self.hparams.batch_size // processes,
+            shuffle=split == "trn",
+            drop_last=split == "trn",
+            num_workers=self.hparams.workers,
+            persistent_workers=self.hparams.workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=PairDataset.collate,
+        )

@@ -1,0 +1,284 @@
+"""The LightningModule under every head: shared steps, optimiser groups, feature reuse, logging.
+
+A head implements `match(src, trg) -> Match`. It may override `prepare`, `loss`, `match_points` and `param_groups`.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from corrzoo.backbones import Backbone
+from corrzoo.callbacks import ResultsWriter
+from corrzoo.feature_cache import FeatureCache
+from corrzoo.geometry import pseudo_flow, resize_points, transfer
+from corrzoo.losses import endpoint_error
+from corrzoo.metrics import PCK
+from corrzoo.types import Features, Match, Pair, ZooError
+
+CATS_RADIUS = 17 / 512
+"""Half the side of the square a keypoint supervises, as a share of the image: CATs' receptive field of 35 at 512 px."""
+
+
+class Matcher(LightningModule, ABC):
+    """A backbone and a matching head, trained and evaluated the same way for every head.
+
+    Args:
+        backbone: A name of `list_backbones()`, or any timm model as `timm/<name>`.
+        weights: `pretrained`, `random`, or the path of a local file.
+        levels: Feature levels: block numbers (negative from the end), or CNN modules such as `layer3.22`.
+            The last level when not given.
+        finetune: What of the backbone trains: `all`, `none`, or the number of its last blocks.
+        pos_interp: How a ViT's position embedding is resized: `official` as its authors do, `timm`, or the
+            backbone's own default when not given.
+        resize: The side that the backbone sees, when it differs from the network image's.
+        sha256: Checksum that a local weight file must have.
+        lr: Learning rate of the head (ViTSC 5.2: 3e-5).
+        backbone_lr: Learning rate of the backbone (ViTSC 5.2: 3e-6).
+        optimizer: Which optimiser (ViTSC 5.2: Adam).
+        weight_decay: Decay of every parameter.
+        schedule: Learning rate over the epochs: `constant`, `cosine` (to zero at the last epoch), or `step`.
+        milestones: Epochs at which `step` multiplies the rate by `gamma`.
+        gamma: The factor of `step`.
+        protocol: How PCK is scored, a name of `list_protocols()`; without a threshold kind (`default`,
+            `actr`) the dataset's customary kind is added.
+        alphas: PCK thresholds as shares of the reference length.
+        backend: Which implementation of the correlation runs: `auto`, `torch` or `triton`.
+        feature_cache_mb: Memory for features that are computed once an image in evaluation; 0 turns reuse off.
+    """
+
+    evaluation_options: ClassVar[frozenset[str]] = frozenset({"protocol", "alphas", "backend", "feature_cache_mb"})
+    """Options that may differ between a checkpoint's training and its evaluation."""
+
+    def __init__(
+        self,
+        backbone: str = "dinov2_b14",
+        weights: str = "pretrained",
+        levels: list[int | str] | None = None,
+        finetune: int | Literal["all", "none"] = "all",
+        pos_interp: Literal["official", "timm"] | None = None,
+        resize: int | None = None,
+        sha256: str | None = None,
+        lr: float = 3e-5,
+        backbone_lr: float = 3e-6,
+        optimizer: Literal["adam", "adamw"] = "adam",
+        weight_decay: float = 0.0,
+        schedule: Literal["constant", "cosine", "step"] = "constant",
+        milestones: list[int] | None = None,
+        gamma: float = 0.5,
+        protocol: str = "default",
+        alphas: tuple[float, ...] = (0.05, 0.1, 0.15),
+        backend: Literal["auto", "torch", "triton"] = "auto",
+        feature_cache_mb: int = 1024,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.backbone = Backbone(
+            backbone,
+            weights=weights,
+            levels=levels,
+            finetune=finetune,
+            pos_interp=pos_interp,
+            resize=resize or False,
+            sha256=sha256,
+        )
+        self.backend = backend
+        self._cache = FeatureCache(feature_cache_mb * 2**20)
+        self._metrics: list[PCK] = []
+        self.scores: dict[str, float] = {}
+        """The last epoch's PCK, by the name it was logged under; also those of a sanity check, which logs nothing."""
+
+    # ------------------------------------------------------------------ what a head provides
+
+    @abstractmethod
+    def match(self, src: Features, trg: Features) -> Match:
+        """Match prepared features: where does each cell of the source grid go in the target?"""
+
+    def prepare(self, features: Features) -> Features:
+        """What a head does with one image alone, before it sees the other; kept with the features in evaluation."""
+        return features
+
+    def loss(self, match: Match, pair: Pair) -> Tensor | dict[str, Tensor]:
+        """EPE against the pseudo-flow around the keypoints, in cells of the flow's grid.
+
+        Returns:
+            A scalar, or named terms whose entry `loss` is the one to minimise.
+        """
+        image, grid = tuple(pair.src_img.shape[-2:]), tuple(match.flow.shape[-2:])
+        target, mask = pseudo_flow(pair.src_kps, pair.trg_kps, pair.kps_mask, grid, image, CATS_RADIUS * max(image))
+        stride = max(image) / max(grid)
+        return endpoint_error(match.flow / stride, target / stride, mask)
+
+    def match_points(self, src: Features, trg: Features, points: Tensor) -> Tensor:
+        """Matches of source points alone: (B, n, 2) -> (B, n, 2), in pixels of the network image.
+
+        The default reads the dense flow; a head that can answer single points for less overrides it.
+        """
+        return transfer(points, self.match(src, trg).flow, tuple(src.image.shape[-2:]))
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimiser's groups: the backbone at its own learning rate, all the rest at the head's."""
+        in_backbone = {id(p) for p in self.backbone.parameters()}
+        trained = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"name": "head", "params": [p for p in trained if id(p) not in in_backbone], "lr": self.hparams.lr},
+            {"name": "backbone", "params": [p for p in trained if id(p) in in_backbone], "lr": self.hparams.backbone_lr},
+        ]
+        return [g for g in groups if g["params"]]
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(self, src_img: Tensor, trg_img: Tensor) -> Match:
+        """Match two batches of images, (B, 3, H, W) each: uint8 pixels, or floats normalised for the backbone."""
+        return self.match(*self._features_of(src_img, trg_img))
+
+    def _features_of(self, src_img: Tensor, trg_img: Tensor) -> tuple[Features, Features]:
+        return _halves(self.prepare(self.backbone(torch.cat([src_img, trg_img]))))
+
+    def _cached_features_of(self, pair: Pair) -> tuple[Features, Features]:
+        ids = torch.cat([pair.src_id, pair.trg_id])
+        if not self._cache.max_bytes or (ids < 0).any():
+            return self._features_of(pair.src_img, pair.trg_img)
+        images = self.backbone.normalise(torch.cat([pair.src_img, pair.trg_img]))
+        return _halves(self._cache(images, ids, lambda fresh: self.prepare(self.backbone(fresh))))
+
+    @torch.no_grad()
+    def predict_points(self, pair: Pair, query: str = "src") -> Tensor:
+        """Matches of a batch's annotated points: (B, K, 2) in original pixels of the image that is answered.
+
+        Args:
+            pair: The batch.
+            query: Which image's points are asked for: `src`, or `trg` for protocols that go the other way.
+        """
+        asked = pair if query == "src" else pair.swapped()
+        src, trg = self._cached_features_of(asked)
+        points = self.match_points(src, trg, asked.src_kps)
+        H, W = asked.src_img.shape[-2:]
+        return resize_points(points.double(), asked.trg_size.new_tensor([W, H]).double(), asked.trg_size.double())
+
+    # ------------------------------------------------------------------ steps
+
+    def training_step(self, pair: Pair, batch_idx: int) -> Tensor:
+        """One step of Lightning's loop; a loss that is not finite ends the run and names its pairs."""
+        terms = self.loss(self(pair.src_img, pair.trg_img), pair)
+        terms = terms if isinstance(terms, dict) else {"loss": terms}
+        loss = terms["loss"]
+        if not torch.isfinite(loss):
+            raise ZooError(
+                f"the loss is {loss.item()} at step {self.global_step} on the pairs {pair.index.tolist()}: "
+                "lower --model.lr and --model.backbone_lr, or look at these pairs with dataset.record(i)"
+            )
+        self.log_dict({f"train/{k}": v.detach() for k, v in terms.items()}, prog_bar=True, batch_size=len(pair.index))
+        return loss
+
+    def on_train_batch_end(self, *_: object) -> None:
+        self._cache.clear()  # the features that were kept are those of the old weights
+
+    def on_validation_start(self) -> None:
+        self._start_scoring(self.trainer.val_dataloaders)
+
+    def validation_step(self, pair: Pair, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Score one batch."""
+        self._score(pair, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_scores("val")
+
+    def on_test_start(self) -> None:
+        self._start_scoring(self.trainer.test_dataloaders)
+
+    def test_step(self, pair: Pair, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Score one batch."""
+        self._score(pair, dataloader_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_scores("test")
+
+    def on_predict_start(self) -> None:
+        self._cache.clear()
+
+    def predict_step(self, pair: Pair, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Matches of the source keypoints in original target pixels, with their mask and the pairs' positions."""
+        return {"index": pair.index, "trg_kps": self.predict_points(pair), "kps_mask": pair.kps_mask}
+
+    def metrics_by_dataset(self) -> list[tuple[str, PCK]]:
+        """The names of the datasets that were scored last, and their metrics."""
+        return list(zip(self._dataset_names, self._metrics, strict=True))
+
+    def _start_scoring(self, loaders: Any) -> None:
+        loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
+        datasets = [loader.dataset for loader in loaders]
+        self._dataset_names = [dataset.name for dataset in datasets]
+        self._metrics = [
+            PCK(self._protocol_for(dataset.threshold), alphas=self.hparams.alphas, categories=dataset.categories).to(
+                self.device
+            )
+            for dataset in datasets
+        ]
+        self._cache.clear()
+        self._scoring = 0
+
+    def _protocol_for(self, threshold: str) -> str:
+        protocol = self.hparams.protocol
+        return protocol if ":" in protocol else f"{protocol}:{threshold}"
+
+    def _score(self, pair: Pair, which: int) -> None:
+        if which != self._scoring:  # another dataset, whose images are numbered anew
+            self._cache.clear()
+            self._scoring = which
+        metric = self._metrics[which]
+        metric.update(self.predict_points(pair, query=metric.protocol.query), pair)
+
+    def _log_scores(self, stage: str) -> None:
+        self.scores = {}
+        for name, metric in self.metrics_by_dataset():
+            prefix = stage if len(self._metrics) == 1 else f"{stage}/{name}"
+            self.scores |= {f"{prefix}/{key}": value.item() for key, value in metric.compute().items()}
+        self.log_dict(self.scores, prog_bar=False, rank_zero_only=False)
+
+    # ------------------------------------------------------------------ what Lightning asks for
+
+    def setup(self, stage: str) -> None:
+        """Load the backbone's weights, unless a checkpoint is about to bring them."""
+        if self.trainer.ckpt_path is None:
+            self.load_weights()
+
+    def load_weights(self) -> "Matcher":
+        """Load the backbone's weights that `weights` asked for, if that has not happened yet."""
+        self.backbone.load()
+        return self
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW or Adam over `param_groups()`, and the schedule."""
+        groups = self.param_groups()
+        if not groups:
+            raise ZooError("nothing to train: no parameter asks for a gradient; set --model.finetune to `all` or a number")
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.hparams.optimizer]
+        optimizer = kind(groups, weight_decay=self.hparams.weight_decay)
+        epochs = self.trainer.max_epochs or 1
+        if self.hparams.schedule == "cosine":
+            return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)]
+        if self.hparams.schedule == "step":
+            milestones = self.hparams.milestones or []
+            return [optimizer], [torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, self.hparams.gamma)]
+        return optimizer
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Every run writes its results; `--trainer.callbacks` may replace the writer by one of its own options."""
+        return [ResultsWriter()]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["head"] = type(self).__name__
+
+
+def _halves(both: Features) -> tuple[Features, Features]:
+    """The features of source and target that were computed as one batch."""
+    half = len(both.image) // 2
+    src_cls, trg_cls = (None, None) if both.cls is None else (both.cls[:half], both.cls[half:])
+    return (
+        Features(both.image[:half], [level[:half] for level in both.maps], src_cls),
+        Features(both.image[half:], [level[half:] for level in both.maps], trg_cls),
+    )
