@@ -35,7 +35,9 @@ class FeatureCache:
             compute: The backbone, (b, 3, H, W) -> Features.
         """
         wanted = ids.tolist()
-        first = {image: row for row, image in reversed(list(enumerate(wanted)))}
+        first: dict[int, int] = {}
+        for row, image in enumerate(wanted):
+            first.setdefault(image, row)
         known = {image: self._kept[image] for image in first if image in self._kept}
         missing = [image for image in first if image not in known]
         if missing:

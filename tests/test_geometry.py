@@ -1,0 +1,105 @@
+"""The coordinate convention, held against plain loops and against the authors' pseudo-flow."""
+
+import numpy as np
+import pytest
+import torch
+
+from corrzoo import geometry
+
+
+def test_cell_centres_of_a_non_square_grid():
+    centres = geometry.cell_centres((2, 3), (32, 60))
+    assert centres.tolist() == [[10, 8], [30, 8], [50, 8], [10, 24], [30, 24], [50, 24]]
+
+
+def test_resize_points_scales_each_axis_by_its_own_ratio():
+    points = torch.tensor([[[10.0, 20.0], [0.0, 0.0]]])
+    out = geometry.resize_points(points, torch.tensor([[100.0, 50.0]]), torch.tensor([[200.0, 25.0]]))
+    assert out.tolist() == [[[20, 10], [0, 0]]]
+
+
+def test_sample_reads_a_linear_map_exactly_between_cell_centres():
+    H, W, grid = 48, 64, (6, 8)
+    x, y = geometry.cell_centres(grid, (H, W)).double().unbind(-1)
+    plane = torch.stack([2 * x + 3 * y + 1, x - y]).view(1, 2, *grid)
+    points = torch.tensor([[[4.0, 4.0], [17.3, 29.9], [60.0, 44.0]]], dtype=torch.float64)
+    px, py = points.unbind(-1)
+    expected = torch.stack([2 * px + 3 * py + 1, px - py], -1)
+    torch.testing.assert_close(geometry.sample(plane, points, (H, W)), expected)
+
+
+def test_sample_holds_the_border_value_outside():
+    m = torch.arange(4.0).view(1, 1, 2, 2)
+    points = torch.tensor([[[-5.0, -5.0], [0.0, 0.0], [100.0, 100.0]]])
+    assert geometry.sample(m, points, (8, 8)).flatten().tolist() == [0, 0, 3]
+
+
+def test_transfer_adds_the_flow_at_the_point():
+    flow = torch.zeros(1, 2, 4, 4)
+    flow[:, 0], flow[:, 1] = 5, -2
+    out = geometry.transfer(torch.tensor([[[10.0, 10.0]]]), flow, (32, 32))
+    assert out.tolist() == [[[15, 8]]]
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 7), (1, 5), (1, 1)])
+def test_bilinear_cells_read_what_sample_reads(grid):
+    image = (40, 56)
+    maps = torch.randn(2, 3, *grid, dtype=torch.float64)
+    points = torch.rand(2, 50, 2, dtype=torch.float64) * 80 - 10  # some outside
+    cells, weights = geometry.bilinear_cells(points, grid, image)
+    rows = maps.flatten(2).transpose(1, 2)
+    read = torch.stack([(rows[b][cells[b]] * weights[b].unsqueeze(-1)).sum(1) for b in range(2)])
+    torch.testing.assert_close(read, geometry.sample(maps, points, image))
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 50, dtype=torch.float64))
+
+
+def test_points_to_flow_and_back():
+    grid, image = (3, 5), (24, 40)
+    target = torch.rand(1, 15, 2) * 24
+    flow = geometry.points_to_flow(target, grid, image)
+    centres = geometry.cell_centres(grid, image).unsqueeze(0)
+    torch.testing.assert_close(geometry.transfer(centres, flow, image), target)
+
+
+def pseudo_flow_by_loops(src, trg, n, grid, image, radius):
+    """The construction of CATs, cell by cell."""
+    (h, w), (H, W) = grid, image
+    flow, covered = np.zeros((2, h, w)), np.zeros((h, w), bool)
+    for r in range(h):
+        for c in range(w):
+            cx, cy = int((c + 0.5) * W / w), int((r + 0.5) * H / h)
+            near = [k for k in range(n) if abs(src[k][0] - cx) <= radius and abs(src[k][1] - cy) <= radius]
+            if near:
+                covered[r, c] = True
+                flow[:, r, c] = trg[near[-1]] - np.mean([src[k] for k in near], axis=0)
+    return flow, covered
+
+
+def test_pseudo_flow_equals_loops_and_ignores_padding():
+    rng = np.random.default_rng(0)
+    src, trg = rng.uniform(0, 64, (2, 9, 2)), rng.uniform(0, 64, (2, 9, 2))
+    counts = [9, 4]
+    mask = torch.arange(9) < torch.tensor(counts).unsqueeze(1)
+    flow, covered = geometry.pseudo_flow(torch.tensor(src), torch.tensor(trg), mask, (8, 16), (64, 64), 9)
+    for b, n in enumerate(counts):
+        expected, where = pseudo_flow_by_loops(src[b], trg[b], n, (8, 16), (64, 64), 9)
+        np.testing.assert_allclose(flow[b].numpy(), expected, atol=1e-12)
+        assert (covered[b].numpy() == where).all()
+
+
+def test_pseudo_flow_of_a_pair_without_keypoints_is_empty():
+    kps = torch.zeros(1, 3, 2)
+    flow, covered = geometry.pseudo_flow(kps, kps, torch.zeros(1, 3, dtype=torch.bool), (4, 4), (32, 32), 9)
+    assert not covered.any() and not flow.any()
+
+
+@pytest.mark.parametrize("grid", [16, 32, 64, 128])
+@pytest.mark.parametrize("name", ["kpflow", "kpflow_RE"])
+def test_pseudo_flow_equals_the_authors(shared, grid, name):
+    data = np.load(shared / "golden" / "data.npz")
+    src, trg = (torch.from_numpy(data[k]).double().transpose(1, 2) for k in ("src_kps", "trg_kps"))
+    if name.endswith("RE"):
+        src, trg = trg, src
+    mask = torch.arange(40) < torch.from_numpy(data["n_pts"]).unsqueeze(1)
+    flow, _ = geometry.pseudo_flow(src, trg, mask, (grid, grid), (512, 512), 17)
+    np.testing.assert_allclose(flow.numpy() / (512 // grid), data[f"{name}_{grid}"], atol=1e-5)
