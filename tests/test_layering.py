@@ -17,7 +17,7 @@ ALLOWED = {
     "losses": {"types"},
     "protocols": {"types", "registry", "geometry"},
     "metrics": {"types", "registry", "geometry", "protocols"},
-    "backbones": {"types", "registry"},
+    "backbones": {"types", "registry", "geometry"},
     "feature_cache": {"types"},
     "data": {"types", "registry", "geometry"},
     "visualize": {"types", "geometry"},
