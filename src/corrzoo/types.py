@@ -47,6 +47,10 @@ class Record:
     """Difficulty flags by their names in `DIFFICULTIES`; empty when the dataset has none."""
     flip: bool = False
     """Both images are to be mirrored (PF-PASCAL's training list). The coordinates here are those before it."""
+    src_polygon: Tensor | None = None
+    """(m, 2) float64 outline of the object (Caltech-101, which has no keypoints): its vertices have no partners."""
+    trg_polygon: Tensor | None = None
+    """(m', 2) float64."""
 
 
 class Pair(NamedTuple):

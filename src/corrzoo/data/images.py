@@ -1,0 +1,93 @@
+"""Image files to uint8 tensors at network size, and a bounded memory of them."""
+
+import struct
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from corrzoo.geometry import Size
+from corrzoo.types import ZooError
+
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+"""What PIL raises for a file that it cannot read, depending on the format."""
+
+
+def open_image(path: Path) -> Image.Image:
+    """The image file with its header read; its pixels are not decoded yet.
+
+    Raises:
+        ZooError: when the file is missing, no image, or has more than 8 bits a channel.
+    """
+    try:
+        image = Image.open(path)
+    except FileNotFoundError:
+        raise ZooError(f"no image {path}: restore the file, or take its pairs off the list") from None
+    except _BROKEN as error:
+        raise ZooError(f"cannot read the image {path} ({error}): fetch it again") from error
+    if image.mode in ("I", "F") or ";16" in image.mode:  # PIL would clip these at 255, not scale them
+        raise ZooError(f"the image {path} has mode {image.mode}, more than 8 bits a channel: convert it to 8-bit RGB")
+    return image
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(w, h) from the header of an image file."""
+    with open_image(path) as image:
+        return image.size
+
+
+def read_rgb(path: Path, size: tuple[int, int]) -> Image.Image:
+    """Decode an image file to RGB. An EXIF orientation is left alone: annotations count the stored pixels.
+
+    Args:
+        path: The image file.
+        size: (w, h) that its annotation says.
+
+    Raises:
+        ZooError: when the file is missing, unreadable, truncated, or not of that size.
+    """
+    with open_image(path) as image:
+        if image.size != size:
+            (w, h), (W, H) = image.size, size
+            raise ZooError(f"the image {path} is {w}x{h}, but annotated as {W}x{H}: fetch the dataset's own copy of it")
+        try:
+            return image.convert("RGB")
+        except _BROKEN as error:
+            raise ZooError(f"cannot decode the image {path} ({error}): fetch it again") from error
+
+
+def to_tensor(image: Image.Image, size: Size) -> Tensor:
+    """An RGB image resized straight to `size` (H, W), bilinear and antialiased, as (3, H, W) uint8."""
+    resized = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+
+
+class ImageMemory:
+    """Tensors by number, of which the least recently used are dropped; each process has its own.
+
+    Args:
+        megabytes: Limit in MiB; 0 remembers nothing.
+    """
+
+    def __init__(self, megabytes: float) -> None:
+        self.limit, self.used = int(megabytes * 2**20), 0
+        self._items: OrderedDict[int, Tensor] = OrderedDict()
+
+    def get(self, number: int, make: Callable[[], Tensor]) -> Tensor:
+        """A copy of tensor `number`, which `make` provides when it is not remembered."""
+        if number not in self._items:
+            tensor = self._items[number] = make()
+            self.used += tensor.nbytes
+        tensor = self._items[number]
+        self._items.move_to_end(number)
+        while self.used > self.limit:
+            self.used -= self._items.popitem(last=False)[1].nbytes
+        return tensor.clone()
+
+    def __getstate__(self) -> dict[str, object]:
+        """A worker that is started with a copy of the dataset begins with an empty memory."""
+        return {"limit": self.limit, "used": 0, "_items": OrderedDict()}

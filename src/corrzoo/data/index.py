@@ -1,0 +1,246 @@
+"""Annotations packed into arrays, checked, and kept in a cache that notices when their files change.
+
+A reader yields each pair as a `Record`; `pack` turns them into a `Table` of arrays, which gives single records
+back. So SPair-71k's 53,340 annotation files are opened once, and not at every start.
+"""
+
+import hashlib
+import os
+import tempfile
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from corrzoo.registry import nearest
+from corrzoo.types import DIFFICULTIES, Record, ZooError
+
+FORMAT = 1
+"""To be raised whenever `Table` or what a reader makes of its files changes, so that older caches are made anew."""
+
+BORDER = 1.0
+"""Pixels that a point may lie outside its image, because annotations count pixels from 1 as well as from 0."""
+
+
+class Table(NamedTuple):
+    """A split's annotations: N pairs of M images, the points of all pairs one after the other."""
+
+    images: NDArray  # (M,) paths relative to the dataset's folder
+    sizes: NDArray  # (M, 2) int64 (w, h)
+    pairs: NDArray  # (N, 2) int64 numbers of the source and the target image
+    category: NDArray  # (N,) int64
+    src_points: NDArray  # (P, 2) float64 keypoints, or vertices of outlines
+    trg_points: NDArray  # (Q, 2) float64
+    starts: NDArray  # (N + 1, 2) int64: pair i owns src_points[starts[i, 0] : starts[i + 1, 0]], trg_points likewise
+    boxes: NDArray  # (N, 2, 4) float64 of source and target, NaN where there is none
+    flags: NDArray  # (N, 4) int64, -1 where not annotated
+    flip: NDArray  # (N,) bool
+    outlines: NDArray  # () bool: whether the points are vertices of outlines
+
+    def record(self, i: int, images: list[Path], categories: list[str]) -> Record:
+        """Pair i as its reader gave it to `pack`."""
+        src, trg = self.pairs[i].tolist()
+        (src_first, trg_first), (src_last, trg_last) = self.starts[i : i + 2].tolist()
+        points = torch.tensor(self.src_points[src_first:src_last]), torch.tensor(self.trg_points[trg_first:trg_last])
+        none, outlines = torch.zeros(0, 2, dtype=torch.float64), bool(self.outlines)
+        src_box, trg_box = (None if np.isnan(box).any() else torch.tensor(box) for box in self.boxes[i])
+        return Record(
+            src_path=images[src],
+            trg_path=images[trg],
+            src_kps=none if outlines else points[0],
+            trg_kps=none if outlines else points[1],
+            src_size=tuple(self.sizes[src].tolist()),
+            trg_size=tuple(self.sizes[trg].tolist()),
+            category=categories[self.category[i]],
+            src_box=src_box,
+            trg_box=trg_box,
+            flags={name: flag for name, flag in zip(DIFFICULTIES, self.flags[i].tolist(), strict=True) if flag >= 0},
+            flip=bool(self.flip[i]),
+            src_polygon=points[0] if outlines else None,
+            trg_polygon=points[1] if outlines else None,
+        )
+
+
+def pack(rows: Iterable[tuple[str, Record]], home: Path, categories: list[str]) -> Table:
+    """Pack and check annotated pairs.
+
+    Args:
+        rows: Where each pair stands (a file, or a file and its line), and the pair.
+        home: The dataset's folder, which all image paths lie under.
+        categories: Their names in order.
+
+    Raises:
+        ZooError: for no pairs at all, an unknown category, a missing image, and whatever `check` refuses.
+    """
+    numbers: dict[Path | None, int] = {}
+    sizes: list[tuple[int, int]] = []
+    where, pairs, category, src_points, trg_points, boxes, flags, flip = [], [], [], [], [], [], [], []
+    known = {name: number for number, name in enumerate(categories)}
+    no_box = torch.full((4,), torch.nan, dtype=torch.float64)
+    for place, r in rows:
+        if r.category not in known:
+            raise ZooError(f"{place}: unknown category {r.category!r}{nearest(r.category, categories)}")
+        for path, size in ((r.src_path, r.src_size), (r.trg_path, r.trg_size)):
+            number = numbers.setdefault(path, len(sizes))
+            if number == len(sizes):
+                sizes.append(size)
+            elif sizes[number] != size:
+                raise ZooError(
+                    f"{place}: {path} has size {size} here and {sizes[number]} elsewhere: correct the wrong one"
+                )
+        where.append(place)
+        pairs.append([numbers[r.src_path], numbers[r.trg_path]])
+        category.append(known[r.category])
+        src_points.append(r.src_kps if r.src_polygon is None else r.src_polygon)
+        trg_points.append(r.trg_kps if r.trg_polygon is None else r.trg_polygon)
+        boxes += [no_box if box is None else box for box in (r.src_box, r.trg_box)]
+        flags.append([r.flags.get(name, -1) for name in DIFFICULTIES])
+        flip.append(r.flip)
+    if not where:
+        raise ZooError(f"the split has no pairs in {home}: fill its list, or choose another split")
+    images = [path for path in numbers if path is not None]
+    for path in images:
+        if not path.is_file():
+            raise ZooError(f"no image {path}: restore the file, or take its pairs off the list")
+    table = Table(
+        images=np.array([path.relative_to(home).as_posix() for path in images]),
+        sizes=np.array(sizes),
+        pairs=np.array(pairs),
+        category=np.array(category),
+        src_points=torch.cat(src_points).numpy(),
+        trg_points=torch.cat(trg_points).numpy(),
+        starts=np.cumsum([(0, 0), *((len(src), len(trg)) for src, trg in zip(src_points, trg_points, strict=True))], 0),
+        boxes=torch.stack(boxes).view(-1, 2, 4).numpy(),
+        flags=np.array(flags),
+        flip=np.array(flip),
+        outlines=np.array(r.src_polygon is not None),
+    )
+    check(table, where)
+    return table
+
+
+def check(table: Table, where: list[str]) -> None:
+    """Refuse pairs without points, with unequal numbers of keypoints, and with points or boxes outside the image.
+
+    Only outlines may leave the image (some of Caltech-101's do): their protocol clips them.
+
+    Raises:
+        ZooError: naming the first such annotation by `where`.
+    """
+    counts = np.diff(table.starts, axis=0)
+    for i in np.flatnonzero(counts.min(1) == 0)[:1]:
+        raise ZooError(f"{where[i]}: no keypoint that both images have: take the pair off the list")
+    if not table.outlines:
+        for i in np.flatnonzero(counts[:, 0] != counts[:, 1])[:1]:
+            raise ZooError(
+                f"{where[i]}: {counts[i, 0]} source but {counts[i, 1]} target keypoints: each needs its partner"
+            )
+    for side, (name, points) in enumerate((("source", table.src_points), ("target", table.trg_points))):
+        owner = np.repeat(np.arange(len(where)), counts[:, side])
+        limit = table.sizes[table.pairs[:, side]]  # (N, 2)
+        bad = ~np.isfinite(points)
+        if not table.outlines:
+            bad |= (points < -BORDER) | (points > limit[owner] + BORDER)
+        for p in np.flatnonzero(bad.any(1))[:1]:
+            size = "x".join(map(str, limit[owner[p]]))
+            raise ZooError(
+                f"{where[owner[p]]}: {name} point {points[p].tolist()} is not in its {size} image: correct or remove it"
+            )
+        low, high = table.boxes[:, side, :2], table.boxes[:, side, 2:]  # NaN compares false: no box is no bad box
+        bad = (low >= high) | (low < -BORDER) | (high > limit + BORDER)
+        for i in np.flatnonzero(bad.any(1))[:1]:
+            size, box = "x".join(map(str, limit[i])), table.boxes[i, side].tolist()
+            raise ZooError(f"{where[i]}: {name} box {box} is not x1, y1, x2, y2 in its {size} image: correct it")
+
+
+def read_points(points: Iterable, where: str) -> Tensor:
+    """(n, 2) float64 points from what an annotation holds: sequences, or `zip(x, y, strict=True)`.
+
+    Raises:
+        ZooError: when they are not such points.
+    """
+    try:
+        array = np.array(list(points), dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ZooError(f"{where}: these are no keypoints ({error}): correct the annotation") from error
+    if not array.size:
+        array = array.reshape(0, 2)
+    if array.ndim != 2 or array.shape[1] != 2:
+        raise ZooError(f"{where}: expected keypoints of shape (n, 2), found {array.shape}: correct the annotation")
+    return torch.from_numpy(array)
+
+
+def read_box(box: Iterable, where: str) -> Tensor:
+    """(4,) float64 box; unsigned integers become floats before anybody subtracts them."""
+    array = np.array(box, dtype=np.float64)
+    if array.shape != (4,) or not np.isfinite(array).all():
+        raise ZooError(f"{where}: expected a box x1, y1, x2, y2, found {box}: correct the annotation")
+    return torch.from_numpy(array)
+
+
+def cache_folder() -> Path:
+    """Where packed annotations are kept: $CORRZOO_CACHE, or corrzoo under $XDG_CACHE_HOME or ~/.cache."""
+    if own := os.environ.get("CORRZOO_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "corrzoo"
+
+
+def cached(key: str, sources: list[Path], make: Callable[[], Table]) -> Table:
+    """The table that `make` gives, made only when the files it comes from have changed since the last time.
+
+    Args:
+        key: File name of the cache, without its ending.
+        sources: Files, and folders that stand for the files directly in them. Any change of a name, size or time of
+            modification makes the table anew.
+        make: Reads the files.
+    """
+    path, state = cache_folder() / f"{key}.npz", fingerprint(sources)
+    table = _load(path, state)
+    if table is None:
+        table = make()
+        _save(path, state, table)
+    return table
+
+
+def fingerprint(sources: list[Path]) -> str:
+    """Digest of the names, sizes and modification times of files, and of the files directly in folders."""
+    digest = hashlib.blake2b(f"{FORMAT}".encode(), digest_size=16)
+    for source in sources:
+        states = [(str(source), source.stat())]
+        if source.is_dir():
+            with os.scandir(source) as entries:
+                states = [(entry.path, entry.stat()) for entry in entries if entry.is_file()]
+        for name, state in sorted(states):
+            digest.update(os.fsencode(f"{name}|{state.st_size}|{state.st_mtime_ns}\n"))
+    return digest.hexdigest()
+
+
+def _load(path: Path, state: str) -> Table | None:
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            return Table(**{name: data[name] for name in Table._fields}) if str(data["state"]) == state else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        warnings.warn(f"the annotation cache {path} is damaged ({error}) and is made anew", stacklevel=2)
+        return None
+
+
+def _save(path: Path, state: str, table: Table) -> None:
+    """Write under another name first, so that no process ever reads half a cache."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            fresh = Path(folder) / path.name
+            np.savez(fresh, state=np.array(state), **table._asdict())
+            os.replace(fresh, path)
+    except OSError as error:
+        remedy = "name a folder that can be written in CORRZOO_CACHE, or they are read again at every start"
+        warnings.warn(f"cannot keep annotations in {path.parent} ({error}): {remedy}", stacklevel=2)

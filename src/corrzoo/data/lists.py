@@ -1,0 +1,54 @@
+"""Pair lists (.csv) and MATLAB annotations (.mat), which three of the benchmarks use."""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+import scipy.io
+from numpy.typing import NDArray
+
+from corrzoo.types import ZooError
+
+
+def read_list(path: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
+    """The rows of a pair list below its header, which differs between bundles: columns are known by position.
+
+    Args:
+        path: The .csv file.
+        columns: The least that a row must have.
+
+    Yields:
+        File and line, for errors, and the row's cells.
+    """
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+        rows = csv.reader(file)
+        next(rows, None)
+        for row in rows:
+            where = f"{path}:{rows.line_num}"
+            if len(row) >= columns:
+                yield where, [cell.strip() for cell in row]
+            elif row:
+                raise ZooError(f"{where}: expected {columns} columns or more, found {len(row)}: correct the list")
+
+
+def read_mat(path: Path, key: str) -> NDArray:
+    """One variable of a .mat file.
+
+    Raises:
+        ZooError: when the file is missing, unreadable, or lacks the variable.
+    """
+    try:
+        return scipy.io.loadmat(path, variable_names=[key])[key]
+    except FileNotFoundError:
+        raise ZooError(f"no annotation {path}: restore the file, or take its pairs off the list") from None
+    except KeyError:
+        raise ZooError(f"{path}: no variable {key!r}: fetch the dataset's own annotation") from None
+    except Exception as error:  # a damaged file makes scipy raise nearly anything
+        raise ZooError(f"cannot read the annotation {path} ({error}): fetch it again") from error
+
+
+def category_of(number: str, categories: list[str], where: str) -> str:
+    """The category that a list counts from 1."""
+    if not number.isdecimal() or not 1 <= int(number) <= len(categories):
+        raise ZooError(f"{where}: unknown category {number!r}: expected a number from 1 to {len(categories)}")
+    return categories[int(number) - 1]

@@ -1,0 +1,215 @@
+"""Datasets of annotated image pairs: records in original pixels, samples at network size."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from corrzoo.data.images import ImageMemory, read_rgb, to_tensor
+from corrzoo.data.index import cached, pack
+from corrzoo.geometry import Size, resize_points
+from corrzoo.registry import Registry
+from corrzoo.types import DIFFICULTIES, Pair, Record, ZooError
+
+DATASETS: Registry[type["PairDataset"]] = Registry("dataset", "list_datasets()")
+
+Augment = Callable[[Pair, torch.Generator], Pair]
+"""A change of one sample, all of whose randomness comes from the generator."""
+
+
+class PairDataset(Dataset[Pair], ABC):
+    """Pairs of images with keypoints: `dataset[i]` is a sample, `dataset.record(i)` its annotation as read.
+
+    Args:
+        root: The folder that holds the benchmarks' own folders; rendered datasets do not need it.
+        split: "trn" (or "train"), "val" or "test", as far as the dataset has it.
+        size: Side of the square network image, or its (H, W). Images are resized straight to it.
+        augment: Applied to every sample, for training; None for none.
+        seed: Of the augmentation, which depends on it, the epoch and the pair, but not on the number of workers.
+        cache_mb: MiB of resized images that each process remembers, so that the 18 pairs of an image do not decode it
+            18 times. our choice: 256 MiB hold more than one category of SPair-71k's test images at 512 pixels.
+
+    Raises:
+        ZooError: for a split that the dataset does not have, or a size that is none.
+    """
+
+    name: ClassVar[str]
+    folder: ClassVar[str] = ""
+    """The dataset's own folder under root; empty when it has no files."""
+    splits: ClassVar[tuple[str, ...]]
+    categories: list[str]
+    images: list[Path]
+    """The image files by image number; empty when images are rendered."""
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        size: int | Size = 224,
+        *,
+        augment: Augment | None = None,
+        seed: int = 0,
+        cache_mb: float = 256,
+    ) -> None:
+        self.home = Path(root).expanduser() / self.folder
+        self.split = "trn" if split == "train" else split
+        if self.split not in self.splits:
+            raise ZooError(f"{self.name} has no split {split!r}: choose from {', '.join(self.splits)}")
+        self.size: Size = (size, size) if isinstance(size, int) else (size[0], size[1])
+        if min(self.size) < 1:
+            raise ZooError(f"image size {size!r}: expected one positive side, or (H, W)")
+        self.augment, self.seed = augment, seed
+        self._memory = ImageMemory(cache_mb)
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def record(self, i: int) -> Record:
+        """Pair i's annotation as read, in original pixels. IndexError past the last."""
+
+    @abstractmethod
+    def image_numbers(self, i: int) -> tuple[int, int]:
+        """Numbers of pair i's source and target image."""
+
+    @abstractmethod
+    def read_image(self, number: int) -> Image.Image:
+        """Image `number` in RGB, at its original size."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other augmentations from now on, also in workers that are running already."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, i: int) -> Pair:
+        record = self.record(i)
+        src_id, trg_id = self.image_numbers(i)
+        new = torch.tensor([self.size[1], self.size[0]], dtype=torch.float64)
+        src_size, trg_size = (torch.tensor(size, dtype=torch.float64) for size in (record.src_size, record.trg_size))
+        no_box = torch.full((4,), torch.nan)
+        sample = Pair(
+            src_img=self._image(src_id),
+            trg_img=self._image(trg_id),
+            src_kps=resize_points(record.src_kps, src_size, new).float(),
+            trg_kps=resize_points(record.trg_kps, trg_size, new).float(),
+            kps_mask=torch.ones(len(record.src_kps), dtype=torch.bool),
+            src_size=src_size.float(),
+            trg_size=trg_size.float(),
+            src_box=no_box if record.src_box is None else record.src_box.float(),
+            trg_box=no_box if record.trg_box is None else record.trg_box.float(),
+            index=torch.tensor(i),
+            src_id=torch.tensor(src_id),
+            trg_id=torch.tensor(trg_id),
+            category=torch.tensor(self.categories.index(record.category)),
+            difficulty=torch.tensor([record.flags.get(name, -1) for name in DIFFICULTIES]),
+        )
+        if record.flip:
+            sample = mirror(sample)
+        if self.augment is not None:
+            state = np.random.SeedSequence([self.seed, int(self._epoch), i]).generate_state(1, np.uint64)
+            sample = self.augment(sample, torch.Generator().manual_seed(int(state[0])))
+        if record.flip or self.augment is not None:  # these are not the images that the numbers stand for
+            sample = sample._replace(src_id=torch.tensor(-1), trg_id=torch.tensor(-1))
+        return sample
+
+    def _image(self, number: int) -> Tensor:
+        return self._memory.get(number, lambda: to_tensor(self.read_image(number), self.size))
+
+    @staticmethod
+    def collate(samples: Sequence[Pair]) -> Pair:
+        """Samples to a batch, their keypoints padded to the most that one of them has."""
+        most = max(len(sample.kps_mask) for sample in samples)
+
+        def pad(name: str, value: Tensor) -> Tensor:
+            if name == "kps_mask":
+                return F.pad(value, (0, most - len(value)))
+            return F.pad(value, (0, 0, 0, most - len(value))) if name.endswith("kps") else value
+
+        return Pair(*(torch.stack([pad(name, getattr(sample, name)) for sample in samples]) for name in Pair._fields))
+
+
+def mirror(sample: Pair) -> Pair:
+    """Both images of a sample mirrored left to right, with their keypoints (x' = W - x) and boxes."""
+
+    def side(img: Tensor, kps: Tensor, size: Tensor, box: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x1, y1, x2, y2 = box
+        kps = torch.stack([img.shape[-1] - kps[:, 0], kps[:, 1]], dim=-1)
+        return img.flip(-1), kps, torch.stack([size[0] - x2, y1, size[0] - x1, y2])
+
+    src_img, src_kps, src_box = side(sample.src_img, sample.src_kps, sample.src_size, sample.src_box)
+    trg_img, trg_kps, trg_box = side(sample.trg_img, sample.trg_kps, sample.trg_size, sample.trg_box)
+    return sample._replace(
+        src_img=src_img, trg_img=trg_img, src_kps=src_kps, trg_kps=trg_kps, src_box=src_box, trg_box=trg_box
+    )
+
+
+class FolderDataset(PairDataset):
+    """A benchmark on disk, whose annotations are parsed once and then come from a cache, see `index`.
+
+    Args:
+        root: The folder that holds the benchmark's own folder.
+        split: See `PairDataset`, as all the others.
+
+    Raises:
+        ZooError: when the folder, a list, an image or an annotation is missing or wrong.
+    """
+
+    holds: ClassVar[str]
+    """What the folder must hold, for the error that says so."""
+
+    def __init__(self, root: str | Path, split: str, size: int | Size = 224, **options: Any) -> None:
+        super().__init__(root, split, size, **options)
+        self.need(self.home)
+        sources = self.sources()
+        place = hashlib.blake2b("|".join(str(path.resolve()) for path in sources).encode(), digest_size=8).hexdigest()
+        key = f"{self.name}-{self.split}-{place}"
+        self._table = cached(key, sources, lambda: pack(self.read(), self.home, self.categories))
+        self.images = [self.home / image for image in self._table.images.tolist()]
+
+    @abstractmethod
+    def sources(self) -> list[Path]:
+        """The files that `read` reads; a folder stands for the files directly in it."""
+
+    @abstractmethod
+    def read(self) -> Iterator[tuple[str, Record]]:
+        """All pairs in order, each with the place where it stands, for errors."""
+
+    def need(self, *paths: Path) -> Path:
+        """The first of these paths that exists.
+
+        Raises:
+            ZooError: when there is none, with the ways to get one.
+        """
+        for path in paths:
+            if path.exists():
+                return path
+        others = f" (nor {', '.join(str(path.relative_to(self.home)) for path in paths[1:])})" if paths[1:] else ""
+        raise ZooError(
+            f"{self.name}: no {paths[0]}{others}: put {self.holds} into {self.home}, or fetch the dataset with "
+            "download=true (--data.download true) where there is a network, or run without data by adding "
+            "--config zoo_configs/demo.yaml"
+        )
+
+    def __len__(self) -> int:
+        return len(self._table.pairs)
+
+    def record(self, i: int) -> Record:
+        if not 0 <= i < len(self):
+            raise IndexError(f"pair {i} of {len(self)}")
+        return self._table.record(i, self.images, self.categories)
+
+    def image_numbers(self, i: int) -> tuple[int, int]:
+        src, trg = self._table.pairs[i].tolist()
+        return src, trg
+
+    def read_image(self, number: int) -> Image.Image:
+        w, h = self._table.sizes[number].tolist()
+        return read_rgb(self.images[number], (w, h))
