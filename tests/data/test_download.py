@@ -1,0 +1,266 @@
+"""Downloads against a server on the loopback that cuts connections, lies and serves malicious archives."""
+
+import gzip
+import hashlib
+import io
+import json
+import socket
+import tarfile
+import threading
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from corrzoo.data import download as module
+from corrzoo.data.download import SOURCES, Part, download, extract
+from corrzoo.types import ZooError
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `files` with byte ranges; `cut` says after how many bytes each of the next answers breaks off."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files: dict[str, bytes] = {}
+        self.cut: list[int] = []
+        self.ranges = True
+        self.kind = "application/octet-stream"
+        self.asked: list[str | None] = []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        wanted = self.headers.get("Range")
+        self.server.asked.append(wanted)
+        body = self.server.files.get(self.path)
+        if body is None:
+            return self.send_error(404)
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and self.server.ranges else 0
+        if start >= len(body):
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Type", self.server.kind)
+        self.send_header("Content-Length", str(len(body) - start))
+        self.end_headers()
+        end = start + self.server.cut.pop(0) if self.server.cut else len(body)
+        self.wfile.write(body[start:end])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def tar(members: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return out.getvalue()
+
+
+def zipped(members: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return out.getvalue()
+
+
+IMAGE = bytes(range(256)) * 40
+
+
+@pytest.fixture
+def toy(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+    """A dataset `toy` of an archive and a list."""
+    server.files = {"/toy.tar.gz": tar({"Toy/JPEGImages/a.jpg": IMAGE}), "/pairs?id=1": b"a,a\n"}
+    parts = [Part(f"{server.url}/toy.tar.gz", "toy.tar.gz", prefix="Toy/"), Part(f"{server.url}/pairs?id=1", "trn.csv")]
+    monkeypatch.setitem(SOURCES, "toy", ("TOY", parts))
+    return server
+
+
+def test_a_dataset_appears_whole(toy: Server, tmp_path: Path) -> None:
+    folder = download("toy", tmp_path / "root")
+    assert folder == tmp_path / "root" / "TOY"
+    assert (folder / "JPEGImages" / "a.jpg").read_bytes() == IMAGE
+    assert (folder / "trn.csv").read_bytes() == b"a,a\n"
+    notes = json.loads((folder / "download.json").read_text())
+    assert [note["file"] for note in notes] == ["toy.tar.gz", "trn.csv"]
+    assert notes[1]["sha256"] == hashlib.sha256(b"a,a\n").hexdigest() and notes[1]["bytes"] == 4
+    assert [path.name for path in folder.parent.iterdir()] == ["TOY"]
+
+
+def test_what_is_there_is_not_fetched_again(toy: Server, tmp_path: Path) -> None:
+    download("toy", tmp_path)
+    asked = len(toy.asked)
+    download("toy", tmp_path)
+    assert len(toy.asked) == asked
+
+
+def test_goes_on_after_a_cut_connection(toy: Server, tmp_path: Path) -> None:
+    toy.cut = [100, 50]
+    folder = download("toy", tmp_path)
+    assert toy.asked == [None, "bytes=100-", "bytes=150-", None]
+    assert (folder / "JPEGImages" / "a.jpg").read_bytes() == IMAGE
+
+
+def test_the_next_call_goes_on_where_the_last_gave_up(toy: Server, tmp_path: Path) -> None:
+    toy.cut = [20] * module.ATTEMPTS
+    with pytest.raises(ZooError, match="connection was cut"):
+        download("toy", tmp_path)
+    assert not (tmp_path / "TOY").exists()
+    toy.asked.clear()
+    download("toy", tmp_path)
+    assert toy.asked[0] == f"bytes={20 * module.ATTEMPTS}-"
+
+
+def test_a_server_without_ranges_starts_anew(toy: Server, tmp_path: Path) -> None:
+    toy.cut, toy.ranges = [100], False
+    assert (download("toy", tmp_path) / "JPEGImages" / "a.jpg").read_bytes() == IMAGE
+
+
+def test_a_longer_part_than_the_file_is_thrown_away(toy: Server, tmp_path: Path) -> None:
+    work = tmp_path / "TOY.download"
+    work.mkdir()
+    (work / "toy.tar.gz.part").write_bytes(b"x" * 100_000)
+    assert (download("toy", tmp_path) / "JPEGImages" / "a.jpg").read_bytes() == IMAGE
+
+
+def test_a_wrong_checksum_leaves_no_dataset(toy: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = Part(f"{toy.url}/toy.tar.gz", "toy.tar.gz", checksum=f"sha256:{'0' * 64}")
+    monkeypatch.setitem(SOURCES, "toy", ("TOY", [part]))
+    with pytest.raises(ZooError, match=f"sha256 {hashlib.sha256(toy.files['/toy.tar.gz']).hexdigest()}, expected 0000"):
+        download("toy", tmp_path)
+    assert not (tmp_path / "TOY").exists()
+    right = hashlib.md5(toy.files["/toy.tar.gz"]).hexdigest()
+    monkeypatch.setitem(SOURCES, "toy", ("TOY", [Part(part.url, part.file, checksum=f"md5:{right}")]))
+    assert download("toy", tmp_path).is_dir()
+
+
+def test_a_missing_file_is_one_error_that_says_what_to_put_where(toy: Server, tmp_path: Path) -> None:
+    del toy.files["/pairs?id=1"]
+    with pytest.raises(ZooError) as caught:
+        download("toy", tmp_path)
+    work = tmp_path / "TOY.download"
+    text = str(caught.value)
+    assert "404" in text and "\n" not in text
+    assert f"{toy.url}/pairs?id=1 to {work / 'trn.csv'}" in text
+    assert "toy.tar.gz to" not in text  # that one has come
+    (work / "trn.csv").write_bytes(b"by hand\n")
+    assert (download("toy", tmp_path) / "trn.csv").read_bytes() == b"by hand\n"
+
+
+def test_no_network_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/toy.tar.gz"
+        monkeypatch.setitem(SOURCES, "toy", ("TOY", [Part(url, "toy.tar.gz")]))
+        with pytest.raises(ZooError, match=rf"fetch {url} to .*TOY.download/toy.tar.gz, then run this again"):
+            download("toy", tmp_path)
+
+
+def test_a_web_page_is_not_taken_for_the_file(toy: Server, tmp_path: Path) -> None:
+    toy.kind = "text/html; charset=utf-8"
+    with pytest.raises(ZooError, match="web page"):
+        download("toy", tmp_path)
+    assert not (tmp_path / "TOY").exists()
+
+
+def test_an_archive_in_an_archive(toy: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy.files["/outer.zip"] = zipped({"outer/inner.tar.gz": tar({"Images/a.jpg": IMAGE}), "outer/other": b""})
+    part = Part(f"{toy.url}/outer.zip", "outer.zip", inner="outer/inner.tar.gz")
+    monkeypatch.setitem(SOURCES, "toy", ("TOY", [part]))
+    folder = download("toy", tmp_path)
+    assert (folder / "Images" / "a.jpg").read_bytes() == IMAGE
+    assert sorted(path.name for path in folder.iterdir()) == ["Images", "download.json"]
+
+
+def test_unknown_name_is_told_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ZooError, match="did you mean 'pfwillow'"):
+        download("pfwilow", tmp_path)
+
+
+@pytest.mark.parametrize("pack", [tar, zipped])
+@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/tmp/evil", "a/../evil"])
+def test_names_that_leave_the_folder(pack: type, name: str, tmp_path: Path) -> None:
+    (tmp_path / "bad").write_bytes(pack({"good": b"1", name: b"2"}))
+    with pytest.raises(ZooError, match="outside its folder"):
+        extract(tmp_path / "bad", tmp_path / "in" / "folder")
+    assert not list(tmp_path.rglob("evil"))
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+def test_links_and_devices(kind: bytes, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "bad.tar", "w") as archive:
+        info = tarfile.TarInfo("link")
+        info.type, info.linkname = kind, "/etc/passwd"
+        archive.addfile(info)
+    with pytest.raises(ZooError, match="link or device 'link'"):
+        extract(tmp_path / "bad.tar", tmp_path / "folder")
+    assert not (tmp_path / "folder" / "link").exists()
+
+
+def test_links_in_a_zip(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
+        info = zipfile.ZipInfo("link")
+        info.external_attr = 0o120777 << 16
+        archive.writestr(info, "/etc/passwd")
+    with pytest.raises(ZooError, match="link or device"):
+        extract(tmp_path / "bad.zip", tmp_path / "folder")
+
+
+@pytest.mark.parametrize("pack", [tar, zipped])
+def test_a_bomb_stops_at_the_limit(pack: type, tmp_path: Path) -> None:
+    (tmp_path / "bomb").write_bytes(pack({"a": bytes(600), "b": bytes(600)}))
+    with pytest.raises(ZooError, match="more than 1000 bytes"):
+        extract(tmp_path / "bomb", tmp_path / "folder", limit=1000)
+    extract(tmp_path / "bomb", tmp_path / "enough", limit=1200)
+    assert (tmp_path / "enough" / "b").stat().st_size == 600
+
+
+@pytest.mark.parametrize("content", [b"no archive", tar({"a": IMAGE})[:60], gzip.compress(b"not a tar"), b""])
+def test_damaged_archives(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "bad.tar.gz").write_bytes(content)
+    with pytest.raises(ZooError, match="cannot unpack"):
+        extract(tmp_path / "bad.tar.gz", tmp_path / "folder")
+
+
+def test_a_damaged_download_leaves_no_dataset(toy: Server, tmp_path: Path) -> None:
+    toy.files["/toy.tar.gz"] = toy.files["/toy.tar.gz"][:80]
+    with pytest.raises(ZooError, match=r"cannot unpack .*toy.tar.gz"):
+        download("toy", tmp_path)
+    assert not (tmp_path / "TOY").exists()
+
+
+def test_junk_is_left_out_and_the_prefix_dropped(tmp_path: Path) -> None:
+    members = {"Top/x/a": b"1", "__MACOSX/Top/x/._a": b"2", "Top/.DS_Store": b"3", "other/b": b"4", "./Top/c": b"5"}
+    (tmp_path / "a.zip").write_bytes(zipped(members))
+    extract(tmp_path / "a.zip", tmp_path / "folder", prefix="Top/")
+    found = {
+        path.relative_to(tmp_path / "folder").as_posix() for path in (tmp_path / "folder").rglob("*") if path.is_file()
+    }
+    assert found == {"x/a", "other/b", "c"}
+
+
+def test_every_source_is_complete() -> None:
+    for folder, parts in SOURCES.values():
+        assert folder and len({part.file for part in parts}) == len(parts)
+        for part in parts:
+            assert part.url.startswith("https://")
+            assert part.file.endswith((".csv", ".zip", ".tar.gz"))
