@@ -198,7 +198,8 @@ def describe_run(trainer: Trainer, module: "Matcher", dataset: str, metric: PCK)
         "split": "test",
         "pairs": len(metric.rows()),
         "resolution": data.hparams.size if data else None,
-        "protocol": metric.protocol.name,
+        "protocol": str(metric.protocol),
+        "flaw": metric.protocol.flaw,
         "alphas": list(metric.alphas),
         "params_backbone": backbone,
         "params_head": sum(p.numel() for p in module.parameters()) - backbone,
@@ -217,15 +218,16 @@ def describe_run(trainer: Trainer, module: "Matcher", dataset: str, metric: PCK)
 
 def breakdown_table(name: str, metric: PCK, values: dict[str, float], breakdown: dict[str, Any]) -> Table:
     """PCK by category and over all pairs, for a terminal."""
-    table = Table(title=f"{name}: PCK, {metric.protocol.name}, mean over pairs (%)")
-    table.add_column("category")
-    table.add_column("pairs", justify="right")
-    for alpha in metric.alphas:
-        table.add_column(f"@{alpha:.2f}", justify="right")
+    average = metric.protocol.averages[0]
+    table = Table(title=f"PCK on {name} (%), {metric.protocol}, average per {average}")
+    for column in ("category", "pairs", *(f"@{alpha:g}" for alpha in metric.alphas)):
+        table.add_column(column, justify="left" if column == "category" else "right")
+    within = "point" if "point" in average else "image"
     for category, row in breakdown["category"].items():
-        table.add_row(category, str(row["pairs"]), *(f"{v:.1f}" for v in row["pck"]))
+        table.add_row(category, str(row["pairs"]), *(f"{row[f'pck@{a:g}/{within}']:.1f}" for a in metric.alphas))
     table.add_section()
-    table.add_row("all", str(len(metric.rows())), *(f"{values[f'pck@{a:.2f}']:.1f}" for a in metric.alphas))
+    pairs = sum(row["pairs"] for row in breakdown["category"].values())
+    table.add_row("all", str(pairs), *(f"{values[f'pck@{a:g}']:.1f}" for a in metric.alphas))
     return table
 
 

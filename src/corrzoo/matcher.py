@@ -213,9 +213,7 @@ class Matcher(LightningModule, ABC):
         datasets = [loader.dataset for loader in loaders]
         self._dataset_names = [dataset.name for dataset in datasets]
         self._metrics = [
-            PCK(self._protocol_for(dataset.threshold), alphas=self.hparams.alphas, categories=dataset.categories).to(
-                self.device
-            )
+            PCK(self._protocol_for(dataset.threshold), self.hparams.alphas, dataset.categories).to(self.device)
             for dataset in datasets
         ]
         self._cache.clear()

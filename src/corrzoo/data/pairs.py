@@ -45,6 +45,8 @@ class PairDataset(Dataset[Pair], ABC):
     folder: ClassVar[str] = ""
     """The dataset's own folder under root; empty when it has no files."""
     splits: ClassVar[tuple[str, ...]]
+    threshold: ClassVar[str] = "bbox"
+    """The kind of PCK threshold that is customary for the dataset."""
     categories: list[str]
     images: list[Path]
     """The image files by image number; empty when images are rendered."""

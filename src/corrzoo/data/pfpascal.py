@@ -30,6 +30,7 @@ class PFPascal(FolderDataset):
     folder = "PF-PASCAL"
     holds = "JPEGImages and Annotations (or the authors' PF-dataset-PASCAL with both) and {trn,val,test}_pairs.csv"
     splits = ("trn", "val", "test")
+    threshold = "img"
     categories = CATEGORIES
 
     def sources(self) -> list[Path]:

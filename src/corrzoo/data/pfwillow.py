@@ -27,6 +27,7 @@ class PFWillow(FolderDataset):
     folder = "PF-WILLOW"
     holds = "the folders car(G) to winebottle(woC) with .mat files or beside test_pairs.csv"
     splits = ("test",)
+    threshold = "bbox-kp"
     categories = CATEGORIES
 
     def sources(self) -> list[Path]:

@@ -1,0 +1,129 @@
+"""The Baseline against its equations written again as plain loops."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import corrzoo
+from corrzoo.geometry import transfer
+from corrzoo.types import Features
+
+TINY = dict(backbone="timm/test_vit.r160_in1k", weights="random")
+READOUTS = ["kernel", "soft", "window", "argmax"]
+
+
+def head(**options):
+    return corrzoo.create_matcher("Baseline", **{**TINY, **options}).double().eval()
+
+
+def features(grid, channels=5, seed=0, stride=8):
+    g = torch.Generator().manual_seed(seed)
+    h, w = grid
+    image = torch.zeros(1, 3, h * stride, w * stride, dtype=torch.float64)
+    return Features(image, [torch.randn(1, channels, h, w, generator=g, dtype=torch.float64)])
+
+
+def position_by_loops(scores, readout, temperature, sigma, radius):
+    """Scores of one source cell, {(row, column): score}, to a position in target cells (x, y), cell c's centre at c + .5."""
+    best = max(sorted(scores), key=lambda cell: scores[cell])
+    if readout == "argmax":
+        return best[1] + 0.5, best[0] + 0.5
+    weights = {}
+    for (r, c), s in scores.items():
+        if readout == "kernel":
+            s = s * math.exp(-((r - best[0]) ** 2 + (c - best[1]) ** 2) / (2 * sigma**2))
+        if readout == "window" and max(abs(r - best[0]), abs(c - best[1])) > radius:
+            continue
+        weights[r, c] = math.exp(s / temperature)
+    total = sum(weights.values())
+    return (
+        sum(p * (c + 0.5) for (_, c), p in weights.items()) / total,
+        sum(p * (r + 0.5) for (r, _), p in weights.items()) / total,
+    )
+
+
+def cosine(a, b):
+    return float(a @ b / (a.norm() * b.norm()))
+
+
+@pytest.mark.parametrize("mutual", [False, True])
+@pytest.mark.parametrize("readout", READOUTS)
+def test_flow_equals_the_equations_in_loops(readout, mutual):
+    (h, w), (h2, w2), stride = (3, 4), (3, 4), 8
+    model = head(readout=readout, sigma=1.3, radius=1, mutual=mutual, temperature=0.07)
+    src, trg = features((h, w)), features((h2, w2), seed=1)
+    flow = model.match(src, trg).flow
+    s, t = src.maps[0][0], trg.maps[0][0]
+    corr = {
+        (a, b): {(r, c): cosine(s[:, a, b], t[:, r, c]) for r in range(h2) for c in range(w2)}
+        for a in range(h)
+        for b in range(w)
+    }
+    for (a, b), row in corr.items():
+        scores = row
+        if mutual:
+            relu = {cell: max(v, 0) for cell, v in row.items()}
+            column_best = {cell: max(corr[q][cell] for q in corr) for cell in row}
+            scores = {
+                cell: v * (v / max(relu.values())) * (v / column_best[cell]) if column_best[cell] > 0 else 0.0
+                for cell, v in relu.items()
+            }
+        x, y = position_by_loops(scores, readout, 0.07, 1.3, 1)
+        expected = torch.tensor([(x - b - 0.5) * stride, (y - a - 0.5) * stride], dtype=torch.float64)
+        torch.testing.assert_close(flow[0, :, a, b], expected, atol=1e-6, rtol=1e-6)
+
+
+def test_the_default_kernel_is_a_quarter_of_the_grid():
+    src, trg = features((4, 8)), features((4, 8), seed=1)
+    torch.testing.assert_close(head(sigma=2.0).match(src, trg).flow, head().match(src, trg).flow)
+
+
+@pytest.mark.parametrize("readout", [*READOUTS, "identity"])
+@pytest.mark.parametrize("mutual", [False, True])
+def test_single_points_are_answered_like_the_dense_flow(readout, mutual):
+    model = head(readout=readout, mutual=mutual)
+    src, trg = features((5, 7)), features((5, 7), seed=1)
+    points = torch.tensor([[[0.0, 0.0], [3.9, 4.0], [28.1, 19.7], [56.0, 40.0], [60.0, -3.0]]], dtype=torch.float64)
+    dense = transfer(points, model.match(src, trg).flow, (40, 56))
+    torch.testing.assert_close(model.match_points(src, trg, points), dense)
+
+
+def test_identity_answers_the_same_relative_position():
+    pair = corrzoo.create_dataset("synthetic", "", "test", size=64)[0]
+    model = head(readout="identity").float()
+    pair = corrzoo.data.PairDataset.collate([pair])
+    pred = model.predict_points(pair)
+    scale = pair.trg_size / 64
+    torch.testing.assert_close(pred, (pair.src_kps * scale.unsqueeze(1)).double())
+
+
+def test_an_image_matched_with_itself_stays_where_it_is():
+    src = features((6, 6), channels=64)
+    assert head(readout="argmax").match(src, src).flow.abs().max() < 1e-9
+    assert head(readout="window", temperature=0.01).match(src, src).flow.abs().max() < 1e-3
+
+
+def test_removing_the_mean_makes_a_common_component_harmless():
+    model = head(remove_mean=True, stride=8)
+    a = features((4, 4))
+    shifted = a._replace(maps=[a.maps[0] + torch.randn(1, 5, 1, 1, dtype=torch.float64)])
+    torch.testing.assert_close(model.prepare(a).maps[0], model.prepare(shifted).maps[0])
+
+
+def test_levels_are_brought_to_one_stride_and_weigh_the_same():
+    fine, coarse = features((4, 6)), features((2, 3), stride=16, seed=1)
+    both = fine._replace(maps=[fine.maps[0], 1000 * coarse.maps[0]])
+    out = head(stride=8).prepare(both).maps[0]
+    assert out.shape == (1, 10, 4, 6)
+    torch.testing.assert_close(out[:, :5], F.normalize(fine.maps[0], dim=1))
+    expected = F.interpolate(F.normalize(coarse.maps[0], dim=1), (4, 6), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(out[:, 5:], expected)
+
+
+def test_only_the_temperature_is_new_to_learn():
+    model = head()
+    own = [name for name, _ in model.named_parameters() if not name.startswith("backbone.")]
+    assert own == ["temperature"]
+    assert not head(learn_temperature=False).temperature.requires_grad

@@ -1,0 +1,101 @@
+"""What holds for every head, on tiny backbones."""
+
+import pytest
+import torch
+
+import corrzoo
+from corrzoo.data import PairDataset
+from corrzoo.types import ZooError
+
+VIT, CNN = "timm/test_vit.r160_in1k", "timm/test_resnet.r160_in1k"
+HEADS = corrzoo.list_heads()
+
+
+def build(head, backbone=VIT, **options):
+    torch.manual_seed(0)
+    return corrzoo.create_matcher(head, backbone=backbone, weights="random", **options)
+
+
+def batch(size=64, count=2):
+    dataset = corrzoo.create_dataset("synthetic", "", "test", size=size)
+    return PairDataset.collate([dataset[i] for i in range(count)])
+
+
+def step(model, pair):
+    loss = model.loss(model(pair.src_img, pair.trg_img), pair)
+    return loss["loss"] if isinstance(loss, dict) else loss
+
+
+@pytest.mark.parametrize("backbone", [VIT, CNN])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_step_reaches_every_parameter_that_trains(head, backbone):
+    model, pair = build(head, backbone), batch()
+    step(model, pair).backward()
+    without = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert not without
+
+
+@pytest.mark.parametrize("size", [(64, 96), (80, 48)])
+@pytest.mark.parametrize("head", HEADS)
+def test_sizes_that_are_not_square(head, size):
+    model, pair = build(head).eval(), batch(size, count=1)
+    match = model(pair.src_img, pair.trg_img)
+    assert match.flow.shape[:2] == (1, 2) and torch.isfinite(match.flow).all()
+    assert model.predict_points(pair).shape == pair.trg_kps.shape
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_size_that_the_patch_does_not_divide_is_refused(head):
+    with pytest.raises(ZooError, match="16"):
+        build(head)(torch.zeros(1, 3, 70, 70), torch.zeros(1, 3, 70, 70))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_half_precision_trains(head):
+    model, pair = build(head), batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = step(model, pair)
+    loss.backward()
+    assert torch.isfinite(loss) and loss.dtype == torch.float32
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_one_pair_is_overfitted(head):
+    model, pair = build(head, backbone=CNN, levels=[2, 3]), batch(count=1)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    metric = corrzoo.PCK("default:bbox", alphas=(0.1,))
+    for _ in range(150):
+        optimizer.zero_grad()
+        step(model, pair).backward()
+        optimizer.step()
+    metric.update(model.eval().predict_points(pair), pair)
+    assert metric.compute()["pck@0.1"] == 100
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_pair_without_keypoints_contributes_nothing(head):
+    model, pair = build(head).eval(), batch(count=2)
+    none = pair._replace(kps_mask=pair.kps_mask & torch.tensor([[True], [False]]))
+    one = type(pair)(*(field[:1] for field in pair))
+    torch.testing.assert_close(step(model, none), step(model, one))
+    empty = pair._replace(kps_mask=torch.zeros_like(pair.kps_mask))
+    loss = step(model, empty)
+    loss.backward()
+    assert loss == 0
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_pixels_and_normalised_images_are_the_same_to_forward(head):
+    model, pair = build(head).eval(), batch(count=1)
+    normalised = (model.backbone.normalise(i) for i in (pair.src_img, pair.trg_img))
+    torch.testing.assert_close(model(pair.src_img, pair.trg_img).flow, model(*normalised).flow)
+
+
+def test_an_unknown_head_or_option_names_the_nearest():
+    with pytest.raises(ZooError, match="did you mean 'Baseline'"):
+        corrzoo.create_matcher("Basline")
+    with pytest.raises(ZooError, match="did you mean 'stride'"):
+        corrzoo.create_matcher("Baseline", backbone=VIT, weights="random", strid=4)
+    with pytest.raises(ZooError, match="dinov2_b14"):
+        corrzoo.create_matcher("Baseline", backbone="dinov2_b")

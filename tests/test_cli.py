@@ -1,0 +1,168 @@
+"""The command line as a user meets it, in this process."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import corrzoo
+from corrzoo.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "zoo_configs"
+HEAD_CONFIGS = sorted(p for p in CONFIGS.glob("*.yaml") if p.name != "demo.yaml")
+TINY = [
+    "--model.backbone=timm/test_vit.r160_in1k",
+    "--model.weights=random",
+    "--model.levels=null",
+    "--data.size=64",
+    "--data.workers=0",
+    "--data.batch_size=4",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]
+FEW = ['--data.options={"synthetic": {"length": {"trn": 8, "val": 5, "test": 7}}}']
+DEMO = [f"--config={CONFIGS / 'demo.yaml'}"]
+BASELINE = [f"--config={CONFIGS / 'baseline.yaml'}"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def failing(capsys, *args):
+    """The one line that a failing command prints."""
+    with pytest.raises(SystemExit) as leaving:
+        main(list(args))
+    assert leaving.value.code not in (0, None)
+    said = leaving.value.code if isinstance(leaving.value.code, str) else capsys.readouterr().err
+    assert len(said.strip().splitlines()) == 1, said
+    return said
+
+
+@pytest.mark.parametrize("config", HEAD_CONFIGS, ids=lambda p: p.stem)
+def test_every_head_config_trains_on_synthetic_pairs(config, tmp_path):
+    main(["fit", f"--config={config}", *DEMO, *TINY, *FEW, "--trainer.fast_dev_run=true"])
+
+
+STACKED = [p for folder in ("backbone", "data", "trainer", "ablation") for p in (CONFIGS / folder).glob("*.yaml")]
+
+
+@pytest.mark.parametrize("config", STACKED, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_stacked_config_parses(config, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(["fit", *BASELINE, f"--config={config}", "--print_config"])
+    assert leaving.value.code in (0, None)
+    printed = yaml.safe_load(capsys.readouterr().out)
+    for key, value in _leaves(yaml.safe_load(config.read_text())):
+        node = printed
+        for part in key:
+            node = node[part]
+        if key[-1] != "class_path":
+            assert node == value, key
+
+
+def _leaves(node, path=()):
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _leaves(value, (*path, key))
+    else:
+        yield path, node
+
+
+def test_fit_validate_test_predict_and_reload(tmp_path, capsys):
+    main(["fit", *BASELINE, *DEMO, *TINY, *FEW])
+    printed = capsys.readouterr().out
+    assert "before" in printed and "after" in printed and "val/pck@0.1" in printed
+    (run,) = (tmp_path / "runs").glob("*/version_0")
+    assert (run / "matches-fit.png").stat().st_size > 10_000
+    checkpoint = run / "checkpoints" / "best.ckpt"
+    content = torch.load(checkpoint, weights_only=True)
+    assert content["head"] == "Baseline"
+
+    # the saved configuration is the run, and loads as it is
+    saved = [f"--config={run / 'config.yaml'}"]
+    main(["validate", *saved, f"--ckpt_path={checkpoint}"])
+    main(["test", *saved, f"--ckpt_path={checkpoint}"])
+    result = json.loads(next(tmp_path.glob("runs/*/version_*/results/synthetic.json")).read_text())
+    assert result["head"] == "Baseline" and result["pairs"] == 7 and result["protocol"] == "default:bbox"
+    assert result["checkpoint_sha256"] and result["params_head"] == 1
+    with next(tmp_path.glob("runs/*/version_*/results/synthetic.csv")).open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["index"]) for row in rows] == list(range(7))
+    mean = sum(float(row["pck@0.1"]) for row in rows) / 7
+    assert result["pck"]["pck@0.1"] == pytest.approx(mean)
+
+    main(["predict", *saved, f"--ckpt_path={checkpoint}"])
+    predictions = next(tmp_path.glob("runs/*/version_*/predictions/synthetic.csv"))
+    with predictions.open() as file:
+        assert len(list(csv.DictReader(file))) == sum(int(row["points"]) for row in rows)
+
+    # the same weights, read in Python
+    model = corrzoo.load(checkpoint)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, content["state_dict"][name])
+
+
+def test_a_checkpoint_does_not_silently_replace_the_model_asked_for(tmp_path, capsys):
+    main(["fit", *BASELINE, *DEMO, *TINY, *FEW, "--trainer.limit_train_batches=1", "--trainer.callbacks=null"])
+    (checkpoint,) = tmp_path.glob("runs/*/version_0/checkpoints/best.ckpt")
+    said = failing(capsys, "test", *BASELINE, *DEMO, *TINY, *FEW, "--model.stride=4", f"--ckpt_path={checkpoint}")
+    assert "stride=8" in said and "4" in said
+    # what only evaluation uses may differ
+    args = ["--model=Baseline", "--model.readout=argmax", *TINY, *FEW, "--data.test=[synthetic]"]
+    main(["test", *args, f"--ckpt_path={checkpoint}"])
+    results = [json.loads(p.read_text()) for p in tmp_path.glob("runs/*/version_*/results/synthetic.json")]
+    assert results[-1]["options"]["readout"] == "argmax"
+
+
+@pytest.mark.parametrize(
+    "args, expected",
+    [
+        (["fit", "--model=Basline"], "did you mean 'Baseline'"),
+        (["fot"], "did you mean 'fit'"),
+        (["fit", *BASELINE, "--model.strde=4"], "did you mean 'stride'"),
+        (["fit", *BASELINE, "--model.backbone=dinov2_b"], "did you mean 'dinov2_b14'"),
+        (["fit", *BASELINE, "--data.trian=synthetic"], "did you mean 'data.train'"),
+        (["fit", *BASELINE, "--data.train=spair"], "did you mean 'spair71k'"),
+        (["fit", *BASELINE, "--trainer.max_epoch=1"], "did you mean 'trainer.max_epochs'"),
+        (["fit", "--config=zoo_configs/basline.yaml"], "basline.yaml"),
+        (["fit"], "no head was given"),
+        (["test", *BASELINE, *DEMO, *TINY, "--ckpt_path=nowhere.ckpt"], "no checkpoint at nowhere.ckpt"),
+        (["test", *BASELINE, *DEMO, *TINY, "--model.protocol=cat"], "did you mean 'cats'"),
+        (["fit", *BASELINE, "--data.root=nowhere", "--data.download=false", *TINY], "nowhere/SPair-71k"),
+    ],
+)
+def test_a_mistake_gets_one_line_that_helps(args, expected, capsys):
+    assert expected in failing(capsys, *args)
+
+
+def test_a_checkpoint_from_a_stranger_is_not_run(tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return (Path("owned").touch, ())
+
+    torch.save({"state_dict": Evil()}, "evil.ckpt")
+    said = failing(capsys, "test", *BASELINE, *DEMO, *TINY, "--ckpt_path=evil.ckpt")
+    assert "refused" in said and not Path("owned").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_the_evaluation(tmp_path, capsys):
+    Path("file").touch()
+    said = failing(capsys, "test", *BASELINE, *DEMO, *TINY, *FEW, "--trainer.logger.init_args.save_dir=file")
+    assert "file" in said
+
+
+def test_loggers_by_flag(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    few = [*BASELINE, *DEMO, *TINY, *FEW, "--trainer.limit_train_batches=1"]
+    main(["fit", *few, f"--config={CONFIGS / 'trainer' / 'tensorboard.yaml'}"])
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+    main(["fit", *few, f"--config={CONFIGS / 'trainer' / 'wandb.yaml'}"])
+    assert list(tmp_path.rglob("offline-run-*"))
