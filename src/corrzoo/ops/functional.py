@@ -1,18 +1,21 @@
 """The public functions: arguments checked, precision settled, an implementation chosen."""
 
+import importlib.util
+import os
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from corrzoo.geometry import Size
-from corrzoo.ops import reference
+from corrzoo.ops import library, reference
 from corrzoo.ops.reference import Matches, Mutual
 from corrzoo.registry import nearest
 from corrzoo.types import ZooError
 
 Window = Literal["none", "argmax", "given", "crop"]
 Backend = Literal["auto", "torch", "triton"]
+BACKENDS = ("auto", "torch", "triton")
 WINDOWS = ("none", "argmax", "given", "crop")
 NEEDS = {"none": (), "argmax": ("sigma",), "given": ("sigma", "centre"), "crop": ("radius",)}
 
@@ -109,9 +112,17 @@ def match(
     """
     _check_features(src, trg)
     _check_window(src.shape[:2], trg.shape[1], trg_grid, temperature, window, sigma, radius, centre)
-    with _no_autocast(src):
-        scores = reference.correlation(src, trg, normalize)
-        return reference.readout(scores, trg_grid, temperature, window, sigma or 0.0, radius or 0, centre)
+    dtype = torch.promote_types(src.dtype, torch.float32)
+    temperature = torch.as_tensor(temperature, dtype=dtype, device=src.device)
+    centre = centre.to(dtype) if window == "given" and centre is not None else None
+    runs = _resolve(backend, src)
+    keep: int | torch.SymInt = 0
+    if runs == "torch" and recompute is not True and _wants_gradient(src, trg, temperature, centre):
+        keep = _points_to_keep(src.shape[0], src.shape[1], trg.shape[1], dtype) if recompute == "auto" else src.shape[1]
+    *matches, _ = library.match(
+        src, trg, temperature, centre, *trg_grid, window, sigma or 0.0, radius or 0, normalize, keep, runs
+    )
+    return Matches(*matches)
 
 
 def mutual(src: Tensor, trg: Tensor, normalize: bool = True, backend: Backend = "auto") -> Mutual:
@@ -130,8 +141,13 @@ def mutual(src: Tensor, trg: Tensor, normalize: bool = True, backend: Backend = 
         ZooError: when the shapes do not fit, something is empty, or the backend cannot serve.
     """
     _check_features(src, trg)
-    with _no_autocast(src):
-        return reference.mutual(src, trg, normalize)
+    out = Mutual(*library.mutual(src.detach(), trg.detach(), normalize, _resolve(backend, src)))
+    if not _wants_gradient(src, trg):
+        return out
+    f, g = reference.unit(src, normalize), reference.unit(trg, normalize)
+    row_max = (f * _take(g, out.row_argmax)).sum(-1)
+    col_max = (_take(f, out.col_argmax) * g).sum(-1)
+    return out._replace(row_max=row_max, col_max=col_max)
 
 
 def local_correlation(
@@ -159,8 +175,53 @@ def local_correlation(
     _check_features(src, trg.flatten(2).mT)
     _check_radius(radius)
     _check_centre(centre, src.shape[:2])
-    with _no_autocast(src):
-        return reference.local_correlation(src, trg, centre, radius, normalize)
+    f = reference.unit(src, normalize)
+    g = reference.unit(trg.movedim(1, -1), normalize).contiguous()
+    centre = centre.to(f.dtype) - 0.5  # now a cell's own centre is at its index
+    corner = centre.detach().floor()
+    scores = library.patch_scores(f, g, corner.long() - radius, 2 * radius + 2, _resolve(backend, src))
+    scores = scores.unflatten(-1, (2 * radius + 2, 2 * radius + 2))
+    # Offsets are whole cells, so all (2r + 1)² points lie at the same place between their four cells.
+    x, y = (centre - corner).unsqueeze(-2).unbind(-1)
+    scores = torch.lerp(scores[..., :-1], scores[..., 1:], x.unsqueeze(-1))
+    return torch.lerp(scores[..., :-1, :], scores[..., 1:, :], y.unsqueeze(-1)).flatten(2)
+
+
+def _resolve(backend: str, x: Tensor) -> str:
+    """The implementation that runs: "torch" or "triton"."""
+    if backend not in BACKENDS:
+        raise ZooError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    if backend == "torch" or (backend == "auto" and (x.device.type != "cuda" or x.dtype == torch.float64)):
+        return "torch"
+    available = importlib.util.find_spec("triton") is not None
+    if backend == "auto":
+        return "triton" if available else "torch"
+    if not available:
+        raise ZooError("backend='triton' needs the package triton: install it, or use backend='auto'")
+    if x.dtype == torch.float64:
+        raise ZooError("backend='triton' computes in float32, got float64: use backend='torch'")
+    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ZooError(f"backend='triton' needs CUDA tensors, got {x.device}: use backend='torch' or 'auto'")
+    return "triton"
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _points_to_keep(batch: int, points: int, cells: int, dtype: torch.dtype) -> int | torch.SymInt:
+    """Of how many points of each item the logits are kept for the backward.
+
+    Our choice: all of a volume up to 32 MB, half of a larger one up to 256 MB. Computing a score again costs a third
+    of its backward, so half a volume buys most of what a whole one does, and a large one is what the op is to avoid.
+    """
+    row = batch * cells * dtype.itemsize
+    return torch.sym_min(points, torch.sym_max(32 * 2**20 // row, torch.sym_min(points // 2, 256 * 2**20 // row)))
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of x (B, n, C) by index (B, m) -> (B, m, C)."""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
 
 
 def _no_autocast(x: Tensor) -> torch.autocast:
