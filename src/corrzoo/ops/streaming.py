@@ -170,9 +170,9 @@ def match_backward(
         if needs[1]:
             dtrg[at[0]].baddbmm_(d.mT, scores.points(at))
     if needs[0] and scores.src_scale is not None:
-        _across_(dsrc.mul_(scores.src_scale), src, scores.src_scale)
+        across_(dsrc.mul_(scores.src_scale), src, scores.src_scale)
     if needs[1] and scores.trg_scale is not None:
-        _across_(dtrg, trg, scores.trg_scale.mT)
+        across_(dtrg, trg, scores.trg_scale.mT)
     return dsrc.to(src.dtype), dtrg.to(trg.dtype), dtemperature, dcentre
 
 
@@ -237,7 +237,7 @@ def _logit_factors(grads: Grads, matches: Matches, at: Piece, z: Tensor, x: Tens
     return out
 
 
-def _across_(grad: Tensor, x: Tensor, scale: Tensor) -> None:
+def across_(grad: Tensor, x: Tensor, scale: Tensor) -> None:
     """The gradient of unit features, times 1 / |x|, loses its part along x: that changes only the length of x."""
     along = torch.einsum("bnc,bnc->bn", full(x), grad).unsqueeze(-1)
     grad.addcmul_(full(x), along * scale.square(), value=-1)
