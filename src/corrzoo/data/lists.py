@@ -38,7 +38,8 @@ def read_mat(path: Path, key: str) -> NDArray:
         ZooError: when the file is missing, unreadable, or lacks the variable.
     """
     try:
-        return scipy.io.loadmat(path, variable_names=[key])[key]
+        with open(path, "rb") as file:
+            return scipy.io.loadmat(file, variable_names=[key])[key]
     except FileNotFoundError:
         raise ZooError(f"no annotation {path}: restore the file, or take its pairs off the list") from None
     except KeyError:

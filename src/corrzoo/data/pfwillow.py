@@ -11,7 +11,7 @@ from corrzoo.data.images import image_size
 from corrzoo.data.index import read_points
 from corrzoo.data.lists import read_list, read_mat
 from corrzoo.data.pairs import DATASETS, FolderDataset
-from corrzoo.types import Record, ZooError
+from corrzoo.types import Record
 
 CATEGORIES = [
     *("car(G)", "car(M)", "car(S)", "duck(S)", "motorbike(G)", "motorbike(M)", "motorbike(S)"),
@@ -31,34 +31,29 @@ class PFWillow(FolderDataset):
     categories = CATEGORIES
 
     def sources(self) -> list[Path]:
-        first = self.need(self.home / CATEGORIES[0], self.home / "PF-dataset" / CATEGORIES[0])
-        self._folders = {category: self.need(first.parent / category) for category in CATEGORIES}
+        self._images = self.need(self.home / CATEGORIES[0], self.home / "PF-dataset" / CATEGORIES[0]).parent
         lists = [self.home / "test_pairs.csv", self.home / "test_pairs_pf.csv"]
-        self._list = next((path for path in lists if path.is_file()), None)
-        return [*([self._list] if self._list else []), *self._folders.values()]
+        self._list = next(filter(Path.is_file, lists), None)
+        return [*filter(None, [self._list]), *(self.need(self._images / category) for category in CATEGORIES)]
 
     def read(self) -> Iterator[tuple[str, Record]]:
-        rows = self._read_list(self._list) if self._list else self._read_mats()
         size = cache(image_size)
-        for where, category, (src, src_kps), (trg, trg_kps) in rows:
-            yield where, Record(src, trg, src_kps, trg_kps, size(src), size(trg), category)
+        for where, src, trg, src_kps, trg_kps in self._read_list(self._list) if self._list else self._read_mats():
+            yield where, Record(src, trg, src_kps, trg_kps, size(src), size(trg), category=src.parent.name)
 
-    def _read_list(self, path: Path) -> Iterator[tuple[str, str, tuple[Path, Tensor], tuple[Path, Tensor]]]:
+    def _read_list(self, path: Path) -> Iterator[tuple[str, Path, Path, Tensor, Tensor]]:
         for where, row in read_list(path, 42):
-            categories = [PurePosixPath(cell).parent.name for cell in row[:2]]
-            for category in categories:
-                if category not in self._folders:
-                    raise ZooError(f"{where}: unknown category {category!r}: expected one of {', '.join(CATEGORIES)}")
-            src, trg = (self._folders[c] / PurePosixPath(cell).name for c, cell in zip(categories, row, strict=False))
+            src, trg = (self._images.joinpath(*PurePosixPath(cell).parts[-2:]) for cell in row[:2])
             src_kps = read_points(zip(row[2:12], row[12:22], strict=True), where)
             trg_kps = read_points(zip(row[22:32], row[32:42], strict=True), where)
-            yield where, categories[0], (src, src_kps), (trg, trg_kps)
+            yield where, src, trg, src_kps, trg_kps
 
-    def _read_mats(self) -> Iterator[tuple[str, str, tuple[Path, Tensor], tuple[Path, Tensor]]]:
-        for category, folder in self._folders.items():
-            images = []
-            for image in sorted(folder.glob("[!.]*.png")):
+    def _read_mats(self) -> Iterator[tuple[str, Path, Path, Tensor, Tensor]]:
+        """All ordered pairs of different images of a sub-class, by name: 10 x 9 of them in each of 10."""
+        for category in CATEGORIES:
+            kps = {}
+            for image in sorted((self._images / category).glob("[!.]*.png")):
                 path = image.with_suffix(".mat")
-                images.append((image, read_points(read_mat(path, "pts_coord").T, str(path))))
-            for src, trg in permutations(images, 2):
-                yield f"{src[0]} and {trg[0].name}", category, src, trg
+                kps[image] = read_points(read_mat(path, "pts_coord").T, str(path))
+            for src, trg in permutations(kps, 2):
+                yield f"{src} and {trg.name}", src, trg, kps[src], kps[trg]

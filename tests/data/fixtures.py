@@ -1,0 +1,193 @@
+"""Tiny datasets in every layout on disk that the readers know.
+
+Images are grey with a red square of 8 pixels around each keypoint, so that tests can see where a keypoint went.
+Each writer returns what it wrote, as plain Python, for tests to compare with.
+"""
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import scipy.io
+from PIL import Image
+
+SQUARE = 4
+"""Half the side of the square around a keypoint."""
+
+SPAIR_KPS = {  # image -> (size, keypoints); the squares do not overlap
+    "aeroplane/2008_000001.jpg": ((64, 48), [[10, 12], [30, 20], [50, 40]]),
+    "aeroplane/2008_000002.jpg": ((48, 60), [[8, 8], [24, 30], [40, 52]]),
+    "aeroplane/2008_000003.jpg": ((80, 40), [[12, 10], [40, 20], [70, 30]]),
+    "cat/2009_000004.jpg": ((50, 50), [[10, 10], [40, 40], [25, 25]]),
+    "cat/2009_000005.jpg": ((60, 44), [[15, 9], [45, 35], [30, 22]]),
+}
+
+
+def draw(path: Path, size: tuple[int, int], kps: Iterable[Sequence[float]] = ()) -> None:
+    """Write an image of size (w, h) with a red square around each keypoint that is a whole number."""
+    pixels = np.full((size[1], size[0], 3), 100, dtype=np.uint8)
+    for x, y in kps:
+        if np.isfinite([x, y]).all():
+            top, left = max(int(y) - SQUARE, 0), max(int(x) - SQUARE, 0)
+            pixels[top : int(y) + SQUARE, left : int(x) + SQUARE] = (255, 0, 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **({"quality": 95} if path.suffix == ".jpg" else {}))
+
+
+def spair_annotation(src: str, trg: str, number: int, n: int = 3) -> dict:
+    """The pair annotation of two images of SPAIR_KPS, with the first n keypoints."""
+    (src_size, src_kps), (trg_size, trg_kps) = SPAIR_KPS[src], SPAIR_KPS[trg]
+    category = src.split("/")[0]
+    return {
+        "pair_id": number,
+        "filename": f"{number:06d}-{Path(src).stem}-{Path(trg).stem}:{category}",
+        "src_imname": Path(src).name,
+        "trg_imname": Path(trg).name,
+        "src_imsize": [*src_size, 3],
+        "trg_imsize": [*trg_size, 3],
+        "src_bndbox": [1, 1, src_size[0], src_size[1] - number],
+        "trg_bndbox": [2, 1, trg_size[0], trg_size[1] - number],
+        "category": category,
+        "src_pose": "Left",
+        "trg_pose": "Frontal",
+        "src_kps": src_kps[:n],
+        "trg_kps": trg_kps[:n],
+        "kps_ids": [str(k) for k in range(n)],
+        "mirror": 0,
+        "viewpoint_variation": number % 3,
+        "scale_variation": 1,
+        "truncation": number % 4,
+        "occlusion": 3,
+    }
+
+
+def write_spair(root: Path, colon: str = ":") -> dict[str, list[dict]]:
+    """SPair-71k with 5 images: trn has 4 pairs (2 in the small layout), val 2, test 3. Returns them by split."""
+    home = root / "SPair-71k"
+    for name, (size, kps) in SPAIR_KPS.items():
+        draw(home / "JPEGImages" / name, size, kps)
+    planes, cats = list(SPAIR_KPS)[:3], list(SPAIR_KPS)[3:]
+    splits = {
+        "trn": [
+            (planes[0], planes[1], 1, 3),
+            (planes[1], planes[0], 2, 3),
+            (planes[0], planes[2], 5, 2),
+            (*cats, 7, 1),
+        ],
+        "val": [(planes[2], planes[1], 1, 2), (cats[1], cats[0], 3, 3)],
+        "test": [(planes[1], planes[2], 1, 3), (planes[2], planes[0], 2, 1), (*cats, 4, 2)],
+    }
+    written = {}
+    for split, pairs in splits.items():
+        written[split] = [spair_annotation(*pair) for pair in pairs]
+        names = [pair["filename"] for pair in written[split]]
+        for name, pair in zip(names, written[split], strict=True):
+            path = home / "PairAnnotation" / split / f"{name.replace(':', colon)}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(pair))
+        for layout, part in (("large", names), ("small", names[: len(names) // 2])):
+            path = home / "Layout" / layout / f"{split}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(f"{name}\n" for name in part))
+    return written
+
+
+NAN = float("nan")
+PASCAL_KPS = {  # image -> (category, size, keypoints of which some are absent, box)
+    "2008_000010": ("car", (60, 40), [[10, 10], [NAN, NAN], [30, 20], [50, 30]], [5, 5, 55, 35]),
+    "2009_000020": ("car", (50, 70), [[8, 10], [20, 20], [NAN, NAN], [40, 60]], [1, 2, 50, 70]),
+    "2010_000030": ("sofa", (64, 64), [[10, 10], [50, 50]], [3, 3, 60, 60]),
+    "2011_000040": ("sofa", (40, 64), [[6, 10], [30, 50]], [2, 4, 38, 60]),
+}
+PASCAL_PAIRS = [("2008_000010", "2009_000020"), ("2010_000030", "2011_000040")]
+PASCAL_NUMBERS = {"car": 7, "sofa": 18}
+
+
+def write_pfpascal(root: Path, layout: str = "hpf", mats: bool = True) -> None:
+    """PF-PASCAL with 2 pairs a split, and the same two mirrored in trn.
+
+    layout "hpf": as HPF bundles it; "official": the authors' archive and lists; "ncnet": with image_pairs/.
+    """
+    home = root / "PF-PASCAL"
+    inner = home if layout == "hpf" else home / "PF-dataset-PASCAL"
+    for stem, (category, size, kps, box) in PASCAL_KPS.items():
+        draw(inner / "JPEGImages" / f"{stem}.jpg", size, kps)
+        if mats:
+            path = inner / "Annotations" / category / f"{stem}.mat"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scipy.io.savemat(path, {"kps": np.array(kps, dtype=float), "bbox": np.array([box], dtype=np.uint16)})
+    pattern = {"hpf": "{}_pairs.csv", "official": "{}_pairs_pf_pascal.csv", "ncnet": "image_pairs/{}_pairs.csv"}[layout]
+    for split in ("trn" if layout == "hpf" else "train", "val", "test"):
+        rows = [
+            [f"PF-dataset-PASCAL/JPEGImages/{stem}.jpg" for stem in pair] + [PASCAL_NUMBERS[PASCAL_KPS[pair[0]][0]]]
+            for pair in PASCAL_PAIRS
+        ]
+        if split == "test":
+            header = ["source_image", "target_image", "class", "XA", "YA", "XB", "YB"]
+            for row, (src, trg) in zip(rows, PASCAL_PAIRS, strict=True):
+                both = np.hstack([PASCAL_KPS[src][2], PASCAL_KPS[trg][2]])
+                row += [";".join(map(str, column)) for column in both[np.isfinite(both).all(1)].T]
+        else:
+            header = ["source_image", "target_image", "class", "flip"]
+            rows = [[*row, flip] for flip in ((0, 1) if split in ("trn", "train") else (0,)) for row in rows]
+        _write_csv(home / pattern.format(split), header, rows)
+
+
+WILLOW = ["car(G)", "car(M)", "car(S)", "duck(S)", "motorbike(G)", "motorbike(M)", "motorbike(S)"]
+WILLOW += ["winebottle(M)", "winebottle(wC)", "winebottle(woC)"]
+
+
+def write_pfwillow(root: Path, lists: bool = True, mats: bool = True, inner: str = "") -> dict[str, np.ndarray]:
+    """PF-WILLOW with 2 images a sub-class, so 20 pairs. Returns each image's (2, 10) points by "<category>/<stem>".
+
+    inner "PF-dataset" puts the sub-classes where the authors' archive has them.
+    """
+    home, points = root / "PF-WILLOW", {}
+    random = np.random.default_rng(0)
+    for category in WILLOW:
+        for stem in ("a_001", "b_002"):
+            size = (40 + 2 * len(points), 50)
+            draw(home / inner / category / f"{stem}.png", size)
+            points[f"{category}/{stem}"] = random.uniform(1, 40, (2, 10))
+            if mats:
+                scipy.io.savemat(home / inner / category / f"{stem}.mat", {"pts_coord": points[f"{category}/{stem}"]})
+    if lists:
+        header = ["imageA", "imageB", *(f"{side}{k}" for side in ("XA", "YA", "XB", "YB") for k in range(1, 11))]
+        rows = [
+            [f"PF-dataset/{a}.png", f"PF-dataset/{b}.png", *points[a].ravel(), *points[b].ravel()]
+            for c in WILLOW
+            for a, b in ((f"{c}/a_001", f"{c}/b_002"), (f"{c}/b_002", f"{c}/a_001"))
+        ]
+        _write_csv(home / "test_pairs.csv", header, rows)
+    return points
+
+
+def write_caltech(root: Path) -> list[tuple[list[list[float]], list[list[float]]]]:
+    """Caltech-101 with 2 pairs; a vertex lies outside its image, and an image is grey. Returns the outlines."""
+    home = root / "Caltech-101"
+    images = home / "101_ObjectCategories"
+    draw(images / "Faces" / "image_0001.jpg", (50, 40))
+    draw(images / "Faces" / "image_0002.jpg", (60, 30))
+    draw(images / "yin_yang" / "image_0001.jpg", (44, 44))
+    Image.new("L", (30, 36), 77).save(images / "yin_yang" / "image_0002.jpg")
+    outlines = [
+        ([[1.5, 2], [40, 3], [20.25, 30]], [[-3, 1], [55, 2], [50, 25], [5, 28]]),
+        ([[4, 4], [40, 4], [40, 40], [4, 40]], [[3, 3], [25, 5], [10, 30]]),
+    ]
+    rows = [
+        [f"101_ObjectCategories/{category}/image_000{k}.jpg" for k in (1, 2)]
+        + [number]
+        + [",".join(map(str, column)) for outline in both for column in zip(*outline, strict=True)]
+        for category, number, both in zip(("Faces", "yin_yang"), (1, 101), outlines, strict=True)
+    ]
+    header = ["source", "target", "class", "XA", "YA", "XB", "YB"]
+    _write_csv(home / "test_pairs_caltech_with_category.csv", header, rows)
+    return outlines
+
+
+def _write_csv(path: Path, header: list, rows: list[list]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])

@@ -1,0 +1,145 @@
+"""The annotation cache: right after any change of the files, never trusted when damaged, never half-written."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fixtures import write_caltech, write_pfpascal, write_pfwillow, write_spair
+
+from corrzoo.data import create_dataset, index, spair
+from corrzoo.data.index import cache_folder
+from corrzoo.data.pairs import FolderDataset
+
+
+@pytest.fixture
+def parses(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A list that grows whenever annotations are parsed."""
+    calls: list[str] = []
+    original = spair.SPair71k.read
+
+    def read(self: FolderDataset) -> object:
+        calls.append(self.split)
+        return original(self)
+
+    monkeypatch.setattr(spair.SPair71k, "read", read)
+    return calls
+
+
+def annotation(root: Path) -> Path:
+    return sorted((root / "SPair-71k" / "PairAnnotation" / "trn").iterdir())[0]
+
+
+def test_parsed_once_and_the_same_from_the_cache(tmp_path: Path, parses: list[str]) -> None:
+    write_spair(tmp_path)
+    first, second = (create_dataset("spair71k", tmp_path, "trn") for _ in range(2))
+    assert parses == ["trn"]
+    for i in range(4):
+        assert repr(first.record(i)) == repr(second.record(i))
+    create_dataset("spair71k", tmp_path, "val")
+    create_dataset("spair71k", tmp_path, "trn", layout="small")
+    create_dataset("spair71k", tmp_path, "trn")
+    assert parses == ["trn", "val", "trn"]
+
+
+@pytest.mark.parametrize(
+    "write, name", [(write_pfpascal, "pfpascal"), (write_pfwillow, "pfwillow"), (write_caltech, "caltech101")]
+)
+def test_every_reader_survives_its_cache(tmp_path: Path, write: object, name: str) -> None:
+    write(tmp_path)
+    first, second = (create_dataset(name, tmp_path, "test") for _ in range(2))
+    assert [repr(first.record(i)) for i in range(len(first))] == [repr(second.record(i)) for i in range(len(second))]
+
+
+def test_a_changed_file_is_read_again(tmp_path: Path, parses: list[str]) -> None:
+    write_spair(tmp_path)
+    create_dataset("spair71k", tmp_path, "trn")
+    path = annotation(tmp_path)
+    before = path.stat()
+    path.write_text(path.read_text().replace("[10, 12]", "[11, 12]"))  # the same size
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert create_dataset("spair71k", tmp_path, "trn").record(0).src_kps[0].tolist() == [11, 12]
+    assert len(parses) == 2
+
+
+def test_an_added_and_a_removed_file_are_noticed(tmp_path: Path, parses: list[str]) -> None:
+    pair = write_spair(tmp_path)["trn"][0]
+    create_dataset("spair71k", tmp_path, "trn")
+    listing = tmp_path / "SPair-71k" / "Layout" / "large" / "trn.txt"
+    old, name = listing.read_text(), pair["filename"].replace("000001", "000099")
+    added = annotation(tmp_path).with_name(f"{name}.json")
+    added.write_text(json.dumps(pair))
+    listing.write_text(f"{old}{name}\n")
+    assert len(create_dataset("spair71k", tmp_path, "trn")) == 5
+    added.unlink()
+    listing.write_text(old)
+    assert len(create_dataset("spair71k", tmp_path, "trn")) == 4
+    assert len(parses) == 3
+
+
+@pytest.mark.parametrize("damage", ["empty", "garbage", "half", "flipped", "foreign"])
+def test_a_damaged_cache_is_made_anew_with_a_warning(tmp_path: Path, parses: list[str], damage: str) -> None:
+    write_spair(tmp_path)
+    create_dataset("spair71k", tmp_path, "trn")
+    (path,) = cache_folder().iterdir()
+    good = path.read_bytes()
+    at = good.index(np.float64(30).tobytes())  # a coordinate
+    path.write_bytes(
+        {
+            "empty": b"",
+            "garbage": b"not an archive" * 9,
+            "half": good[: len(good) // 2],
+            "flipped": good[:at] + b"\xff" + good[at + 1 :],
+            "foreign": good,
+        }[damage]
+    )
+    if damage == "foreign":
+        with open(path, "wb") as file:
+            np.savez(file, state=np.array(["?"], dtype=object))  # a pickle inside
+    with pytest.warns(UserWarning, match="damaged"):
+        dataset = create_dataset("spair71k", tmp_path, "trn")
+    assert dataset.record(0).src_kps.tolist() == [[10, 12], [30, 20], [50, 40]]
+    create_dataset("spair71k", tmp_path, "trn")
+    assert len(parses) == 2
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_spair(tmp_path)
+
+    def savez(path: Path, **_: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(index.np, "savez", savez)
+    with pytest.warns(UserWarning, match="disk full.*CORRZOO_CACHE"):
+        assert len(create_dataset("spair71k", tmp_path, "trn")) == 4
+    assert list(cache_folder().iterdir()) == []
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CORRZOO_CACHE", "/a")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
+    assert cache_folder() == Path("/a")
+    monkeypatch.delenv("CORRZOO_CACHE")
+    assert cache_folder() == Path("/b/corrzoo")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "corrzoo"
+
+
+def test_two_roots_have_two_caches(tmp_path: Path) -> None:
+    write_spair(tmp_path / "a")
+    write_spair(tmp_path / "b")
+    (tmp_path / "b" / "SPair-71k" / "Layout" / "large" / "trn.txt").write_text(f"{annotation(tmp_path / 'b').stem}\n")
+    for root, n in (("a", 4), ("b", 1), ("a", 4)):
+        assert len(create_dataset("spair71k", tmp_path / root, "trn")) == n
+    assert len(list(cache_folder().iterdir())) == 2
+
+
+def test_records_do_not_share_the_packed_arrays(tmp_path: Path) -> None:
+    write_spair(tmp_path)
+    dataset = create_dataset("spair71k", tmp_path, "trn")
+    dataset.record(0).src_kps.fill_(0)
+    dataset.record(0).src_box.fill_(0)
+    assert dataset.record(0).src_kps.tolist() == [[10, 12], [30, 20], [50, 40]]
+    assert dataset.record(0).src_box.tolist() == [1, 1, 64, 47]

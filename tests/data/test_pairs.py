@@ -1,0 +1,172 @@
+"""Samples: images and keypoints held together, batches, epochs, workers, and errors of create_dataset."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fixtures import SPAIR_KPS, draw, write_spair
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from corrzoo.data import PairDataset, create_dataset, list_datasets, pairs
+from corrzoo.types import Pair, ZooError
+
+
+def centres(image: torch.Tensor, near: torch.Tensor) -> list[list[float]]:
+    """Centre of mass of what is red in a (3, H, W) image, within half the keypoints' distance of each of `near`."""
+    _, H, W = image.shape
+    red = (image[0].double() - image[1].double()).clamp(min=0)
+    y, x = torch.meshgrid(torch.arange(H) + 0.5, torch.arange(W) + 0.5, indexing="ij")
+    owner = torch.cdist(torch.stack([x, y], -1).view(-1, 2), near.float()).argmin(1).view(H, W)
+    found = []
+    for k in range(len(near)):
+        mass = red * (owner == k)
+        found.append([float((mass * x).sum() / mass.sum()), float((mass * y).sum() / mass.sum())])
+    return found
+
+
+@pytest.mark.parametrize("size", [64, 97, (40, 120)])
+def test_keypoints_lie_on_what_was_drawn_there(tmp_path: Path, size: int | tuple[int, int]) -> None:
+    write_spair(tmp_path)
+    dataset = create_dataset("spair71k", tmp_path, "trn", size=size)
+    H, W = (size, size) if isinstance(size, int) else size
+    for i in range(2):
+        sample, record = dataset[i], dataset.record(i)
+        for side in ("src", "trg"):
+            image, kps = getattr(sample, f"{side}_img"), getattr(sample, f"{side}_kps")
+            assert image.shape == (3, H, W) and image.dtype == torch.uint8
+            assert np.allclose(centres(image, kps), kps, atol=0.35)  # JPEG's colour is coarse
+            w, h = getattr(record, f"{side}_size")
+            expected = [[x * W / w, y * H / h] for x, y in getattr(record, f"{side}_kps").tolist()]
+            assert np.allclose(kps, expected, atol=1e-4)
+            assert getattr(sample, f"{side}_size").tolist() == [w, h]
+        assert sample.kps_mask.dtype == torch.bool and sample.kps_mask.all()
+
+
+def test_collate_pads_to_the_longest(tmp_path: Path) -> None:
+    write_spair(tmp_path)
+    dataset = create_dataset("spair71k", tmp_path, "trn", size=32)
+    samples = [dataset[i] for i in range(4)]
+    batch = PairDataset.collate(samples)
+    assert batch.kps_mask.sum(1).tolist() == [3, 3, 2, 1] and batch.src_kps.shape == (4, 3, 2)
+    for i, sample in enumerate(samples):
+        n = len(sample.src_kps)
+        assert torch.equal(batch.src_kps[i, :n], sample.src_kps) and torch.equal(batch.trg_kps[i, :n], sample.trg_kps)
+        assert (batch.src_kps[i, n:] == 0).all() and not batch.kps_mask[i, n:].any()
+        for name in (
+            "src_img",
+            "trg_img",
+            "src_size",
+            "trg_box",
+            "index",
+            "category",
+            "difficulty",
+            "src_id",
+            "trg_id",
+        ):
+            assert torch.equal(getattr(batch, name)[i], getattr(sample, name))
+    assert [value.dtype for value in batch] == [value.dtype for value in samples[0]]
+
+
+def test_each_image_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_spair(tmp_path)
+    decoded: list[str] = []
+    original = pairs.read_rgb
+
+    def read(path: Path, size: tuple[int, int]) -> Image.Image:
+        decoded.append(path.name)
+        return original(path, size)
+
+    monkeypatch.setattr(pairs, "read_rgb", read)
+    dataset = create_dataset("spair71k", tmp_path, "trn", size=32)
+    for _ in range(2):
+        for i in range(len(dataset)):
+            dataset[i]
+    assert len(decoded) == len(set(decoded)) == len(dataset.images) == 5
+    decoded.clear()
+    dataset = create_dataset("spair71k", tmp_path, "trn", size=32, cache_mb=0)
+    for i in range(len(dataset)):
+        dataset[i]
+    assert len(decoded) == 8
+
+
+def jitter(sample: Pair, rng: torch.Generator) -> Pair:
+    sample.src_img.zero_()  # an augmentation may write into its sample
+    return sample._replace(src_kps=sample.src_kps + torch.rand((), generator=rng))
+
+
+def test_augmentation_depends_on_seed_epoch_and_pair_only(tmp_path: Path) -> None:
+    write_spair(tmp_path)
+    plain = create_dataset("spair71k", tmp_path, "trn", size=32)
+
+    def shifts(seed: int, epoch: int, workers: int = 0) -> list[float]:
+        dataset = create_dataset("spair71k", tmp_path, "trn", size=32, augment=jitter, seed=seed)
+        loader = DataLoader(dataset, None, num_workers=workers, persistent_workers=workers > 0)
+        if workers:
+            list(loader)  # the workers are running when the epoch changes
+        dataset.set_epoch(epoch)
+        samples = list(loader)
+        assert all(sample.src_id == sample.trg_id == -1 for sample in samples)
+        return [float((sample.src_kps - plain[i].src_kps).mean()) for i, sample in enumerate(samples)]
+
+    first = shifts(0, 0)
+    assert len({round(shift, 4) for shift in first}) == 4
+    assert shifts(0, 0) == first
+    for other in (shifts(1, 0), shifts(0, 1)):
+        assert all(abs(a - b) > 1e-4 for a, b in zip(first, other, strict=True))
+    assert shifts(0, 1, workers=2) == shifts(0, 1)
+    augmented = create_dataset("spair71k", tmp_path, "trn", size=32, augment=jitter)
+    assert torch.equal(augmented[0].trg_img, plain[0].trg_img) and torch.equal(augmented[1].trg_img, plain[1].trg_img)
+
+
+def test_dataset_survives_pickling_without_its_images(tmp_path: Path) -> None:
+    write_spair(tmp_path)
+    dataset = create_dataset("spair71k", tmp_path, "trn", size=256)
+    sample = dataset[0]
+    data = pickle.dumps(dataset)
+    assert len(data) < sample.src_img.nbytes
+    assert torch.equal(pickle.loads(data)[0].src_img, sample.src_img)
+
+
+def test_iteration_ends(tmp_path: Path) -> None:
+    write_spair(tmp_path)
+    dataset = create_dataset("spair71k", tmp_path, "trn", size=32)
+    assert [int(sample.index) for sample in dataset] == [0, 1, 2, 3]
+    for i in (4, -1):
+        with pytest.raises(IndexError):
+            dataset[i]
+
+
+def test_image_of_another_size_is_an_error(tmp_path: Path) -> None:
+    write_spair(tmp_path)
+    name = next(iter(SPAIR_KPS))
+    draw(tmp_path / "SPair-71k" / "JPEGImages" / name, (32, 24))
+    dataset = create_dataset("spair71k", tmp_path, "trn")
+    with pytest.raises(ZooError, match=r"2008_000001\.jpg is 32x24, but annotated as 64x48"):
+        dataset[0]
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (("spair", "trn", {}), "unknown dataset 'spair': did you mean 'spair71k'"),
+        (("spair71k", "tset", {}), "spair71k has no split 'tset': choose from trn, val, test"),
+        (("spair71k", "trn", {"size": 0}), "image size 0"),
+        (("spair71k", "trn", {"layuot": "small"}), "dataset 'spair71k' has no option 'layuot': did you mean 'layout'"),
+        (("spair71k", "trn", {"cachemb": 1}), "no option 'cachemb': did you mean 'cache_mb'"),
+    ],
+)
+def test_typos_get_one_line(tmp_path: Path, call: tuple, message: str) -> None:
+    write_spair(tmp_path)
+    name, split, options = call
+    with pytest.raises(ZooError, match=message) as error:
+        create_dataset(name, tmp_path, split, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_train_is_trn_and_the_list_is_complete(tmp_path: Path) -> None:
+    write_spair(tmp_path)
+    assert create_dataset("spair71k", tmp_path, "train").split == "trn"
+    assert {"spair71k", "pfpascal", "pfwillow", "caltech101"} <= set(list_datasets())
