@@ -1,0 +1,363 @@
+"""PCK and label transfer, of one pair (`score`, `polygon_mask`, `warp_mask`) and of a benchmark over many processes.
+
+Everything is scored in float64 on the CPU: it is little work, and the numbers do not depend on the accelerator.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchmetrics
+from torch import Tensor
+
+from corrzoo.geometry import resize_points
+from corrzoo.protocols import AVERAGES, Protocol, Side, get_protocol
+from corrzoo.types import DIFFICULTIES, Pair, Record, ZooError, as_points
+
+ALPHAS = (0.05, 0.1, 0.15)
+"""The tolerances that most tables report."""
+
+
+def pck(
+    pred: Tensor,
+    gt: Tensor,
+    threshold: Tensor,
+    alphas: Sequence[float] = ALPHAS,
+    mask: Tensor | None = None,
+    compare: str = "<=",
+) -> Tensor:
+    """Fraction of correct keypoints of each pair, when points and thresholds are in one frame already.
+
+    Args:
+        pred: (..., n, 2) predicted points.
+        gt: (..., n, 2) annotated points.
+        threshold: (...) length L of each pair.
+        alphas: A tolerances: a point is correct when its error is within alpha * L.
+        mask: (..., n) bool, which rows are keypoints; all when None.
+        compare: `<=` or `<`: whether an error of exactly alpha * L is correct.
+
+    Returns:
+        (..., A) float64 fractions.
+
+    Raises:
+        ZooError: when a pair has no keypoint, or a prediction is not finite.
+
+    >>> pck(torch.tensor([[3.0, 4.0], [0.0, 9.0]]), torch.zeros(2, 2), torch.tensor(100.0), (0.05, 0.1))
+    tensor([0.5000, 1.0000], dtype=torch.float64)
+    """
+    mask = torch.ones(pred.shape[:-1], dtype=torch.bool, device=pred.device) if mask is None else mask
+    n = mask.sum(-1, keepdim=True)
+    if (n == 0).any():
+        raise ZooError("a pair has no keypoints, so its PCK is not defined: leave it out")
+    return _within(pred, gt, threshold, alphas, mask, compare).sum(-2) / n.double()
+
+
+def score(
+    pred: Tensor, record: Record, protocol: str | Protocol = "default:bbox", alphas: Sequence[float] = ALPHAS
+) -> Tensor:
+    """PCK of one pair.
+
+    Args:
+        pred: (n, 2) predicted points in original pixels of the protocol's evaluated image, whatever frame it scores
+            in. That image is `get_protocol(protocol).evaluated`: trg, or src for CATs, NCNet and their kin.
+        record: The pair as annotated.
+        protocol: A preset with its threshold kind, see `list_protocols()`; or a Protocol.
+        alphas: A tolerances.
+
+    Returns:
+        (A,) float64 fractions.
+
+    Raises:
+        ZooError: for an unknown protocol, predictions of another shape than the keypoints or not finite, a record
+            without keypoints, or without the boxes that the protocol needs.
+    """
+    protocol, points, n = get_protocol(protocol), as_points(pred).cpu(), len(record.trg_kps)
+    if len(points) != n or n == 0:
+        raise ZooError(f"expected a prediction for each of the record's {n} keypoints (one or more), got {len(points)}")
+    src = _record_side(record.src_kps, record.src_size, record.src_box)
+    trg = _record_side(record.trg_kps, record.trg_size, record.trg_box)
+    hits = _hits(points[None], src, trg, torch.ones(1, n, dtype=torch.bool), protocol, alphas)
+    return hits[0].double().mean(0)
+
+
+def correct_points(pred: Tensor, pair: Pair, protocol: str | Protocol, alpha: float) -> Tensor:
+    """(B, K) bool, which predictions of a batch are correct, for pictures; arguments as for `PCK.update`."""
+    return _pair_hits(pred, pair, get_protocol(protocol), (alpha,))[..., 0]
+
+
+def _pair_hits(pred: Tensor, pair: Pair, protocol: Protocol, alphas: Sequence[float]) -> Tensor:
+    """(B, K, A) bool, for predictions (B, K, 2) in original pixels of the evaluated image."""
+    if pred.ndim != 3 or pred.shape != pair.trg_kps.shape:
+        raise ZooError(f"expected predictions of shape {tuple(pair.trg_kps.shape)}, got {tuple(pred.shape)}")
+    src = _pair_side(pair.src_img, pair.src_kps, pair.src_size, pair.src_box)
+    trg = _pair_side(pair.trg_img, pair.trg_kps, pair.trg_size, pair.trg_box)
+    return _hits(pred.detach().cpu().double(), src, trg, pair.kps_mask.cpu(), protocol, alphas)
+
+
+def _hits(pred: Tensor, src: Side, trg: Side, mask: Tensor, protocol: Protocol, alphas: Sequence[float]) -> Tensor:
+    """(B, K, A) bool, for points in original pixels."""
+    evaluated, query = (trg, src) if protocol.evaluated == "trg" else (src, trg)
+    gt = protocol.frame.points(evaluated.kps, evaluated.size, annotated=True)
+    pred = protocol.frame.points(pred, evaluated.size, annotated=False)
+    return _within(pred, gt, protocol.thresholds(evaluated, query, mask), alphas, mask, protocol.compare)
+
+
+def _within(pred: Tensor, gt: Tensor, threshold: Tensor, alphas: Sequence[float], mask: Tensor, compare: str) -> Tensor:
+    """(..., n, A) bool, for points and thresholds in one frame."""
+    bad = (~pred.isfinite().all(-1) & mask).nonzero()
+    if len(bad):
+        at = tuple(bad[0].tolist())
+        raise ZooError(f"the prediction at {list(at)} is {pred[at].tolist()}: expected a finite (x, y)")
+    dx, dy = (pred.double() - gt.double()).unbind(-1)
+    error = (dx**2 + dy**2).sqrt().unsqueeze(-1)  # (..., n, 1)
+    limit = (threshold.double().unsqueeze(-1) * error.new_tensor(alphas)).unsqueeze(-2)  # (..., 1, A)
+    hit = error <= limit if compare == "<=" else error < limit
+    return hit & mask.unsqueeze(-1)
+
+
+def _record_side(kps: Tensor, size: tuple[int, int], box: Tensor | None) -> Side:
+    box = torch.full((4,), torch.nan) if box is None else box
+    return Side(*(torch.as_tensor(part, dtype=torch.float64)[None] for part in (kps, size, box)))
+
+
+def _pair_side(img: Tensor, kps: Tensor, size: Tensor, box: Tensor) -> Side:
+    """One image of each pair of a batch, its keypoints back in original pixels."""
+    kps, size, box = kps.cpu().double(), size.cpu().double(), box.cpu().double()
+    points = resize_points(kps, size.new_tensor([img.shape[-1], img.shape[-2]]), size)
+    # The way to float32 network pixels and back moves an annotated integer by up to 1e-4 px, which would decide ties
+    # with integer predictions, and what VisualAI rounds down to: undo it.
+    whole = points.round()
+    return Side(torch.where((points - whole).abs() < 1e-3, whole, points), size, box)
+
+
+class _Rows(torchmetrics.Metric):
+    """int64 rows that start with the pair's index: collected over processes, each pair counted once, in index order."""
+
+    full_state_update = False
+    table: list[Tensor]
+
+    def __init__(self, width: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.width = width
+        self.add_state("table", [], dist_reduce_fx="cat")
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gather the rows of all processes (torchmetrics calls this)."""
+        if not len(self.table):  # torchmetrics would send a flat float tensor for a process that saw no pair
+            self.table = [torch.empty(0, self.width, dtype=torch.int64, device=self.device)]
+        super().sync(*args, **kwargs)
+
+    def _append(self, *columns: Tensor) -> None:
+        self.table.append(torch.cat(columns, dim=1).to(self.device))
+
+    def _distinct(self) -> Tensor:
+        """(N, width) on the CPU, one row an index: samplers pad a benchmark with repeats so that processes get alike
+        many. Whole rows are sorted, so that the outcome does not depend on who saw what when."""
+        parts = [self.table] if isinstance(self.table, Tensor) else self.table
+        if not sum(map(len, parts)):
+            raise ZooError(f"{type(self).__name__} has scored nothing yet: update() it with pairs that have keypoints")
+        rows = torch.cat([part.cpu() for part in parts]).unique(dim=0)
+        return rows[rows[:, 0].diff(prepend=rows[:1, 0] - 1) != 0]
+
+
+class PCK(_Rows):
+    """Percentage of correct keypoints over a benchmark.
+
+    `compute()` returns 0-d float64 tensors in percent, for each alpha (of which `pck@0.1` stands here):
+
+    - `pck@0.1`: what the protocol's authors report, one of the following four;
+    - `pck@0.1/image`: mean over pairs;
+    - `pck@0.1/point`: all correct points over all points;
+    - `pck@0.1/category`: mean over categories of their image average;
+    - `pck@0.1/category-point`: mean over categories of their point average.
+
+    Pairs without keypoints do not count; pairs seen twice (by their index) count once. `compute()`, `rows()` and
+    `breakdown()` are to be called by every process, give each the result over all, and raise when nothing was scored.
+
+    Args:
+        protocol: A preset with its threshold kind, see `list_protocols()`; or a Protocol.
+        alphas: Tolerances.
+        categories: The dataset's names for `Pair.category`; it stays a number when empty.
+        **kwargs: For torchmetrics.Metric.
+
+    Raises:
+        ZooError: for an unknown protocol.
+    """
+
+    def __init__(
+        self,
+        protocol: str | Protocol = "default:bbox",
+        alphas: Sequence[float] = ALPHAS,
+        categories: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(width=7 + len(alphas), **kwargs)  # index, category, 4 flags, points, hits
+        self.protocol, self.alphas, self.categories = get_protocol(protocol), tuple(alphas), tuple(categories)
+
+    def update(self, pred: Tensor, pair: Pair) -> None:
+        """Score a batch.
+
+        Args:
+            pred: (B, K, 2) predicted points in original pixels of the protocol's evaluated image; rows where
+                `pair.kps_mask` is False mean nothing. Where src is evaluated, predict with `pair.swapped()` and score
+                with `pair` itself.
+            pair: The batch, as the dataset gives it.
+
+        Raises:
+            ZooError: when shapes differ, a prediction is not finite, a category has no name, or boxes are missing.
+        """
+        if self.categories and pair.category.max() >= len(self.categories):
+            raise ZooError(f"category {int(pair.category.max())} has no name: PCK was given {len(self.categories)}")
+        mask = pair.kps_mask.cpu()
+        some = mask.any(1)
+        if not some.any():
+            return
+        hits = _pair_hits(pred, pair, self.protocol, self.alphas).sum(1)
+        points = mask.sum(1, keepdim=True)
+        columns = (pair.index[:, None], pair.category[:, None], pair.difficulty, points, hits)
+        self._append(*(column.cpu()[some] for column in columns))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Every average, see the class."""
+        table = self._distinct()
+        groups = [table[table[:, 1] == category] for category in table[:, 1].unique()]
+        per_category = torch.stack([_means(group) for group in groups]).mean(0)
+        averages = dict(zip(AVERAGES, [*_means(table), *per_category], strict=True))
+        named = {"": averages[self.protocol.averages[0]]} | {f"/{name}": average for name, average in averages.items()}
+        return {f"{key}{name}": value for name, values in named.items() for key, value in self._by_alpha(values)}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a pair, ordered by index: `index`, `category`, the flags of `DIFFICULTIES` (-1 where not annotated),
+        `points` (how many keypoints), and for each alpha `pck@0.1` in percent."""
+        with self.sync_context():
+            table = self._distinct()
+        return [
+            {"index": index, "category": self._category(category)}
+            | dict(zip(DIFFICULTIES, flags, strict=True))
+            | {"points": points}
+            | {key: value.item() for key, value in self._by_alpha(percent)}
+            for (index, category, *flags, points), percent in zip(table[:, :7].tolist(), _percent(table), strict=True)
+        ]
+
+    def breakdown(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Averages within groups of pairs.
+
+        Returns:
+            `{"category": {name: row}, "viewpoint": {"0": row, "1": row, "2": row, ">0": row}, "scale": ..., ...}`,
+            where a row has `pairs` and `points` (how many), and for each alpha `pck@0.1/image` and `pck@0.1/point` in
+            percent. Only groups with pairs are there, and pairs without the flag are in none of its groups. `0` and
+            `>0` are the two-valued form that Lucaosti reports.
+        """
+        with self.sync_context():
+            table = self._distinct()
+        category = table[:, 1]
+        out = {"category": {self._category(c): self._row(table[category == c]) for c in category.unique().tolist()}}
+        for name, flag in zip(DIFFICULTIES, table[:, 2:6].unbind(1), strict=True):
+            groups = {str(value): flag == value for value in flag[flag >= 0].unique().tolist()} | {">0": flag > 0}
+            out[name] = {group: self._row(table[members]) for group, members in groups.items() if members.any()}
+        return out
+
+    def _row(self, table: Tensor) -> dict[str, float]:
+        means = zip(("image", "point"), _means(table), strict=True)
+        values = {f"{key}/{name}": value.item() for name, mean in means for key, value in self._by_alpha(mean)}
+        return {"pairs": len(table), "points": int(table[:, 6].sum())} | values
+
+    def _by_alpha(self, values: Tensor) -> list[tuple[str, Tensor]]:
+        return [(f"pck@{alpha:g}", value) for alpha, value in zip(self.alphas, values, strict=True)]
+
+    def _category(self, number: int) -> str:
+        return self.categories[number] if self.categories else str(number)
+
+
+def _percent(table: Tensor) -> Tensor:
+    """(N, A) of each of PCK's rows."""
+    return 100 * (table[:, 7:].double() / table[:, 6:7])
+
+
+def _means(table: Tensor) -> Tensor:
+    """(2, A) percentages, over pairs and over points, of PCK's rows."""
+    return torch.stack([_percent(table).mean(0), 100 * table[:, 7:].sum(0).double() / table[:, 6].sum()])
+
+
+def polygon_mask(polygon: Tensor, size: tuple[int, int]) -> Tensor:
+    """Rasterise a polygon as skimage.draw.polygon does.
+
+    Pixel (row, column) is inside when the point (x, y) = (column, row) is inside by the even-odd rule, or lies on an
+    edge or a vertex. What is outside the image is cut off.
+
+    Args:
+        polygon: (n, 2) vertices, at least three; the last is joined to the first.
+        size: (w, h) of the image.
+
+    Returns:
+        (h, w) bool.
+
+    Raises:
+        ZooError: for fewer than three vertices, or one that is not finite.
+
+    >>> polygon_mask(torch.tensor([[1, 0], [3, 0], [1, 2]]), (4, 3)).int()
+    tensor([[0, 1, 1, 1],
+            [0, 1, 1, 0],
+            [0, 1, 0, 0]], dtype=torch.int32)
+    """
+    vertices = as_points(polygon).cpu()
+    if len(vertices) < 3 or not vertices.isfinite().all():
+        raise ZooError(f"a polygon needs three or more vertices with finite x and y, got {vertices.tolist()}")
+    x, y = torch.arange(size[0], dtype=torch.float64), torch.arange(size[1], dtype=torch.float64).unsqueeze(1)
+    inside = on_edge = torch.zeros(size[1], size[0], dtype=torch.bool)
+    for (x0, y0), (x1, y1) in zip(vertices.tolist(), vertices.roll(-1, 0).tolist(), strict=True):
+        side = (x1 - x0) * (y - y0) - (y1 - y0) * (x - x0)  # (h, w), zero on the edge's line
+        crossed_right = ((y0 <= y) != (y1 <= y)) & ((side > 0) == (y1 > y0))
+        within = (x >= min(x0, x1)) & (x <= max(x0, x1)) & (y >= min(y0, y1)) & (y <= max(y0, y1))
+        inside, on_edge = inside ^ crossed_right, on_edge | ((side == 0) & within)
+    return inside | on_edge
+
+
+def warp_mask(mask: Tensor, points: Tensor) -> Tensor:
+    """The source mask as the target sees it through a dense target -> source grid.
+
+    Args:
+        mask: (h, w) bool, of the source image.
+        points: (h', w', 2) for each target pixel its source position, in pixels of the source image (`geometry`).
+
+    Returns:
+        (h', w') bool: the mask read bilinearly, over one half. Outside the source image is background.
+    """
+    grid = 2 * points.cpu().double() / torch.tensor([mask.shape[1], mask.shape[0]]) - 1
+    read = F.grid_sample(mask.cpu().double()[None, None], grid[None], padding_mode="zeros", align_corners=False)
+    return read[0, 0] > 0.5
+
+
+class MaskTransfer(_Rows):
+    """LT-ACC and IoU of transferred object outlines (Caltech-101): means over pairs, in percent.
+
+    The field has two readings of the transferred mask, with different numbers: `polygon_mask` of the source outline's
+    transferred vertices (HPF with images of at most 300 px, DHPF at 240 x 240), and `warp_mask` of the source
+    outline's mask (WeakAlign and the papers that follow it). `compute()` returns `lt_acc`, the fraction of the target
+    image's pixels that are labelled rightly, and `iou`.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(width=5, **kwargs)  # index, pixels labelled rightly, all, in both masks, in either
+
+    def update(self, pred: Tensor, gt: Tensor, index: int) -> None:
+        """Score one pair.
+
+        Args:
+            pred: (h, w) bool, the source object's mask transferred to the target image.
+            gt: (h, w) bool, the target object's mask.
+            index: The pair's position in the benchmark.
+
+        Raises:
+            ZooError: when the shapes differ, or the target mask is empty.
+        """
+        if pred.shape != gt.shape or not gt.any():
+            raise ZooError(f"expected masks of one shape, the target's not empty: got {pred.shape} for {gt.shape}")
+        counts = (pred == gt).sum(), torch.tensor(gt.numel()), (pred & gt).sum(), (pred | gt).sum()
+        self._append(torch.tensor([[index, *map(int, counts)]]))
+
+    def compute(self) -> dict[str, Tensor]:
+        """`lt_acc` and `iou`, 0-d float64."""
+        right, pixels, both, either = self._distinct()[:, 1:].double().unbind(1)
+        return {"lt_acc": 100 * (right / pixels).mean(), "iou": 100 * (both / either).mean()}
