@@ -1,7 +1,7 @@
 """The op as Triton kernels: a GEMM over tiles of the correlation whose epilogue reduces each tile where it is made.
 
-Scores are <f_i, g_j> a_i b_j: features as they come, their products summed in float32, the inverse norms a and b applied
-to the sum. So half-precision features lose nothing by being normalised. Exponentials are to base 2.
+Scores are <f_i, g_j> a_i b_j: features as they come, their products summed in float32, the inverse norms a and b
+applied to the sum. So half-precision features lose nothing by being normalised. Logits are to base 2.
 
 Every kernel has a torch twin in `streaming`, which says what it computes; `launch` allocates and combines.
 """
@@ -13,12 +13,14 @@ PLAIN, GAUSSIAN, CROP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def _scores(
-    src, trg, a, b, item, rows, cols, N, M, C, src_b, src_n, src_c, trg_b, trg_m, trg_c,
-    TILE_N: tl.constexpr, TILE_M: tl.constexpr, TILE_C: tl.constexpr,
-    NORMALIZE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+def _products(
+    src, trg, item, rows, cols, N, M, C, src_b, src_n, src_c, trg_b, trg_m, trg_c,
+    TILE_N: tl.constexpr, TILE_M: tl.constexpr, TILE_C: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """(TILE_N, TILE_M) float32 scores of points `rows` and cells `cols`; 0 beyond N or M."""
+    """<f_i, g_j> of points `rows` and cells `cols` in two halves (TILE_N, TILE_M / 2); 0 beyond N or M.
+
+    Epilogues work on a half at a time because a whole tile and what they compute from it do not fit the registers.
+    """
     channels = tl.arange(0, TILE_C)
     src += item * src_b + rows[:, None] * src_n + channels[None, :] * src_c
     trg += item * trg_b + cols[None, :] * trg_m + channels[:, None] * trg_c
@@ -31,30 +33,46 @@ def _scores(
         out = tl.dot(f, g, out, input_precision=PRECISION)
         src += TILE_C * src_c
         trg += TILE_C * trg_c
+    return tl.split(tl.permute(tl.reshape(out, (TILE_N, 2, TILE_M // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _scores(products, a, b, item, cols, M, NORMALIZE: tl.constexpr):
+    """Scores from products; `a` are the rows' inverse norms, `b` points to the cells'."""
     if NORMALIZE:
-        out *= tl.load(a + item * N + rows, mask=rows < N, other=0.0)[:, None]
-        out *= tl.load(b + item * M + cols, mask=cols < M, other=0.0)[None, :]
-    return out
+        products *= a[:, None]
+        products *= tl.load(b + item * M + cols, mask=cols < M, other=0.0)[None, :]
+    return products
 
 
 @triton.jit
-def _first_best(scores, index, AXIS: tl.constexpr):
-    """Maximum along an axis and the lowest `index` that has it; a NaN counts, and comes back, as infinity."""
-    best = tl.max(scores, axis=AXIS)
-    at = tl.where(scores == tl.expand_dims(best, AXIS), index, 2147483647)
-    return best, tl.min(at, axis=AXIS)
+def _better(best, at, scores, cols, M):
+    """Row maxima (best, at) with another tile's scores (TILE_N, cells `cols`); a NaN counts as infinity."""
+    scores = tl.where(scores == scores, scores, float("inf"))
+    scores = tl.where((cols < M)[None, :], scores, float("-inf"))
+    tile = tl.max(scores, axis=1)
+    tile_at = tl.min(tl.where(scores == tile[:, None], cols[None, :], 2147483647), axis=1)
+    return tl.maximum(best, tile), tl.where(tile > best, tile_at, at)  # earlier cells win ties
 
 
 @triton.jit
-def _logits(scores, beta, dx, dy, extent, KIND: tl.constexpr):
-    """Logits (base 2) from scores, and what a score was multiplied with. `extent` is -log2(e) / (2 sigma²), or radius."""
-    factor = tl.zeros_like(scores) + beta
+def _factor(beta, cx, cy, cols, w, extent, KIND: tl.constexpr):
+    """What scores are multiplied with to be logits: beta, times the window; `extent` is log2(e) / (2 sigma²)."""
+    factor = beta
     if KIND == GAUSSIAN:
-        factor = beta * tl.exp2((dx * dx + dy * dy) * extent)
-    logits = scores * factor
+        dx, dy = (cols % w).to(tl.float32)[None, :] + 0.5 - cx, (cols // w).to(tl.float32)[None, :] + 0.5 - cy
+        factor = beta * tl.exp2(-(dx * dx + dy * dy) * extent)
+    return factor
+
+
+@triton.jit
+def _inside(cx, cy, cols, M, w, extent, KIND: tl.constexpr):
+    """Which cells count: those that exist and, of a crop, lie within the radius `extent`."""
+    inside = (cols < M)[None, :]
     if KIND == CROP:
-        logits = tl.where((tl.abs(dx) <= extent) & (tl.abs(dy) <= extent), logits, float("-inf"))
-    return logits, factor
+        dx, dy = (cols % w).to(tl.float32)[None, :] + 0.5 - cx, (cols // w).to(tl.float32)[None, :] + 0.5 - cy
+        inside = inside & (tl.abs(dx) <= extent) & (tl.abs(dy) <= extent)
+    return inside
 
 
 @triton.jit
@@ -67,23 +85,24 @@ def maxima(
     """Maxima of TILE_N rows over `span` columns, to row_* (B, N, splits); of columns to col_* (B, row tiles, M)."""
     item = tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
+    norms = tl.load(a + item * N + rows, mask=rows < N, other=0.0) if NORMALIZE else 0.0
     start = tl.program_id(1) * span
     best = tl.full((TILE_N,), float("-inf"), dtype=tl.float32)
     at = tl.full((TILE_N,), 2147483647, dtype=tl.int32)
     for first in range(start, tl.minimum(start + span, M), TILE_M):
-        cols = first + tl.arange(0, TILE_M)
-        s = _scores(src, trg, a, b, item, rows, cols, N, M, C, src_b, src_n, src_c, trg_b, trg_m, trg_c,
-                    TILE_N, TILE_M, TILE_C, NORMALIZE, PRECISION, UPCAST)  # fmt: skip
-        s = tl.where(s == s, s, float("inf"))
-        s = tl.where((rows < N)[:, None] & (cols < M)[None, :], s, float("-inf"))
-        tile_best, tile_at = _first_best(s, cols[None, :], 1)
-        at = tl.where(tile_best > best, tile_at, at)
-        best = tl.maximum(best, tile_best)
-        if COLUMNS:
-            col, row = _first_best(s, rows[:, None], 0)
-            to = (item * tl.num_programs(0) + tl.program_id(0)) * M + cols
-            tl.store(col_best + to, col, mask=cols < M)
-            tl.store(col_at + to, row, mask=cols < M)
+        halves = _products(src, trg, item, rows, first + tl.arange(0, TILE_M), N, M, C, src_b, src_n, src_c, trg_b,
+                           trg_m, trg_c, TILE_N, TILE_M, TILE_C, PRECISION, UPCAST)  # fmt: skip
+        for half in tl.static_range(2):
+            cols = first + half * (TILE_M // 2) + tl.arange(0, TILE_M // 2)
+            s = _scores(halves[half], norms, b, item, cols, M, NORMALIZE)
+            best, at = _better(best, at, s, cols, M)
+            if COLUMNS:
+                s = tl.where((rows < N)[:, None], tl.where(s == s, s, float("inf")), float("-inf"))
+                col = tl.max(s, axis=0)
+                to = (item * tl.num_programs(0) + tl.program_id(0)) * M + cols
+                tl.store(col_best + to, col, mask=cols < M)
+                row = tl.min(tl.where(s == col[None, :], rows[:, None], 2147483647), axis=0)
+                tl.store(col_at + to, row, mask=cols < M)
     to = (item * N + rows) * tl.num_programs(1) + tl.program_id(1)
     tl.store(row_best + to, best, mask=rows < N)
     tl.store(row_at + to, at, mask=rows < N)
@@ -102,40 +121,35 @@ def expectation(
     """
     item = tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
+    norms = tl.load(a + item * N + rows, mask=rows < N, other=0.0) if NORMALIZE else 0.0
     start = tl.program_id(1) * span
     beta = 1.4426950408889634 / tl.load(temperature)
-    if KIND != PLAIN:
+    if KIND == PLAIN:
+        cx, cy = 0.0, 0.0
+    else:
         cx = tl.load(centre + (item * N + rows) * 2, mask=rows < N, other=0.0)[:, None]
         cy = tl.load(centre + (item * N + rows) * 2 + 1, mask=rows < N, other=0.0)[:, None]
     top = tl.full((TILE_N,), float("-inf"), dtype=tl.float32)
     mass = tl.zeros((TILE_N,), dtype=tl.float32)
     sum_x, sum_y, sum_z = mass, mass, mass
-    best = top
-    at = tl.full((TILE_N,), 2147483647, dtype=tl.int32)
+    best, at = top, tl.full((TILE_N,), 2147483647, dtype=tl.int32)
     for first in range(start, tl.minimum(start + span, M), TILE_M):
-        cols = first + tl.arange(0, TILE_M)
-        s = _scores(src, trg, a, b, item, rows, cols, N, M, C, src_b, src_n, src_c, trg_b, trg_m, trg_c,
-                    TILE_N, TILE_M, TILE_C, NORMALIZE, PRECISION, UPCAST)  # fmt: skip
-        x, y = (cols % w).to(tl.float32)[None, :] + 0.5, (cols // w).to(tl.float32)[None, :] + 0.5
-        if KIND == PLAIN:
-            z = s * beta
-        else:
-            z, _ = _logits(s, beta, x - cx, y - cy, extent, KIND)
-        z = tl.where((cols < M)[None, :], z, float("-inf"))
-        if BEST:
-            s = tl.where(s == s, s, float("inf"))
-            tile_best, tile_at = _first_best(tl.where((cols < M)[None, :], s, float("-inf")), cols[None, :], 1)
-            at = tl.where(tile_best > best, tile_at, at)
-            best = tl.maximum(best, tile_best)
-        new = tl.maximum(top, tl.max(z, axis=1))
-        base = tl.where(new == float("-inf"), 0.0, new)
-        e = tl.exp2(z - base[:, None])
-        old = tl.exp2(top - base)
-        mass = mass * old + tl.sum(e, axis=1)
-        sum_x = sum_x * old + tl.sum(e * x, axis=1)
-        sum_y = sum_y * old + tl.sum(e * y, axis=1)
-        sum_z = sum_z * old + tl.sum(tl.where(e > 0, e * z, 0.0), axis=1)
-        top = new
+        halves = _products(src, trg, item, rows, first + tl.arange(0, TILE_M), N, M, C, src_b, src_n, src_c, trg_b,
+                           trg_m, trg_c, TILE_N, TILE_M, TILE_C, PRECISION, UPCAST)  # fmt: skip
+        for half in tl.static_range(2):
+            cols = first + half * (TILE_M // 2) + tl.arange(0, TILE_M // 2)
+            z = _scores(halves[half], norms, b, item, cols, M, NORMALIZE)
+            if BEST:
+                best, at = _better(best, at, z, cols, M)
+            z *= _factor(beta, cx, cy, cols, w, extent, KIND)
+            z = tl.where(_inside(cx, cy, cols, M, w, extent, KIND), z, -1e30)
+            old, top = top, tl.maximum(top, tl.max(z, axis=1))
+            old = tl.exp2(old - top)
+            e = tl.exp2(z - top[:, None])
+            mass = mass * old + tl.sum(e, axis=1)
+            sum_z = sum_z * old + tl.sum(e * z, axis=1)
+            sum_x = sum_x * old + tl.sum(e * ((cols % w).to(tl.float32) + 0.5)[None, :], axis=1)
+            sum_y = sum_y * old + tl.sum(e * ((cols // w).to(tl.float32) + 0.5)[None, :], axis=1)
     out += (item * N + rows) * tl.num_programs(1) + tl.program_id(1)
     tl.store(out, top, mask=rows < N)
     tl.store(out + plane, mass, mask=rows < N)
@@ -149,56 +163,53 @@ def expectation(
 
 @triton.jit
 def score_gradients(
-    src, trg, a, b, temperature, centre, argmax, xy, lse, entropy, dxy, dmax, dlse, dentropy, out, moments,
-    first_row, strip, N, M, C, w, src_b, src_n, src_c, trg_b, trg_m, trg_c, plane, extent,
+    src, trg, a, b, temperature, centre, argmax, rows_in, out, moments,
+    first_row, strip, N, M, C, w, src_b, src_n, src_c, trg_b, trg_m, trg_c, plane, moment_plane, extent,
     KIND: tl.constexpr, MOMENTS: tl.constexpr, TILE_N: tl.constexpr, TILE_M: tl.constexpr, TILE_C: tl.constexpr,
     NORMALIZE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the products <f_i, g_j> of rows first_row ... + strip, to out (B, strip, M), a tile a program.
 
-    `moments` (3, B, strip, column tiles), planes of size `plane`, gets the sums over a tile's columns of
-    u = dlogit * logit, u (x - cx) and u (y - cy): what the temperature and the centre need.
+    `rows_in` (6, B, N), planes of size `plane`, has what rows contribute: a logit's gradient is
+    p (x slope_x + y slope_y + offset - z slope_z), p = 2^(z - lse); a maximum's gradient goes to its cell.
+    `moments` (3, B, strip, 2 column tiles), planes of size `moment_plane`, gets the sums of u = dlogit * logit,
+    u (x - cx) and u (y - cy): what the temperature and the centre need.
     """
     item = tl.program_id(2).to(tl.int64)
     inner = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
     rows = first_row + inner
-    cols = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
+    first = tl.program_id(0) * TILE_M
+    halves = _products(src, trg, item, rows, first + tl.arange(0, TILE_M), N, M, C, src_b, src_n, src_c, trg_b,
+                       trg_m, trg_c, TILE_N, TILE_M, TILE_C, PRECISION, UPCAST)  # fmt: skip
     inside = inner < strip
     beta = 1.4426950408889634 / tl.load(temperature)
-    s = _scores(src, trg, a, b, item, rows, cols, N, M, C, src_b, src_n, src_c, trg_b, trg_m, trg_c,
-                TILE_N, TILE_M, TILE_C, NORMALIZE, PRECISION, UPCAST)  # fmt: skip
     point = item * N + rows
-    x, y = (cols % w).to(tl.float32)[None, :] + 0.5, (cols // w).to(tl.float32)[None, :] + 0.5
+    norms = tl.load(a + point, mask=inside, other=0.0) if NORMALIZE else 0.0
     cx = tl.load(centre + point * 2, mask=inside, other=0.0)[:, None]
     cy = tl.load(centre + point * 2 + 1, mask=inside, other=0.0)[:, None]
-    z, factor = _logits(s, beta, x - cx, y - cy, extent, KIND)
-    row_lse = tl.load(lse + point, mask=inside, other=0.0)[:, None]
-    p = tl.exp2(z - row_lse * 1.4426950408889634)
-    z = tl.where(p == 0, 0.0, z) * 0.6931471805599453
-    d = (x - tl.load(xy + point * 2, mask=inside, other=0.0)[:, None]) * tl.load(
-        dxy + point * 2, mask=inside, other=0.0
-    )[:, None]
-    d += (y - tl.load(xy + point * 2 + 1, mask=inside, other=0.0)[:, None]) * tl.load(
-        dxy + point * 2 + 1, mask=inside, other=0.0
-    )[:, None]
-    d += tl.load(dlse + point, mask=inside, other=0.0)[:, None]
-    row_entropy = tl.load(entropy + point, mask=inside, other=0.0)[:, None]
-    d -= tl.load(dentropy + point, mask=inside, other=0.0)[:, None] * (z - row_lse + row_entropy)
-    d *= p
-    if MOMENTS:
-        u = tl.where((cols < M)[None, :], d * z, 0.0)
-        to = moments + (item * strip + inner) * tl.num_programs(0) + tl.program_id(0)
-        tl.store(to, tl.sum(u, axis=1), mask=inside)
-        tl.store(to + plane, tl.sum(u * (x - cx), axis=1), mask=inside)
-        tl.store(to + 2 * plane, tl.sum(u * (y - cy), axis=1), mask=inside)
-    d *= factor * 0.6931471805599453
+    slope_x = tl.load(rows_in + point, mask=inside, other=0.0)[:, None]
+    slope_y = tl.load(rows_in + point + plane, mask=inside, other=0.0)[:, None]
+    slope_z = tl.load(rows_in + point + 2 * plane, mask=inside, other=0.0)[:, None]
+    offset = tl.load(rows_in + point + 3 * plane, mask=inside, other=0.0)[:, None]
+    lse = tl.load(rows_in + point + 4 * plane, mask=inside, other=0.0)[:, None]
+    dmax = tl.load(rows_in + point + 5 * plane, mask=inside, other=0.0)[:, None]
     best = tl.load(argmax + point, mask=inside, other=-1)[:, None]
-    d += tl.where(cols[None, :] == best, tl.load(dmax + point, mask=inside, other=0.0)[:, None], 0.0)
-    if NORMALIZE:
-        d *= tl.load(a + point, mask=inside, other=0.0)[:, None]
-        d *= tl.load(b + item * M + cols, mask=cols < M, other=0.0)[None, :]
-    to = out + (item * strip + inner[:, None]) * M + cols[None, :]
-    tl.store(to, d.to(out.dtype.element_ty), mask=inside[:, None] & (cols < M)[None, :])
+    for half in tl.static_range(2):
+        cols = first + half * (TILE_M // 2) + tl.arange(0, TILE_M // 2)
+        z = _scores(halves[half], norms, b, item, cols, M, NORMALIZE)
+        factor = _factor(beta, cx, cy, cols, w, extent, KIND)
+        z = tl.where(_inside(cx, cy, cols, M, w, extent, KIND), z * factor, -1e30)
+        dx, dy = (cols % w).to(tl.float32)[None, :] + 0.5 - cx, (cols // w).to(tl.float32)[None, :] + 0.5 - cy
+        d = (dx * slope_x + dy * slope_y + offset - z * slope_z) * tl.exp2(z - lse)
+        if MOMENTS:
+            u = d * z
+            to = moments + (item * strip + inner) * (2 * tl.num_programs(0)) + 2 * tl.program_id(0) + half
+            tl.store(to, tl.sum(u, axis=1), mask=inside)
+            tl.store(to + moment_plane, tl.sum(u * dx, axis=1), mask=inside)
+            tl.store(to + 2 * moment_plane, tl.sum(u * dy, axis=1), mask=inside)
+        d = _scores(d * factor + tl.where(cols[None, :] == best, dmax, 0.0), norms, b, item, cols, M, NORMALIZE)
+        to = out + (item * strip + inner[:, None]) * M + cols[None, :]
+        tl.store(to, d.to(out.dtype.element_ty), mask=inside[:, None] & (cols < M)[None, :])
 
 
 @triton.jit

@@ -52,7 +52,7 @@ class _Problem:
 
 
 def _extent(window: Window) -> float:
-    return float(window.radius) if window.kind == "crop" else -math.log2(math.e) / (2 * window.sigma**2 or 1.0)
+    return float(window.radius) if window.kind == "crop" else math.log2(math.e) / (2 * window.sigma**2 or 1.0)
 
 
 def _centre(window: Window, centre: Tensor | None, argmax: Tensor) -> Tensor:
@@ -133,10 +133,7 @@ def match_backward(
     problem = _Problem(src, trg, normalize)
     B, (N, M, _) = src.shape[0], problem.sizes
     centre = _centre(window, centre, matches.argmax)
-    incoming = [
-        torch.zeros_like(out) if g is None else g.float().contiguous()
-        for g, out in zip(grads, (matches.xy, matches.max, matches.lse, matches.entropy), strict=True)
-    ]
+    rows_in = _rows_in(grads, matches, centre)
     # Score gradients fall below what float16 can hold.
     dtype = torch.float32 if src.dtype == torch.float16 else src.dtype
     f, g = src.to(dtype), trg.to(dtype)
@@ -147,12 +144,11 @@ def match_backward(
     for items, points in pieces(B, range(N), M, STRIP // dtype.itemsize):
         b, r = items.stop - items.start, points.stop - points.start
         out = src.new_empty(b, r, M, dtype=dtype)
-        sums = src.new_empty((3, b, r, tiles) if needs[2] or needs[3] else 0, dtype=torch.float32)
+        sums = src.new_empty((3, b, r, 2 * tiles) if needs[2] or needs[3] else (0, 0), dtype=torch.float32)
         kernels.score_gradients[(tiles, math.ceil(r / problem.tiles["TILE_N"]), b)](
             src[items], trg[items], *(n[items] for n in problem.norms), temperature, centre[items],
-            *(matches.argmax[items], matches.xy[items], matches.lse[items], matches.entropy[items]),
-            *(x[items] for x in incoming), out, sums, points.start, r, *problem.sizes, window.grid[1],
-            *problem.strides, b * r * tiles, _extent(window),
+            matches.argmax[items], rows_in[:, items], out, sums, points.start, r, *problem.sizes, window.grid[1],
+            *problem.strides, B * N, sums.stride(0), _extent(window),
             KIND=KINDS[window.kind], MOMENTS=needs[2] or needs[3], **problem.options,
         )  # fmt: skip
         if needs[2] or needs[3]:
@@ -168,6 +164,17 @@ def match_backward(
     dtemperature = -moments[0].sum() / temperature if needs[2] else moments.new_empty(0)
     dcentre = moments[1:].movedim(0, -1) / window.sigma**2 if needs[3] else moments.new_empty(0)
     return dsrc.to(src.dtype), dtrg.to(trg.dtype), dtemperature, dcentre
+
+
+def _rows_in(grads: Grads, matches: Matches, centre: Tensor) -> Tensor:
+    """(6, B, N): what `kernels.score_gradients` needs of every row, positions as seen from the window's centre."""
+    zero = torch.zeros_like(matches.lse)
+    slopes = torch.zeros_like(matches.xy) if grads.xy is None else grads.xy.float()
+    dmax, dlse, dentropy = (zero if g is None else g.float() for g in grads[1:])
+    # dz_j / p_j = <dxy, v_j - xy> + dlse - dentropy (z_j - lse + entropy), here for z in units of log 2
+    offset = dlse + dentropy * (matches.lse - matches.entropy) - (slopes * (matches.xy - centre)).sum(-1)
+    factors = torch.stack([slopes[..., 0], slopes[..., 1], dentropy * math.log(2), offset]) * math.log(2)
+    return torch.cat([factors, (matches.lse / math.log(2)).unsqueeze(0), dmax.unsqueeze(0)])
 
 
 def _bmm(a: Tensor, b: Tensor) -> Tensor:
