@@ -162,6 +162,7 @@ def test_a_missing_file_is_one_error_that_says_what_to_put_where(toy: Server, tm
     assert "404" in text and "\n" not in text
     assert f"{toy.url}/pairs?id=1 to {work / 'trn.csv'}" in text
     assert "toy.tar.gz to" not in text  # that one has come
+    assert str(tmp_path / "TOY;") in text and "zoo_configs/demo.yaml" in text
     (work / "trn.csv").write_bytes(b"by hand\n")
     assert (download("toy", tmp_path) / "trn.csv").read_bytes() == b"by hand\n"
 

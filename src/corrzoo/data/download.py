@@ -111,18 +111,18 @@ def download(name: str, root: str | Path) -> Path:
     if folder.exists():
         return folder
     work = folder.with_name(folder.name + ".download")
-    work.mkdir(parents=True, exist_ok=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     try:
-        with Progress(
-            TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-        ) as progress:
+        work.mkdir(parents=True, exist_ok=True)
+        with Progress(*columns) as progress:
             for part in parts:
                 if not (work / part.file).exists():
                     _fetch(part.url, work / part.file, progress)
     except (OSError, HTTPException) as error:
         todo = " and ".join(f"{p.url} to {work / p.file}" for p in parts if not (work / p.file).exists())
         raise ZooError(
-            f"cannot download {name!r} ({error}): where there is a network, fetch {todo}, then run this again"
+            f"cannot download {name!r} ({error}): where there is a network, fetch {todo}, then run this again; "
+            f"or put the unpacked dataset at {folder}; or run without data by adding --config zoo_configs/demo.yaml"
         ) from error
     notes = [_verified(work / part.file, part) for part in parts]
     stage = work / "unpacked"
@@ -178,18 +178,19 @@ def _go_on(url: str, partial: Path, progress: Progress, task: TaskID) -> bool:
 def _verified(path: Path, part: Part) -> dict[str, str | int]:
     """What is to be remembered of a downloaded file: address, size, sha256."""
 
-    def digest(algorithm: str) -> str:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, algorithm).hexdigest()
-
     algorithm, _, expected = part.checksum.partition(":")
-    if expected and (found := digest(algorithm)) != expected:
+    if expected and (found := _digest(path, algorithm)) != expected:
         aside = path.replace(path.with_name(path.name + ".wrong"))
         raise ZooError(
             f"{path.name} from {part.url} has {algorithm} {found}, expected {expected}: "
             f"it was moved to {aside}, run this again to fetch it anew"
         )
-    return {"file": path.name, "url": part.url, "bytes": path.stat().st_size, "sha256": digest("sha256")}
+    return {"file": path.name, "url": part.url, "bytes": path.stat().st_size, "sha256": _digest(path, "sha256")}
+
+
+def _digest(path: Path, algorithm: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 def _place(path: Path, part: Part, stage: Path) -> None:

@@ -274,14 +274,14 @@ def _place(category: str, side: int, rng: Generator) -> View:
     )
 
 
-def render(view: View) -> Image.Image:
+def render(drawn: View) -> Image.Image:
     """The RGB image: clutter, the object with dark outlines, the occluder, light and grain."""
-    rng = np.random.default_rng(view.seed)
-    w, h = view.size
+    rng = np.random.default_rng(drawn.seed)
+    w, h = drawn.size
     image = _background(w, h, rng)
     draw, width = ImageDraw.Draw(image), max(2, round(0.02 * SHARP * min(w, h)))
     # Neighbours of one colour share their outline: limbs grow out of the body.
-    for colour, group in groupby([*view.shapes, *([view.occluder] if view.occluder else [])], key=itemgetter(1)):
+    for colour, group in groupby([*drawn.shapes, *filter(None, [drawn.occluder])], key=itemgetter(1)):
         outlines = [(SHARP * points).ravel().tolist() for points, _ in group]
         for outline in outlines:
             draw.line([*outline, *outline[:4]], shade(colour, 0.5), width)

@@ -155,14 +155,18 @@ def write_spair(
     for s, split in enumerate(LENGTHS):
         rng = np.random.default_rng([seed, s])
         pairs: list[dict[str, Any]] = []
-        for c, category in enumerate(OBJECTS):
-            stems = [f"2026_{s + 1}{c + 1}{k:04d}" for k in range(images_per_category)]
-            views = {stem: view(category, size, rng) for stem in stems}
-            for stem in stems:
-                _write_image(work, category, stem, views[stem])
-            chosen = rng.permutation(list(permutations(stems, 2)))
-            for src, trg in chosen[: len(range(c, pairs_per_split, len(OBJECTS)))].tolist():
-                pairs.append(_pair_annotation(len(pairs) + 1, category, src, trg, views[src], views[trg]))
+        for c, category in enumerate(CATEGORIES):
+            drawn = [view(category, size, rng) for _ in range(images_per_category)]
+            notes = [_note(category, f"2026_{s + 1}{c + 1}{k:04d}", v) for k, v in enumerate(drawn)]
+            for note, v in zip(notes, drawn, strict=True):
+                stem = Path(note["filename"]).stem
+                _write(work / "ImageAnnotation" / category / f"{stem}.json", json.dumps(note))
+                (work / "JPEGImages" / category).mkdir(parents=True, exist_ok=True)
+                render(v).save(work / "JPEGImages" / category / f"{stem}.jpg", quality=95)
+            chosen = rng.permutation(list(permutations(range(images_per_category), 2)))
+            for i, j in chosen[: len(range(c, pairs_per_split, len(CATEGORIES)))].tolist():
+                flags = difficulty(drawn[i], drawn[j]) | {"mirror": int(drawn[i].mirrored != drawn[j].mirrored)}
+                pairs.append(_pair_note(len(pairs) + 1, notes[i], notes[j], flags))
         for pair in pairs:
             _write(work / "PairAnnotation" / split / f"{pair['filename']}.json", json.dumps(pair))
         for layout, some in (("large", pairs), ("small", pairs[::5])):
@@ -176,65 +180,39 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _points(drawn: View) -> list[list[int]]:
-    """Keypoints in whole pixels inside the image, as SPair-71k's."""
-    return np.clip(np.rint(drawn.kps), 0, np.array(drawn.size) - 1).astype(int).tolist()
-
-
-def _box(drawn: View) -> list[int]:
-    """xyxy in whole pixels counted from 1, as PASCAL VOC's."""
-    return np.clip(np.rint(drawn.box), 1, np.tile(drawn.size, 2)).astype(int).tolist()
-
-
-def _pose(drawn: View) -> str:
-    return "Left" if drawn.mirrored else "Right"
-
-
-def _write_image(folder: Path, category: str, stem: str, drawn: View) -> None:
-    shown = {k: point for k, point in enumerate(_points(drawn)) if drawn.visible[k]}
-    annotation = {
+def _note(category: str, stem: str, drawn: View) -> dict[str, Any]:
+    """An ImageAnnotation. Keypoints are whole pixels inside the image, boxes are counted from 1 as PASCAL VOC's."""
+    w, h = drawn.size
+    kps = np.clip(np.rint(drawn.kps), 0, (w - 1, h - 1)).astype(int).tolist()
+    return {
         "filename": f"{stem}.jpg",
-        "src_database": "synthetic",
-        "src_annotation": "synthetic",
-        "src_image": "synthetic",
-        "image_width": drawn.size[0],
-        "image_height": drawn.size[1],
+        **dict.fromkeys(("src_database", "src_annotation", "src_image"), "synthetic"),
+        "image_width": w,
+        "image_height": h,
         "image_depth": 3,
         "category": category,
-        "pose": _pose(drawn),
+        "pose": "Left" if drawn.mirrored else "Right",
         "truncated": int(drawn.truncated),
         "occluded": int(drawn.occluder is not None),
         "difficult": 0,
-        "bndbox": _box(drawn),
-        "kps": {str(k): shown.get(k) for k in range(30)},
+        "bndbox": np.clip(np.rint(drawn.box), 1, (w, h, w, h)).astype(int).tolist(),
+        "kps": {str(k): kps[k] if k < len(kps) and drawn.visible[k] else None for k in range(30)},
         "azimuth_id": int((drawn.yaw + 180 * drawn.mirrored) // 45) % 8,
     }
-    _write(folder / "ImageAnnotation" / category / f"{stem}.json", json.dumps(annotation))
-    path = folder / "JPEGImages" / category / f"{stem}.jpg"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    render(drawn).save(path, quality=95)
 
 
-def _pair_annotation(number: int, category: str, src_stem: str, trg_stem: str, src: View, trg: View) -> dict[str, Any]:
-    flags, both = difficulty(src, trg), np.flatnonzero(src.visible & trg.visible).tolist()
-    return {
-        "pair_id": number,
-        "filename": f"{number:06d}-{src_stem}-{trg_stem}:{category}",
-        "src_imname": f"{src_stem}.jpg",
-        "trg_imname": f"{trg_stem}.jpg",
-        "src_imsize": [*src.size, 3],
-        "trg_imsize": [*trg.size, 3],
-        "src_bndbox": _box(src),
-        "trg_bndbox": _box(trg),
-        "category": category,
-        "src_pose": _pose(src),
-        "trg_pose": _pose(trg),
-        "src_kps": [_points(src)[k] for k in both],
-        "trg_kps": [_points(trg)[k] for k in both],
-        "kps_ids": [str(k) for k in both],
-        "mirror": int(src.mirrored != trg.mirrored),
-        "viewpoint_variation": flags["viewpoint"],
-        "scale_variation": flags["scale"],
-        "truncation": flags["truncation"],
-        "occlusion": flags["occlusion"],
-    }
+def _pair_note(number: int, src: dict[str, Any], trg: dict[str, Any], flags: dict[str, int]) -> dict[str, Any]:
+    """A PairAnnotation, from the annotations of its images."""
+    both = [k for k in src["kps"] if src["kps"][k] and trg["kps"][k]]
+    stems = "-".join(Path(note["filename"]).stem for note in (src, trg))
+    pair = {"pair_id": number, "filename": f"{number:06d}-{stems}:{src['category']}", "category": src["category"]}
+    for side, note in (("src", src), ("trg", trg)):
+        pair |= {
+            f"{side}_imname": note["filename"],
+            f"{side}_imsize": [note["image_width"], note["image_height"], 3],
+            f"{side}_bndbox": note["bndbox"],
+            f"{side}_pose": note["pose"],
+            f"{side}_kps": [note["kps"][k] for k in both],
+        }
+    varied = {f"{name}_variation": flags.pop(name) for name in ("viewpoint", "scale")}
+    return pair | {"kps_ids": both} | varied | flags
