@@ -41,11 +41,3 @@ def test_a_batch_larger_than_the_memory_is_served():
     cache, compute = FeatureCache(1), Counting()
     out = cache(images([1, 2, 1]), torch.tensor([1, 2, 1]), compute)
     assert out.cls[:, 0].tolist() == [1, 2, 1] and compute.seen == [1, 2]
-
-
-def test_clear_forgets():
-    cache, compute = FeatureCache(10**6), Counting()
-    cache(images([1]), torch.tensor([1]), compute)
-    cache.clear()
-    cache(images([1]), torch.tensor([1]), compute)
-    assert compute.seen == [1, 1]

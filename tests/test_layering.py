@@ -21,7 +21,7 @@ ALLOWED = {
     "feature_cache": {"types"},
     "data": {"types", "registry", "geometry"},
     "visualize": {"types", "geometry"},
-    "callbacks": {"__init__", "types", "visualize", "metrics", "geometry"},
+    "callbacks": {"__init__", "protocols", "types", "visualize", "metrics", "geometry"},
     "matcher": {"types", "geometry", "backbones", "metrics", "losses", "feature_cache", "callbacks"},
     "heads": {"types", "registry", "geometry", "ops", "losses", "backbones", "matcher"},
     "checkpoints": {"types", "heads", "matcher"},

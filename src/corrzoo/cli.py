@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from corrzoo.checkpoints import read_checkpoint
-from corrzoo.data import PairsDataModule, list_datasets
+from corrzoo.data.module import PairsDataModule
 from corrzoo.heads import list_heads, options_of
 from corrzoo.matcher import Matcher
 from corrzoo.registry import nearest

@@ -21,11 +21,6 @@ class FeatureCache:
         self._kept: OrderedDict[int, tuple[list[Tensor], Tensor | None]] = OrderedDict()
         self._bytes = 0
 
-    def clear(self) -> None:
-        """Forget everything: another dataset numbers its images anew, and training changes the features."""
-        self._kept.clear()
-        self._bytes = 0
-
     def __call__(self, images: Tensor, ids: Tensor, compute: Callable[[Tensor], Features]) -> Features:
         """Features of a batch of images, running `compute` on those alone that are not known yet.
 

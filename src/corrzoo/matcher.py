@@ -19,8 +19,8 @@ from corrzoo.losses import endpoint_error
 from corrzoo.metrics import PCK
 from corrzoo.types import Features, Match, Pair, ZooError
 
-CATS_RADIUS = 17 / 512
-"""Half the side of the square a keypoint supervises, as a share of the image: CATs' receptive field of 35 at 512 px."""
+CATS_RADIUS = 17
+"""Half the side of the square that a keypoint supervises: CATs' receptive field of 35, in images of 512 px."""
 
 
 class Matcher(LightningModule, ABC):
@@ -86,7 +86,7 @@ class Matcher(LightningModule, ABC):
             sha256=sha256,
         )
         self.backend = backend
-        self._cache = FeatureCache(feature_cache_mb * 2**20)
+        self._cache: FeatureCache | None = None  # lives while one dataset is evaluated with one set of weights
         self._metrics: list[PCK] = []
         self.scores: dict[str, float] = {}
         """The last epoch's PCK, by the name it was logged under; also those of a sanity check, which logs nothing."""
@@ -102,14 +102,18 @@ class Matcher(LightningModule, ABC):
         return features
 
     def loss(self, match: Match, pair: Pair) -> Tensor | dict[str, Tensor]:
-        """EPE against the pseudo-flow around the keypoints, in cells of the flow's grid.
+        """EPE (ViTSC eq. 6) against the pseudo-flow around the keypoints, in cells of the flow's grid.
+
+        The paper leaves the neighbourhood's size open. our choice: CATs' share of the image, but never less than CATs'
+        share of a cell (17 px of its coarsest grid's 32), so that every keypoint supervises the cell it lies in.
 
         Returns:
             A scalar, or named terms whose entry `loss` is the one to minimise.
         """
         image, grid = tuple(pair.src_img.shape[-2:]), tuple(match.flow.shape[-2:])
-        target, mask = pseudo_flow(pair.src_kps, pair.trg_kps, pair.kps_mask, grid, image, CATS_RADIUS * max(image))
         stride = max(image) / max(grid)
+        radius = CATS_RADIUS * max(max(image) / 512, stride / 32)
+        target, mask = pseudo_flow(pair.src_kps, pair.trg_kps, pair.kps_mask, grid, image, radius)
         return endpoint_error(match.flow / stride, target / stride, mask)
 
     def match_points(self, src: Features, trg: Features, points: Tensor) -> Tensor:
@@ -140,7 +144,7 @@ class Matcher(LightningModule, ABC):
 
     def _cached_features_of(self, pair: Pair) -> tuple[Features, Features]:
         ids = torch.cat([pair.src_id, pair.trg_id])
-        if not self._cache.max_bytes or (ids < 0).any():
+        if self._cache is None or (ids < 0).any():
             return self._features_of(pair.src_img, pair.trg_img)
         images = self.backbone.normalise(torch.cat([pair.src_img, pair.trg_img]))
         return _halves(self._cache(images, ids, lambda fresh: self.prepare(self.backbone(fresh))))
@@ -174,8 +178,11 @@ class Matcher(LightningModule, ABC):
         self.log_dict({f"train/{k}": v.detach() for k, v in terms.items()}, prog_bar=True, batch_size=len(pair.index))
         return loss
 
-    def on_train_batch_end(self, *_: object) -> None:
-        self._cache.clear()  # the features that were kept are those of the old weights
+    def on_train_epoch_start(self) -> None:
+        """Tell the pairs which epoch it is: augmentation and rendering go on from it."""
+        loader = self.trainer.train_dataloader
+        if hasattr(loader.dataset, "set_epoch"):
+            loader.dataset.set_epoch(self.current_epoch)
 
     def on_validation_start(self) -> None:
         self._start_scoring(self.trainer.val_dataloaders)
@@ -186,6 +193,7 @@ class Matcher(LightningModule, ABC):
 
     def on_validation_epoch_end(self) -> None:
         self._log_scores("val")
+        self._cache = None
 
     def on_test_start(self) -> None:
         self._start_scoring(self.trainer.test_dataloaders)
@@ -196,12 +204,17 @@ class Matcher(LightningModule, ABC):
 
     def on_test_epoch_end(self) -> None:
         self._log_scores("test")
+        self._cache = None
 
     def on_predict_start(self) -> None:
-        self._cache.clear()
+        self._dataset = -1
+
+    def on_predict_epoch_end(self) -> None:
+        self._cache = None
 
     def predict_step(self, pair: Pair, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Matches of the source keypoints in original target pixels, with their mask and the pairs' positions."""
+        self._enter(dataloader_idx)
         return {"index": pair.index, "trg_kps": self.predict_points(pair), "kps_mask": pair.kps_mask}
 
     def metrics_by_dataset(self) -> list[tuple[str, PCK]]:
@@ -216,17 +229,20 @@ class Matcher(LightningModule, ABC):
             PCK(self._protocol_for(dataset.threshold), self.hparams.alphas, dataset.categories).to(self.device)
             for dataset in datasets
         ]
-        self._cache.clear()
-        self._scoring = 0
+        self._dataset = -1
+
+    def _enter(self, dataset: int) -> None:
+        """Begin a new cache with each dataset: every dataset numbers its images anew."""
+        if dataset != self._dataset:
+            limit = self.hparams.feature_cache_mb * 2**20
+            self._dataset, self._cache = dataset, FeatureCache(limit) if limit else None
 
     def _protocol_for(self, threshold: str) -> str:
         protocol = self.hparams.protocol
         return protocol if ":" in protocol else f"{protocol}:{threshold}"
 
     def _score(self, pair: Pair, which: int) -> None:
-        if which != self._scoring:  # another dataset, whose images are numbered anew
-            self._cache.clear()
-            self._scoring = which
+        self._enter(which)
         metric = self._metrics[which]
         metric.update(self.predict_points(pair, query=metric.protocol.query), pair)
 
@@ -234,8 +250,9 @@ class Matcher(LightningModule, ABC):
         self.scores = {}
         for name, metric in self.metrics_by_dataset():
             prefix = stage if len(self._metrics) == 1 else f"{stage}/{name}"
-            self.scores |= {f"{prefix}/{key}": value.item() for key, value in metric.compute().items()}
-        self.log_dict(self.scores, prog_bar=False, rank_zero_only=False)
+            headline = {key: value for key, value in metric.compute().items() if "/" not in key}
+            self.scores |= {f"{prefix}/{key}": value.item() for key, value in headline.items()}
+        self.log_dict(self.scores)  # the metric has synchronised already
 
     # ------------------------------------------------------------------ what Lightning asks for
 

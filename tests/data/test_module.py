@@ -1,6 +1,6 @@
 import pytest
 
-from corrzoo.data import PairsDataModule
+from corrzoo.data.module import PairsDataModule
 from corrzoo.types import ZooError
 
 FEW = {"synthetic": {"length": {"trn": 8, "val": 5, "test": 7}}}

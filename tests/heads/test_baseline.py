@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import corrzoo
-from corrzoo.geometry import transfer
+from corrzoo.geometry import sample, transfer
 from corrzoo.types import Features
 
 TINY = dict(backbone="timm/test_vit.r160_in1k", weights="random")
@@ -118,8 +118,19 @@ def test_levels_are_brought_to_one_stride_and_weigh_the_same():
     out = head(stride=8).prepare(both).maps[0]
     assert out.shape == (1, 10, 4, 6)
     torch.testing.assert_close(out[:, :5], F.normalize(fine.maps[0], dim=1))
-    expected = F.interpolate(F.normalize(coarse.maps[0], dim=1), (4, 6), mode="bilinear", align_corners=False)
-    torch.testing.assert_close(out[:, 5:], expected)
+    expected = F.interpolate(coarse.maps[0], (4, 6), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(out[:, 5:], F.normalize(expected, dim=1))
+
+
+def test_points_asked_by_their_features_are_matched_as_such():
+    model = head(query="features", readout="argmax")
+    src, trg = features((4, 4)), features((4, 4), seed=1)
+    points = torch.tensor([[[7.0, 13.0], [12.0, 20.0]]], dtype=torch.float64)
+    asked = sample(src.maps[0], points, (32, 32))[0]
+    scores = F.normalize(asked, dim=1) @ F.normalize(trg.maps[0][0].flatten(1), dim=0)
+    best = scores.argmax(1)
+    expected = torch.stack([best % 4, best // 4], -1) * 8.0 + 4
+    torch.testing.assert_close(model.match_points(src, trg, points)[0], expected.double())
 
 
 def test_only_the_temperature_is_new_to_learn():

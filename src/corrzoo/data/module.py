@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from corrzoo.data.augment import create_augment
-from corrzoo.data.download import download as fetch
+from corrzoo.data import download as downloads
 from corrzoo.data.pairs import DATASETS, PairDataset
 from corrzoo.types import Pair, ZooError
 
@@ -56,13 +56,15 @@ class PairsDataModule(LightningDataModule):
         for name, _ in self._wanted(None):
             folder = DATASETS[name].folder
             if self.hparams.download and folder and not (Path(self.hparams.root) / folder).exists():
-                fetch(name, self.hparams.root)
+                downloads.download(name, self.hparams.root)
 
     def setup(self, stage: str) -> None:
         """Read the annotations of what the stage needs: bad data stops the run before it starts."""
         self.datasets = {(name, split): self._create(name, split) for name, split in self._wanted(stage)}
 
     def train_dataloader(self) -> DataLoader:
+        if self.trainer:  # a resumed run reads ahead before its epoch is announced
+            self.datasets[self.hparams.train, "trn"].set_epoch(self.trainer.current_epoch)
         return self._loader(self.hparams.train, "trn")
 
     def val_dataloader(self) -> DataLoader:

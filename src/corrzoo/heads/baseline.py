@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from corrzoo import ops
-from corrzoo.geometry import bilinear_cells, cell_centres, points_to_flow
+from corrzoo.geometry import bilinear_cells, cell_centres, points_to_flow, sample
 from corrzoo.heads.registry import register_head
 from corrzoo.matcher import Matcher
 from corrzoo.types import Features, Match
@@ -38,6 +38,8 @@ class Baseline(Matcher):
         radius: The window reaches this many cells to each side of the maximum.
         remove_mean: Each map loses its mean over the image before it is normalised. Helps CNN features, which share
             a large common component.
+        query: Where single points are asked: `flow` reads the dense flow between the four cells around a point (3.1);
+            `features` reads the source features at the point and matches those, which is finer than the grid.
         mutual: Each score is weighted by how close it comes to the best of its row and of its column (soft mutual
             nearest neighbours: NCNet, GSF eq. 4).
         **options: What every head takes, see Matcher.
@@ -47,6 +49,7 @@ class Baseline(Matcher):
         "readout",
         "sigma",
         "radius",
+        "query",
         "mutual",
     }
 
@@ -59,13 +62,14 @@ class Baseline(Matcher):
         sigma: float | None = None,
         radius: int = 2,
         remove_mean: bool = False,
+        query: Literal["flow", "features"] = "flow",
         mutual: bool = False,
         **options,  # noqa: ANN003 - their types are Matcher's, which the command line reads from there
     ) -> None:
         super().__init__(**options)
         self.stride, self.readout = stride, readout
         self.sigma, self.radius = sigma, radius
-        self.remove_mean, self.mutual = remove_mean, mutual
+        self.remove_mean, self.query, self.mutual = remove_mean, query, mutual
         self.temperature = nn.Parameter(torch.tensor(temperature), requires_grad=learn_temperature)
 
     def prepare(self, features: Features) -> Features:
@@ -75,9 +79,9 @@ class Baseline(Matcher):
         maps = features.maps
         if self.remove_mean:
             maps = [level - level.mean((2, 3), keepdim=True) for level in maps]
-        if len(maps) > 1 or self.remove_mean:  # levels weigh the same, whatever their scale
-            maps = [F.normalize(level, dim=1) for level in maps]
         maps = [F.interpolate(level, grid, mode="bilinear", align_corners=False) for level in maps]
+        if len(maps) > 1:  # in every cell the levels weigh the same, whatever their scale
+            maps = [F.normalize(level, dim=1) for level in maps]
         return features._replace(maps=[torch.cat(maps, dim=1)])
 
     def match(self, src: Features, trg: Features) -> Match:
@@ -89,10 +93,12 @@ class Baseline(Matcher):
         return Match(points_to_flow(points, grid, image))
 
     def match_points(self, src: Features, trg: Features, points: Tensor) -> Tensor:
-        """The same answer as reading the dense flow at the points, from the four cells around each alone."""
+        """See the option `query`; `flow` gives what the dense flow gives, from four cells a point."""
         if self.readout == "identity":
             return points
         grid, image = tuple(src.maps[0].shape[-2:]), tuple(src.image.shape[-2:])
+        if self.query == "features":
+            return self._match_rows(sample(src.maps[0], points, image), src, trg).to(points.dtype)
         cells, weights = bilinear_cells(points, grid, image)  # (B, n, 4)
         rows = rearrange(src.maps[0], "b c h w -> b (h w) c")
         picked = rearrange(cells, "b n four -> b (n four) 1")
@@ -121,8 +127,7 @@ class Baseline(Matcher):
             found = ops.readout(scores, (h, w), temperature, **how)
         else:
             found = ops.match(rows, columns, (h, w), temperature, backend=self.backend, **how)
+        cells = found.xy
         if self.readout == "argmax":
-            cells = torch.stack([found.argmax % w, found.argmax // w], dim=-1) + 0.5
-        else:
-            cells = found.xy
+            cells = torch.stack([found.argmax % w, found.argmax // w], dim=-1).to(cells) + 0.5
         return cells * cells.new_tensor([W / w, H / h])
