@@ -17,9 +17,9 @@ def _products(
     src, trg, item, rows, cols, N, M, C, src_b, src_n, src_c, trg_b, trg_m, trg_c,
     TILE_N: tl.constexpr, TILE_M: tl.constexpr, TILE_C: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """<f_i, g_j> of points `rows` and cells `cols` in two halves (TILE_N, TILE_M / 2); 0 beyond N or M.
+    """<f_i, g_j> of points `rows` and cells `cols` in four quarters (TILE_N, TILE_M / 4); 0 beyond N or M.
 
-    Epilogues work on a half at a time because a whole tile and what they compute from it do not fit the registers.
+    Epilogues work on a quarter at a time because a whole tile and what they compute from it do not fit the registers.
     """
     channels = tl.arange(0, TILE_C)
     src += item * src_b + rows[:, None] * src_n + channels[None, :] * src_c
@@ -33,7 +33,10 @@ def _products(
         out = tl.dot(f, g, out, input_precision=PRECISION)
         src += TILE_C * src_c
         trg += TILE_C * trg_c
-    return tl.split(tl.permute(tl.reshape(out, (TILE_N, 2, TILE_M // 2)), (0, 2, 1)))
+    left, right = tl.split(tl.permute(tl.reshape(out, (TILE_N, 2, TILE_M // 2)), (0, 2, 1)))
+    a, b = tl.split(tl.permute(tl.reshape(left, (TILE_N, 2, TILE_M // 4)), (0, 2, 1)))
+    c, d = tl.split(tl.permute(tl.reshape(right, (TILE_N, 2, TILE_M // 4)), (0, 2, 1)))
+    return a, b, c, d
 
 
 @triton.jit
@@ -90,11 +93,11 @@ def maxima(
     best = tl.full((TILE_N,), float("-inf"), dtype=tl.float32)
     at = tl.full((TILE_N,), 2147483647, dtype=tl.int32)
     for first in range(start, tl.minimum(start + span, M), TILE_M):
-        halves = _products(src, trg, item, rows, first + tl.arange(0, TILE_M), N, M, C, src_b, src_n, src_c, trg_b,
+        quarters = _products(src, trg, item, rows, first + tl.arange(0, TILE_M), N, M, C, src_b, src_n, src_c, trg_b,
                            trg_m, trg_c, TILE_N, TILE_M, TILE_C, PRECISION, UPCAST)  # fmt: skip
-        for half in tl.static_range(2):
-            cols = first + half * (TILE_M // 2) + tl.arange(0, TILE_M // 2)
-            s = _scores(halves[half], norms, b, item, cols, M, NORMALIZE)
+        for quarter in tl.static_range(4):
+            cols = first + quarter * (TILE_M // 4) + tl.arange(0, TILE_M // 4)
+            s = _scores(quarters[quarter], norms, b, item, cols, M, NORMALIZE)
             best, at = _better(best, at, s, cols, M)
             if COLUMNS:
                 s = tl.where((rows < N)[:, None], tl.where(s == s, s, float("inf")), float("-inf"))
@@ -134,11 +137,11 @@ def expectation(
     sum_x, sum_y, sum_z = mass, mass, mass
     best, at = top, tl.full((TILE_N,), 2147483647, dtype=tl.int32)
     for first in range(start, tl.minimum(start + span, M), TILE_M):
-        halves = _products(src, trg, item, rows, first + tl.arange(0, TILE_M), N, M, C, src_b, src_n, src_c, trg_b,
+        quarters = _products(src, trg, item, rows, first + tl.arange(0, TILE_M), N, M, C, src_b, src_n, src_c, trg_b,
                            trg_m, trg_c, TILE_N, TILE_M, TILE_C, PRECISION, UPCAST)  # fmt: skip
-        for half in tl.static_range(2):
-            cols = first + half * (TILE_M // 2) + tl.arange(0, TILE_M // 2)
-            z = _scores(halves[half], norms, b, item, cols, M, NORMALIZE)
+        for quarter in tl.static_range(4):
+            cols = first + quarter * (TILE_M // 4) + tl.arange(0, TILE_M // 4)
+            z = _scores(quarters[quarter], norms, b, item, cols, M, NORMALIZE)
             if BEST:
                 best, at = _better(best, at, z, cols, M)
             z *= _factor(beta, cx, cy, cols, w, extent, KIND)
@@ -172,14 +175,14 @@ def score_gradients(
 
     `rows_in` (6, B, N), planes of size `plane`, has what rows contribute: a logit's gradient is
     p (x slope_x + y slope_y + offset - z slope_z), p = 2^(z - lse); a maximum's gradient goes to its cell.
-    `moments` (3, B, strip, 2 column tiles), planes of size `moment_plane`, gets the sums of u = dlogit * logit,
+    `moments` (3, B, strip, 4 column tiles), planes of size `moment_plane`, gets the sums of u = dlogit * logit,
     u (x - cx) and u (y - cy): what the temperature and the centre need.
     """
     item = tl.program_id(2).to(tl.int64)
     inner = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
     rows = first_row + inner
     first = tl.program_id(0) * TILE_M
-    halves = _products(src, trg, item, rows, first + tl.arange(0, TILE_M), N, M, C, src_b, src_n, src_c, trg_b,
+    quarters = _products(src, trg, item, rows, first + tl.arange(0, TILE_M), N, M, C, src_b, src_n, src_c, trg_b,
                        trg_m, trg_c, TILE_N, TILE_M, TILE_C, PRECISION, UPCAST)  # fmt: skip
     inside = inner < strip
     beta = 1.4426950408889634 / tl.load(temperature)
@@ -194,16 +197,16 @@ def score_gradients(
     lse = tl.load(rows_in + point + 4 * plane, mask=inside, other=0.0)[:, None]
     dmax = tl.load(rows_in + point + 5 * plane, mask=inside, other=0.0)[:, None]
     best = tl.load(argmax + point, mask=inside, other=-1)[:, None]
-    for half in tl.static_range(2):
-        cols = first + half * (TILE_M // 2) + tl.arange(0, TILE_M // 2)
-        z = _scores(halves[half], norms, b, item, cols, M, NORMALIZE)
+    for quarter in tl.static_range(4):
+        cols = first + quarter * (TILE_M // 4) + tl.arange(0, TILE_M // 4)
+        z = _scores(quarters[quarter], norms, b, item, cols, M, NORMALIZE)
         factor = _factor(beta, cx, cy, cols, w, extent, KIND)
         z = tl.where(_inside(cx, cy, cols, M, w, extent, KIND), z * factor, -1e30)
         dx, dy = (cols % w).to(tl.float32)[None, :] + 0.5 - cx, (cols // w).to(tl.float32)[None, :] + 0.5 - cy
         d = (dx * slope_x + dy * slope_y + offset - z * slope_z) * tl.exp2(z - lse)
         if MOMENTS:
             u = d * z
-            to = moments + (item * strip + inner) * (2 * tl.num_programs(0)) + 2 * tl.program_id(0) + half
+            to = moments + (item * strip + inner) * (4 * tl.num_programs(0)) + 4 * tl.program_id(0) + quarter
             tl.store(to, tl.sum(u, axis=1), mask=inside)
             tl.store(to + moment_plane, tl.sum(u * dx, axis=1), mask=inside)
             tl.store(to + 2 * moment_plane, tl.sum(u * dy, axis=1), mask=inside)

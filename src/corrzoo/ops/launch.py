@@ -6,7 +6,6 @@ gradients (64 MB at most) that two GEMMs turn into feature gradients.
 
 import math
 import os
-from typing import Any
 
 import torch
 import triton
@@ -18,11 +17,17 @@ from corrzoo.ops.streaming import Grads, Window, across_, pieces
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 KINDS = {"none": 0, "argmax": 1, "given": 1, "crop": 2}
-TILES: dict[str, Any] = {"TILE_N": 128, "TILE_M": 128, "TILE_C": 64, "num_warps": 8, "num_stages": 3}
-"""For half precision; the tiles' registers are counted in tests/ops/test_compiled.py."""
-TILES_FLOAT32: dict[str, Any] = {"TILE_N": 64, "TILE_M": 128, "TILE_C": 32, "num_warps": 8, "num_stages": 3}
 STRIP = 64 * 2**20
 """Bytes of score gradients that a backward holds at a time."""
+
+
+def tiles(dtype: torch.dtype, capability: int) -> dict[str, int]:
+    """Sizes of a program, such that no kernel spills registers (tests/ops/test_compiled.py counts them)."""
+    if dtype == torch.float32:
+        stages = 3 if capability >= 10 else 2
+        return {"TILE_N": 64, "TILE_M": 128, "TILE_C": 32, "num_warps": 8, "num_stages": stages}
+    rows = 128 if capability >= 9 else 64
+    return {"TILE_N": rows, "TILE_M": 128, "TILE_C": 64, "num_warps": 8, "num_stages": 3}
 
 
 class _Problem:
@@ -31,7 +36,7 @@ class _Problem:
     def __init__(self, src: Tensor, trg: Tensor, normalize: bool) -> None:
         self.src, self.trg = src, trg
         self.norms = [inverse_norm(x) if normalize else x for x in (src, trg)]  # the kernels read them if NORMALIZE
-        self.tiles = TILES_FLOAT32 if src.dtype == torch.float32 else TILES
+        self.tiles = tiles(src.dtype, torch.cuda.get_device_capability(src.device)[0] if src.is_cuda else 9)
         self.sizes = (src.shape[1], trg.shape[1], src.shape[2])
         self.strides = (*src.stride(), *trg.stride())
         tf32 = src.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
@@ -140,12 +145,12 @@ def match_backward(
     dsrc = src.new_empty(src.shape if needs[0] else 0, dtype=torch.float32)
     dtrg = src.new_zeros(trg.shape if needs[1] else 0, dtype=torch.float32)
     moments = src.new_zeros(3, B, N, dtype=torch.float32)
-    tiles = math.ceil(M / problem.tiles["TILE_M"])
+    columns = math.ceil(M / problem.tiles["TILE_M"])
     for items, points in pieces(B, range(N), M, STRIP // dtype.itemsize):
         b, r = items.stop - items.start, points.stop - points.start
         out = src.new_empty(b, r, M, dtype=dtype)
-        sums = src.new_empty((3, b, r, 2 * tiles) if needs[2] or needs[3] else (0, 0), dtype=torch.float32)
-        kernels.score_gradients[(tiles, math.ceil(r / problem.tiles["TILE_N"]), b)](
+        sums = src.new_empty((3, b, r, 4 * columns) if needs[2] or needs[3] else (0, 0), dtype=torch.float32)
+        kernels.score_gradients[(columns, math.ceil(r / problem.tiles["TILE_N"]), b)](
             src[items], trg[items], *(n[items] for n in problem.norms), temperature, centre[items],
             matches.argmax[items], rows_in[:, items], out, sums, points.start, r, *problem.sizes, window.grid[1],
             *problem.strides, B * N, sums.stride(0), _extent(window),
