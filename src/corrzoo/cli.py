@@ -146,6 +146,18 @@ def main(args: ArgsType = None) -> None:
     """Entry point of the scripts `lightning` and `corrzoo`, and of `python -m corrzoo`."""
     try:
         ZooCLI(args)
-    except ZooError as error:
+    except (ValueError, TypeError) as error:
+        cause = _zoo_error(error)
+        if cause is None:
+            raise
         # A reading process wraps its error into a page of traceback; the last line is the error.
-        sys.exit(f"error: {str(error).rsplit('ZooError: ', 1)[-1].strip()}")
+        sys.exit(f"error: {str(cause).rsplit('ZooError: ', 1)[-1].strip()}")
+    except OSError as error:  # a read-only folder, a full disk
+        sys.exit(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
+
+
+def _zoo_error(error: BaseException | None) -> ZooError | None:
+    """The zoo's own error in a chain of causes: jsonargparse wraps what a constructor raises."""
+    while error is not None and not isinstance(error, ZooError):
+        error = error.__cause__ or error.__context__
+    return error
