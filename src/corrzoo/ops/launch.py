@@ -189,9 +189,9 @@ def _bmm(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.float(), b.float())
 
 
-def _patch_options(side: int) -> dict[str, int]:
+def patch_options(side: int) -> dict[str, int]:
     cells = triton.next_power_of_2(side * side)
-    return {"SIDE": side, "CELLS": cells, "TILE_C": max(16, min(64, 8192 // cells)), "num_warps": 4}
+    return {"SIDE": side, "CELLS": cells, "TILE_C": max(16, min(64, 2048 // cells)), "num_warps": 4}
 
 
 def patch_scores(src: Tensor, trg: Tensor, corner: Tensor, side: int) -> Tensor:
@@ -199,7 +199,7 @@ def patch_scores(src: Tensor, trg: Tensor, corner: Tensor, side: int) -> Tensor:
     B, N, C = src.shape
     out = src.new_empty(B, N, side**2)
     kernels.patch_scores[(N, B)](
-        src.contiguous(), trg.contiguous(), corner.contiguous(), out, N, C, *trg.shape[1:3], **_patch_options(side)
+        src.contiguous(), trg.contiguous(), corner.contiguous(), out, N, C, *trg.shape[1:3], **patch_options(side)
     )
     return out
 
@@ -210,6 +210,6 @@ def patch_scores_backward(grad: Tensor, src: Tensor, trg: Tensor, corner: Tensor
     dsrc, dtrg = src.new_empty(src.shape), trg.new_zeros(trg.shape)
     kernels.patch_gradients[(N, B)](
         grad.contiguous(), src.contiguous(), trg.contiguous(), corner.contiguous(), dsrc, dtrg,
-        N, C, *trg.shape[1:3], **_patch_options(side),
+        N, C, *trg.shape[1:3], **patch_options(side),
     )  # fmt: skip
     return dsrc, dtrg
