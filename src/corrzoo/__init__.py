@@ -27,7 +27,7 @@ _HOME = {
     "save": "corrzoo.checkpoints",
 }
 
-__all__ = sorted(_HOME)  # noqa: PLE0605 - the lazy names are the public ones
+__all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from corrzoo.backbones import create_backbone as create_backbone

@@ -93,7 +93,7 @@ class ResultsWriter(Callback):
             ]
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        loaders = trainer.predict_dataloaders
+        loaders: Any = trainer.predict_dataloaders
         for which, rows in self._predictions.items():
             name = (loaders[which] if isinstance(loaders, list) else loaders).dataset.name
             suffix = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
@@ -117,7 +117,9 @@ class ScoreTable(Callback):
         if not trainer.is_global_zero:
             return
         before, after = getattr(self, "before", {}), pl_module.scores
-        title = f"{type(pl_module).__name__} on {pl_module.hparams.backbone}, validation pairs, {trainer.global_step} steps"
+        title = (
+            f"{type(pl_module).__name__} on {pl_module.hparams.backbone}, validation pairs, {trainer.global_step} steps"
+        )
         table = Table(title=title)
         for column in ("", "before", "after"):
             table.add_column(column, justify="left" if not column else "right")
@@ -151,7 +153,9 @@ class MatchImages(Callback):
         loader = loaders[0] if isinstance(loaders, list) else loaders
         dataset, metric = loader.dataset, module.metrics_by_dataset()[0][1]
         count = min(self.pairs, len(dataset))
-        chosen = [dataset[i * len(dataset) // count] for i in range(count)]
+        chosen = [
+            dataset[(i * len(dataset) // count + i) % len(dataset)] for i in range(count)
+        ]  # + i: not one category
         pair = Pair(*(field.to(module.device) for field in loader.collate_fn(chosen)))
         module.eval()
         # swapped: an evaluator that asks the other way round draws the other way round

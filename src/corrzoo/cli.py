@@ -72,7 +72,8 @@ class ZooCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Keep, beside the whole configuration, what was asked for in so many words."""
         super().parse_arguments(parser, args)
-        self.asked = parser.parse_args(args, defaults=False)[self.config.subcommand]
+        said = parser.parse_args(args, defaults=False)  # type: ignore[arg-type]  # a command line, not a dict
+        self.asked = said[self.config.subcommand]
 
     def _parse_ckpt_path(self) -> None:
         # Lightning's own version replaces the model that was asked for by the checkpoint's, without a word. Here the
@@ -123,11 +124,15 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
     if found := re.search(r"invalid choice: '(\S+)' \(choose from (.*)\)", message):
         choices = re.findall(r"\w+", found[2])
         return f"unknown command {found[1]!r}{nearest(found[1], choices) or ': choose from ' + ', '.join(choices)}"
-    if found := re.search(r"key \"(?:\w+\.)?model\".*Given value: (?:.*'class_path': '([^']+)'|(\S+))", message, re.DOTALL):
+    if found := re.search(
+        r"key \"(?:\w+\.)?model\".*Given value: (?:.*'class_path': '([^']+)'|(\S+))", message, re.DOTALL
+    ):
         name = found[1] or found[2]
         return f"unknown head {name!r}{nearest(name, list_heads()) or ': choose one of ' + ', '.join(list_heads())}"
     if "arguments are required" in message and "model" in message:
-        return "no head was given: add --config zoo_configs/<head>.yaml, or --model <head>; heads: " + ", ".join(list_heads())
+        return "no head was given: add --config zoo_configs/<head>.yaml, or --model <head>; heads: " + ", ".join(
+            list_heads()
+        )
     return " ".join(message.split())
 
 
@@ -137,8 +142,10 @@ def _same(a: Any, b: Any) -> bool:
 
 def _logged_in_to_wandb() -> bool:
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    return "WANDB_API_KEY" in os.environ or "WANDB_MODE" in os.environ or (
-        netrc.is_file() and "wandb.ai" in netrc.read_text()
+    return (
+        "WANDB_API_KEY" in os.environ
+        or "WANDB_MODE" in os.environ
+        or (netrc.is_file() and "wandb.ai" in netrc.read_text())
     )
 
 

@@ -19,7 +19,14 @@ Size = tuple[int, int]
 """(height, width), as tensors are laid out; an image's *original* size in a Record or Pair is (w, h)."""
 
 
-def cell_centres(grid: Size, image: Size, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
+def size_of(maps: Tensor) -> Size:
+    """(h, w) of maps or images (..., h, w)."""
+    return maps.shape[-2], maps.shape[-1]
+
+
+def cell_centres(
+    grid: Size, image: Size, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
     """(h*w, 2) centres of the cells of a (h, w) grid laid over a (H, W) image, row by row, in the image's pixels."""
     (h, w), (H, W) = grid, image
     y = (torch.arange(h, device=device, dtype=dtype or torch.float32) + 0.5) * (H / h)

@@ -14,7 +14,7 @@ from torch import Tensor
 from corrzoo.backbones import Backbone
 from corrzoo.callbacks import ResultsWriter
 from corrzoo.feature_cache import FeatureCache
-from corrzoo.geometry import pseudo_flow, resize_points, transfer
+from corrzoo.geometry import pseudo_flow, resize_points, size_of, transfer
 from corrzoo.losses import endpoint_error
 from corrzoo.metrics import PCK
 from corrzoo.types import Features, Match, Pair, ZooError
@@ -49,6 +49,8 @@ class Matcher(LightningModule, ABC):
         backend: Which implementation of the correlation runs: `auto`, `torch` or `triton`.
         feature_cache_mb: Memory for features that are computed once an image in evaluation; 0 turns reuse off.
     """
+
+    hparams: Any  # what save_hyperparameters() keeps: the options above, by name
 
     evaluation_options: ClassVar[frozenset[str]] = frozenset({"protocol", "alphas", "backend", "feature_cache_mb"})
     """Options that may differ between a checkpoint's training and its evaluation."""
@@ -110,7 +112,7 @@ class Matcher(LightningModule, ABC):
         Returns:
             A scalar, or named terms whose entry `loss` is the one to minimise.
         """
-        image, grid = tuple(pair.src_img.shape[-2:]), tuple(match.flow.shape[-2:])
+        image, grid = size_of(pair.src_img), size_of(match.flow)
         stride = max(image) / max(grid)
         radius = CATS_RADIUS * max(max(image) / 512, stride / 32)
         target, mask = pseudo_flow(pair.src_kps, pair.trg_kps, pair.kps_mask, grid, image, radius)
@@ -121,7 +123,7 @@ class Matcher(LightningModule, ABC):
 
         The default reads the dense flow; a head that can answer single points for less overrides it.
         """
-        return transfer(points, self.match(src, trg).flow, tuple(src.image.shape[-2:]))
+        return transfer(points, self.match(src, trg).flow, size_of(src.image))
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The optimiser's groups: the backbone at its own learning rate, all the rest at the head's."""
@@ -129,7 +131,11 @@ class Matcher(LightningModule, ABC):
         trained = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"name": "head", "params": [p for p in trained if id(p) not in in_backbone], "lr": self.hparams.lr},
-            {"name": "backbone", "params": [p for p in trained if id(p) in in_backbone], "lr": self.hparams.backbone_lr},
+            {
+                "name": "backbone",
+                "params": [p for p in trained if id(p) in in_backbone],
+                "lr": self.hparams.backbone_lr,
+            },
         ]
         return [g for g in groups if g["params"]]
 
@@ -180,9 +186,9 @@ class Matcher(LightningModule, ABC):
 
     def on_train_epoch_start(self) -> None:
         """Tell the pairs which epoch it is: augmentation and rendering go on from it."""
-        loader = self.trainer.train_dataloader
-        if hasattr(loader.dataset, "set_epoch"):
-            loader.dataset.set_epoch(self.current_epoch)
+        dataset: Any = getattr(self.trainer.train_dataloader, "dataset", None)
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(self.current_epoch)
 
     def on_validation_start(self) -> None:
         self._start_scoring(self.trainer.val_dataloaders)
@@ -270,7 +276,9 @@ class Matcher(LightningModule, ABC):
         """AdamW or Adam over `param_groups()`, and the schedule."""
         groups = self.param_groups()
         if not groups:
-            raise ZooError("nothing to train: no parameter asks for a gradient; set --model.finetune to `all` or a number")
+            raise ZooError(
+                "nothing to train: no parameter asks for a gradient; set --model.finetune to `all` or a number"
+            )
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.hparams.optimizer]
         optimizer = kind(groups, weight_decay=self.hparams.weight_decay)
         epochs = self.trainer.max_epochs or 1

@@ -1,4 +1,4 @@
-"""The records that flow through the zoo: Record (an annotation as read) -> Pair -> Features -> Match, and its one error.
+"""What flows through the zoo: Record (an annotation as read) -> Pair -> Features -> Match; and its one error.
 
 NamedTuples for whatever a batch or a model hands on, because Lightning moves them between devices as they are;
 frozen dataclasses for what is only read.
@@ -77,7 +77,7 @@ class Pair(NamedTuple):
     """(B, 4) float32 xyxy in original pixels; NaN when the dataset has no boxes."""
     trg_box: Tensor
     """(B, 4) float32 xyxy in original pixels; NaN when the dataset has no boxes."""
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # the field hides tuple.index, which nobody calls on a batch
     """(B,) int64 position in the benchmark: what makes evaluation by many processes exact."""
     src_id: Tensor
     """(B,) int64 image number in the dataset: what lets an image's features be computed once; -1 when augmented."""
@@ -109,7 +109,7 @@ class Match(NamedTuple):
     """What a matching head answers."""
 
     flow: Tensor
-    """(B, 2, h, w): displacement (dx, dy) from each source cell centre to its target, in pixels of the network image."""
+    """(B, 2, h, w): displacement (dx, dy) from each source cell's centre to its target, in network image pixels."""
     correlation: Tensor | None = None
     """(B, h*w, h'*w') scores of every source cell against every target cell, when the head keeps them."""
     extras: dict[str, Tensor] = {}  # noqa: RUF012 - a NamedTuple default; nobody writes into it

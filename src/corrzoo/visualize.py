@@ -1,5 +1,6 @@
 """Pictures of what a head did; no model code here."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,11 +18,11 @@ RIGHT, WRONG, TRUTH = "#1a9850", "#d73027", "#ffffff"
 def draw_matches(
     src_img: Tensor,
     trg_img: Tensor,
-    src_kps: Tensor,
-    pred_kps: Tensor,
-    correct: Tensor | None = None,
-    trg_kps: Tensor | None = None,
-    titles: list[str] | None = None,
+    src_kps: Sequence[Tensor],
+    pred_kps: Sequence[Tensor],
+    correct: Sequence[Tensor] | None = None,
+    trg_kps: Sequence[Tensor] | None = None,
+    titles: Sequence[str] | None = None,
 ) -> Figure:
     """Pairs side by side, a line from each source point to its match, one pair a row.
 
@@ -68,7 +69,7 @@ def draw_matches(
         handles=[
             Line2D([], [], color=RIGHT, marker="o", label="right"),
             Line2D([], [], color=WRONG, marker="X", linestyle="--", label="wrong"),
-            Line2D([], [], color="grey", marker="o", markerfacecolor="none", linestyle="none", label="where it should be"),
+            Line2D([], [], color="grey", marker="o", markerfacecolor="none", linestyle="none", label="truth"),
         ],
         loc="outside lower center", ncols=3, fontsize=7, frameon=False,
     )  # fmt: skip

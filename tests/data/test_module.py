@@ -7,7 +7,9 @@ FEW = {"synthetic": {"length": {"trn": 8, "val": 5, "test": 7}}}
 
 
 def module(**options):
-    return PairsDataModule(train="synthetic", test=["synthetic"], size=48, batch_size=4, workers=0, options=FEW, **options)
+    return PairsDataModule(
+        train="synthetic", test=["synthetic"], size=48, batch_size=4, workers=0, options=FEW, **options
+    )
 
 
 def test_batches_of_every_split():

@@ -26,7 +26,7 @@ def features(grid, channels=5, seed=0, stride=8):
 
 
 def position_by_loops(scores, readout, temperature, sigma, radius):
-    """Scores of one source cell, {(row, column): score}, to a position in target cells (x, y), cell c's centre at c + .5."""
+    """Scores {(row, column): score} of one source cell to (x, y) in target cells, cell c's centre at c + 0.5."""
     best = max(sorted(scores), key=lambda cell: scores[cell])
     if readout == "argmax":
         return best[1] + 0.5, best[0] + 0.5

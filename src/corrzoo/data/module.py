@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from corrzoo.data.augment import create_augment
 from corrzoo.data import download as downloads
+from corrzoo.data.augment import create_augment
 from corrzoo.data.pairs import DATASETS, PairDataset
 from corrzoo.types import Pair, ZooError
 
@@ -30,6 +30,8 @@ class PairsDataModule(LightningDataModule):
         options: Further options of a dataset by its name, such as `{"synthetic": {"length": 2000}}`.
     """
 
+    hparams: Any  # what save_hyperparameters() keeps: the options above, by name
+
     def __init__(
         self,
         train: str = "spair71k",
@@ -47,9 +49,9 @@ class PairsDataModule(LightningDataModule):
         super().__init__()
         self.save_hyperparameters()
         for name in [train, val or train, *test]:
-            DATASETS[name]  # noqa: B018 - a misspelt dataset is an error before anything is loaded
+            DATASETS[name]
         for name in options or {}:
-            DATASETS[name]  # noqa: B018
+            DATASETS[name]
 
     def prepare_data(self) -> None:
         """Fetch the datasets that the coming stage reads and that are not there."""

