@@ -3,15 +3,13 @@
 import inspect
 from typing import Any, NamedTuple
 
-from corrzoo.heads.actr import ACTR
 from corrzoo.heads.baseline import Baseline
-from corrzoo.heads.lpmflow import LPMFlow
 from corrzoo.heads.registry import HEADS, register_head
 from corrzoo.matcher import Matcher
 from corrzoo.registry import nearest
 from corrzoo.types import ZooError
 
-__all__ = ["ACTR", "HEADS", "Baseline", "LPMFlow", "create_matcher", "list_heads", "options_of", "register_head"]
+__all__ = ["HEADS", "Baseline", "create_matcher", "list_heads", "options_of", "register_head"]
 
 
 def list_heads() -> list[str]:
