@@ -2,13 +2,14 @@
 
 import csv
 import hashlib
+import io
 import json
 import os
 import platform
 import resource
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -258,16 +259,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     _write(path, json.dumps(content, indent=1) + "\n")
 
 
-def write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write a file whole or not at all; its columns are the keys of the first row."""
-    rows = list(rows)
-    writable(path.parent)
-    partial = path.with_name(path.name + ".part")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["index"])
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(path)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    _write(path, text.getvalue())
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,0 +1,148 @@
+"""What every head gets from Matcher: optimiser groups, feature reuse, scoring, weights, and a loss that is watched."""
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+import corrzoo
+from corrzoo.data import PairDataset
+from corrzoo.data.module import PairsDataModule
+from corrzoo.matcher import Matcher
+from corrzoo.types import Match, ZooError
+
+TINY = dict(backbone="timm/test_vit.r160_in1k", weights="random")
+
+
+class Straight(Matcher):
+    """The least head there is: everything stays where it is."""
+
+    def match(self, src, trg):
+        return Match(src.maps[0].sum() * torch.zeros(len(src.image), 2, 4, 4))
+
+
+def data(workers=0, **lengths):
+    options = {"synthetic": {"length": {"trn": 8, "val": 6, "test": 6} | lengths}}
+    return PairsDataModule(
+        train="synthetic", test=["synthetic"], size=64, batch_size=4, workers=workers, options=options
+    )
+
+
+def trainer(tmp_path, **options):
+    quiet = dict(enable_progress_bar=False, enable_model_summary=False, logger=False, accelerator="cpu", devices=1)
+    return Trainer(default_root_dir=tmp_path, max_epochs=1, **quiet, **options)
+
+
+def test_groups_have_their_own_learning_rates_and_every_trained_parameter_once():
+    model = corrzoo.create_matcher("Baseline", **TINY, lr=1e-2, backbone_lr=1e-3, finetune=2)
+    groups = {g["name"]: g for g in model.param_groups()}
+    assert groups["head"]["lr"] == 1e-2 and groups["backbone"]["lr"] == 1e-3
+    ids = [id(p) for g in groups.values() for p in g["params"]]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+def test_a_frozen_model_has_nothing_to_train(tmp_path):
+    model = corrzoo.create_matcher("Baseline", **TINY, finetune="none", learn_temperature=False)
+    with pytest.raises(ZooError, match="nothing to train"):
+        trainer(tmp_path).fit(model, data())
+
+
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        (dict(schedule="constant"), [1.0, 1.0, 1.0]),
+        (dict(schedule="step", milestones=[1, 2], gamma=0.1), [1.0, 0.1, 0.01]),
+        (dict(schedule="cosine"), [1.0, 0.75, 0.25]),
+    ],
+)
+def test_schedules(schedule, expected):
+    model = corrzoo.create_matcher("Baseline", **TINY, lr=1.0, finetune="none", **schedule)
+    model._trainer = Trainer(max_epochs=3, logger=False, accelerator="cpu", barebones=True)
+    made = model.configure_optimizers()
+    optimizer, scheduler = (made[0][0], made[1][0]) if isinstance(made, tuple) else (made, None)
+    rates = []
+    for _ in range(3):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if scheduler:
+            scheduler.step()
+    assert rates == pytest.approx(expected)
+
+
+def test_reused_features_change_no_score_and_are_gone_afterwards(tmp_path):
+    scores = []
+    for megabytes in (0, 1024):
+        torch.manual_seed(0)
+        model = corrzoo.create_matcher("Baseline", **TINY, feature_cache_mb=megabytes)
+        trainer(tmp_path).test(model, data(), verbose=False)
+        assert model._cache is None
+        scores.append(model.scores)
+    assert scores[0] == scores[1] and scores[0]
+
+
+def test_prediction_outside_a_run_never_reuses(tmp_path):
+    model = corrzoo.create_matcher("Baseline", **TINY).eval()
+    dataset = corrzoo.create_dataset("synthetic", "", "test", size=64)
+    pair = PairDataset.collate([dataset[0]])
+    before = model.predict_points(pair)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    assert not torch.equal(model.predict_points(pair), before)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_its_pairs(tmp_path):
+    class Broken(Straight):
+        def loss(self, match, pair):
+            return match.flow.sum() * float("nan")
+
+    with pytest.raises(ZooError, match=r"the loss is nan at step 0 on the pairs \[\d+, \d+, \d+, \d+\]"):
+        trainer(tmp_path, num_sanity_val_steps=0).fit(Broken(**TINY), data())
+
+
+def test_weights_that_are_not_loaded_are_refused():
+    model = Straight(backbone="efficientnet_lite0")
+    with pytest.raises(ZooError, match="not loaded"):
+        model(torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64))
+
+
+def test_protocols_that_evaluate_the_source_ask_the_other_way_round(tmp_path):
+    """A head that keeps relative positions scores the same as hand-made predictions of the source points."""
+    model = Straight(**TINY, protocol="cats:bbox")
+    module = data()
+    trainer(tmp_path).test(model, module, verbose=False)
+    dataset = corrzoo.create_dataset("synthetic", "", "test", size=64, length=6)
+    expected = []
+    for i in range(6):
+        record = dataset.record(i)
+        scale = torch.tensor(record.src_size, dtype=torch.float64) / torch.tensor(record.trg_size, dtype=torch.float64)
+        expected.append(corrzoo.score(record.trg_kps * scale, record, "cats:bbox", (0.1,))[0])
+    assert model.scores["test/pck@0.1"] == pytest.approx(100 * torch.stack(expected).mean().item())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_epoch_draws_other_training_pairs_whatever_reads_them(tmp_path, workers):
+    seen = []
+
+    class Watching(Straight):
+        def training_step(self, pair, batch_idx):
+            order = pair.index.argsort()
+            seen.append((self.current_epoch, pair.index[order].tolist(), pair.src_kps[order].sum().item()))
+            return super().training_step(pair, batch_idx)
+
+    torch.manual_seed(0)
+    run = Trainer(
+        default_root_dir=tmp_path, max_epochs=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu", devices=1, limit_val_batches=0,
+    )  # fmt: skip
+    run.fit(Watching(**TINY), data(workers, trn=4))
+    (_, first_pairs, first), (_, second_pairs, second) = seen
+    assert first_pairs == second_pairs == [0, 1, 2, 3] and first != second
+    dataset = corrzoo.create_dataset("synthetic", "", "trn", size=64, length=4)
+    for epoch, total in enumerate((first, second)):
+        dataset.set_epoch(epoch)
+        assert PairDataset.collate([dataset[i] for i in range(4)]).src_kps.sum().item() == pytest.approx(total)
+
+
+def test_forward_needs_no_trainer():
+    model = Straight(**TINY)
+    assert model(torch.zeros(2, 3, 64, 64), torch.zeros(2, 3, 64, 64)).flow.shape == (2, 2, 4, 4)
