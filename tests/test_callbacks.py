@@ -30,5 +30,5 @@ def test_csv_has_the_keys_as_columns(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ZooError, match="cannot write results into .*file"):
+    with pytest.raises(ZooError, match=r"cannot write results into .*file"):
         callbacks.writable(tmp_path / "file" / "results")
