@@ -17,9 +17,15 @@ from corrzoo.types import ZooError
 GRID = (4, 5)
 
 
-@pytest.fixture(params=[2**19, 47, 200], ids=["one strip", "strips of rows", "strips of items"])
+def small(monkeypatch: pytest.MonkeyPatch, strip: int, chunk: int) -> None:
+    """Strips and chunks of so many scores, of which a test's problem then has several."""
+    for name, size in (("STRIP", {"cpu": strip}), ("CHUNK", {"cpu": chunk}), ("ROWS", 1)):
+        monkeypatch.setattr(streaming.Scores, name, size)
+
+
+@pytest.fixture(params=[(2**19, 2**18), (100, 47), (300, 150)], ids=["one strip", "rows", "items"])
 def room(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "room", lambda device: request.param)
+    small(monkeypatch, *request.param)
 
 
 @pytest.mark.usefixtures("room")
@@ -39,7 +45,7 @@ def test_match_and_its_gradients_equal_the_reference(window: str, normalize: boo
 @pytest.mark.parametrize("keep", [0, 3, 7])
 def test_a_part_of_the_logits_may_be_kept(keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops.functional, "_points_to_keep", lambda *_: keep)
-    monkeypatch.setattr(streaming, "room", lambda device: 50)
+    small(monkeypatch, 100, 50)
     inputs = problem(7, GRID, 6, dtype=torch.float64, window="argmax")
     options = {"window": "argmax", "sigma": 2.0}
     mine = run(lambda s, t, T, c: ops.match(s, t, GRID, T, **options), inputs)

@@ -1,9 +1,9 @@
 """The op in strips, for any device: a strip holds whole rows of the correlation, is worked on in place, and is gone.
 
-A strip stays in a processor's cache between the passes over it, so the passes cost little beside the GEMM that fills
-it. Windows are separable (a Gaussian is a product over x and y, a crop a sum of penalties), and so are the means of x
-and y: their passes work on rows and columns of the target grid. Target features keep their own length; 1 / |g_j| is a
-factor of column j, which spares a copy of them.
+A strip is what one GEMM makes. Passes go over it in chunks that stay in a processor's cache from one pass to the next,
+so that they cost little beside the GEMM. Windows are separable (a Gaussian is a product over x and y, a crop a sum of
+penalties), and so are the means of x and y: passes work on rows and columns of the target grid. Target features keep
+their own length; 1 / |g_j| is a factor of column j, which spares a copy of them.
 """
 
 from collections.abc import Iterator
@@ -37,53 +37,59 @@ class Grads(NamedTuple):
     entropy: Tensor | None
 
 
-def pieces(batch: int, points: range, width: int, elements: int) -> Iterator[Piece]:
-    """Pieces of (batch, points, width) that have at most `elements` elements, but at least one row."""
-    rows, items = max(1, min(len(points), elements // width)), max(1, elements // (max(1, len(points)) * width))
+def pieces(batch: int, points: range, width: int, elements: int, rows: int = 1) -> Iterator[Piece]:
+    """Pieces of (batch, points, width) that have at most `elements` elements, but at least `rows` rows."""
+    rows, items = max(rows, elements // width), max(1, elements // (max(1, len(points)) * width))
     for b in range(0, batch, items):
         for r in range(points.start, points.stop, rows):
             yield slice(b, min(b + items, batch)), slice(r, min(r + rows, points.stop))
 
 
-def room(device: torch.device) -> int:
-    """Elements of a strip: 2 MB on a CPU, to share a last-level cache; 64 MB elsewhere, enough rows to fill a GPU."""
-    return 2**19 if device.type == "cpu" else 2**24
-
-
 class Scores:
-    """The correlation of src (B, N, C) and trg (B, M, C), strip by strip, and the buffers to work in.
+    """The correlation of src (B, N, C) and trg (B, M, C): strips to multiply, chunks of them to pass over.
 
     No strip has points on both sides of point number `keep`.
     """
 
+    STRIP, CHUNK, ROWS = {"cpu": 2**19}, {"cpu": 2**18}, 512
+    """Elements; at least 512 rows for the GEMM's sake. On a CPU a chunk is 1 MB, which a core's cache holds."""
+    ELSEWHERE = 2**24
+    """Both, on other devices: enough to fill a GPU."""
+
     def __init__(self, src: Tensor, trg: Tensor, normalize: bool, keep: int = 0) -> None:
-        self.src, self.trg = src, full(trg)
+        self.src, self.trg, self.cells = src, full(trg), trg.shape[1]
         self.src_scale = inverse_norm(src).unsqueeze(2) if normalize else None  # (B, N, 1)
         self.trg_scale = inverse_norm(trg).unsqueeze(1) if normalize else None  # (B, 1, M)
-        self.cells = trg.shape[1]
-        self.pieces = [
-            at
-            for points in (range(keep), range(keep, src.shape[1]))
-            for at in pieces(src.shape[0], points, self.cells, room(src.device))
-        ]
+        strip, self.chunk = (sizes.get(src.device.type, self.ELSEWHERE) for sizes in (self.STRIP, self.CHUNK))
+        halves = (range(keep), range(keep, src.shape[1]))
+        self.strips = [at for half in halves for at in pieces(src.shape[0], half, self.cells, strip, self.ROWS)]
         self._buffers: dict[str, Tensor] = {}
 
     def buffer(self, name: str, at: Piece) -> Tensor:
-        """(b, r, M) of memory for a strip, the same for every strip."""
-        b, r = at[0].stop - at[0].start, at[1].stop - at[1].start
-        size = b * r * self.cells
+        """(b, r, M) of memory, the same at every call."""
+        shape = (at[0].stop - at[0].start, at[1].stop - at[1].start, self.cells)
+        size = shape[0] * shape[1] * shape[2]
         if name not in self._buffers or self._buffers[name].numel() < size:
             self._buffers[name] = self.trg.new_empty(size)
-        return self._buffers[name][:size].view(b, r, self.cells)
+        return self._buffers[name][:size].view(shape)
 
     def points(self, at: Piece) -> Tensor:
         """The strip's source features (b, r, C), of unit length where asked."""
         return full(self.src[at]) if self.src_scale is None else full(self.src[at]) * self.src_scale[at]
 
-    def into(self, out: Tensor, at: Piece) -> Tensor:
-        """The scores (b, r, M) of a strip, written to `out`."""
-        torch.bmm(self.points(at), self.trg[at[0]].mT, out=out)
-        return out if self.trg_scale is None else out.mul_(self.trg_scale[at[0]])
+    def multiply(self, out: Tensor, at: Piece) -> Tensor:
+        """Products (b, r, M) of unit source features with target features as they are, written to `out`."""
+        return torch.bmm(self.points(at), self.trg[at[0]].mT, out=out)
+
+    def scale(self, x: Tensor, at: Piece, out: Tensor) -> Tensor:
+        """Products to scores, or gradients of scores to those of products."""
+        return out.copy_(x) if self.trg_scale is None else torch.mul(x, self.trg_scale[at[0]], out=out)
+
+    def chunks(self, at: Piece) -> Iterator[tuple[Piece, Piece]]:
+        """Pieces of a strip: where they are in the whole, and where in the strip."""
+        b, r = at[0].start, at[1].start
+        for i, j in pieces(at[0].stop - b, range(at[1].stop - r), self.cells, self.chunk):
+            yield (slice(b + i.start, b + i.stop), slice(r + j.start, r + j.stop)), (i, j)
 
 
 def match(
@@ -109,15 +115,17 @@ def match(
     best, lse, entropy = (scores.trg.new_empty(src.shape[:2]) for _ in range(3))
     argmax = torch.empty(src.shape[:2], dtype=torch.int64, device=src.device)
     xy = scores.trg.new_empty(*src.shape[:2], 2)
-    for at in scores.pieces:
-        z = scores.into(kept[at] if at[1].stop <= keep else scores.buffer("z", at), at)
-        best[at], argmax[at] = z.max(dim=-1)
-        _to_logits_(z, beta, window, *_offsets(window, x, y, centre, argmax, at))
-        p = torch.softmax(z, dim=-1, out=scores.buffer("p", at))
-        lse[at] = z.amax(-1) - p.amax(-1).log()
-        grid = p.unflatten(-1, window.grid)
-        xy[at] = torch.stack([grid.sum(2) @ x, grid.sum(3) @ y], dim=-1)
-        entropy[at] = lse[at] - p.mul_(z).sum(-1)
+    for strip in scores.strips:
+        block = scores.multiply(kept[strip] if strip[1].stop <= keep else scores.buffer("strip", strip), strip)
+        for at, inner in scores.chunks(strip):
+            z = scores.scale(block[inner], at, block[inner])
+            best[at], argmax[at] = z.max(dim=-1)
+            _to_logits_(z, beta, window, *_offsets(window, x, y, centre, argmax, at))
+            p = torch.softmax(z, dim=-1, out=scores.buffer("p", at))
+            lse[at] = z.amax(-1) - p.amax(-1).log()
+            grid = p.unflatten(-1, window.grid)
+            xy[at] = torch.stack([grid.sum(2) @ x, grid.sum(3) @ y], dim=-1)
+            entropy[at] = lse[at] - p.mul_(z).sum(-1)
     return Matches(xy, best, argmax, lse, entropy), kept
 
 
@@ -144,31 +152,32 @@ def match_backward(
     dtrg = scores.trg.new_zeros(trg.shape if needs[1] else 0)
     dtemperature = scores.trg.new_zeros(() if needs[2] else 0)
     dcentre = scores.trg.new_empty((*src.shape[:2], 2) if needs[3] else 0)
-    for at in scores.pieces:
-        dx, dy = _offsets(window, x, y, centre, matches.argmax, at)
-        z = kept[at]
-        if at[1].stop > kept.shape[1]:
-            z = scores.into(scores.buffer("z", at), at)
-            _to_logits_(z, beta, window, dx, dy)
-        p = torch.softmax(z, dim=-1, out=scores.buffer("p", at))
-        d = _logit_factors(grads, matches, at, z, x, y, scores.buffer("d", at)).mul_(p)
-        if needs[2] or needs[3]:
-            moment = torch.mul(d, z, out=p).unflatten(-1, window.grid)
-            moment_x, moment_y = moment.sum(2), moment.sum(3)
-            if needs[2]:
-                dtemperature -= moment_x.sum() * beta
-            if needs[3]:
-                mean = [(moment_x * dx).sum(-1), (moment_y * dy).sum(-1)]
-                dcentre[at] = torch.stack(mean, dim=-1) / window.sigma**2
-        _to_score_gradient_(d, beta, window, dx, dy)
-        if grads.max is not None:
-            d.scatter_add_(2, matches.argmax[at].unsqueeze(-1), full(grads.max[at]).unsqueeze(-1))
-        if scores.trg_scale is not None:
-            d.mul_(scores.trg_scale[at[0]])
+    for strip in scores.strips:
+        known, block = strip[1].stop <= kept.shape[1], scores.buffer("strip", strip)
+        logits = kept[strip] if known else scores.multiply(block, strip)
+        for at, inner in scores.chunks(strip):
+            dx, dy = _offsets(window, x, y, centre, matches.argmax, at)
+            z = logits[inner]
+            if not known:
+                _to_logits_(scores.scale(z, at, z), beta, window, dx, dy)
+            p = torch.softmax(z, dim=-1, out=scores.buffer("p", at))
+            d = _logit_factors(grads, matches, at, z, x, y, scores.buffer("d", at)).mul_(p)
+            if needs[2] or needs[3]:
+                moment = torch.mul(d, z, out=p).unflatten(-1, window.grid)
+                moment_x, moment_y = moment.sum(2), moment.sum(3)
+                if needs[2]:
+                    dtemperature -= moment_x.sum() * beta
+                if needs[3]:
+                    mean = [(moment_x * dx).sum(-1), (moment_y * dy).sum(-1)]
+                    dcentre[at] = torch.stack(mean, dim=-1) / window.sigma**2
+            _to_score_gradient_(d, beta, window, dx, dy)
+            if grads.max is not None:
+                d.scatter_add_(2, matches.argmax[at].unsqueeze(-1), full(grads.max[at]).unsqueeze(-1))
+            scores.scale(d, at, block[inner])
         if needs[0]:
-            dsrc[at] = torch.bmm(d, scores.trg[at[0]])
+            dsrc[strip] = torch.bmm(block, scores.trg[strip[0]])
         if needs[1]:
-            dtrg[at[0]].baddbmm_(d.mT, scores.points(at))
+            dtrg[strip[0]].baddbmm_(block.mT, scores.points(strip))
     if needs[0] and scores.src_scale is not None:
         across_(dsrc.mul_(scores.src_scale), src, scores.src_scale)
     if needs[1] and scores.trg_scale is not None:
@@ -248,14 +257,16 @@ def mutual(src: Tensor, trg: Tensor, normalize: bool) -> Mutual:
     scores = Scores(src, trg, normalize)
     row_max, col_max = scores.trg.new_empty(src.shape[:2]), scores.trg.new_full(trg.shape[:2], -torch.inf)
     row_argmax, col_argmax = (torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device) for x in (src, trg))
-    for at in scores.pieces:
-        s = scores.into(scores.buffer("s", at), at)
-        row_max[at], row_argmax[at] = s.max(dim=2)
-        best, index = s.max(dim=1)
-        old = col_max[at[0]]
-        better = ~(best <= old) & ~old.isnan()  # earlier rows win ties, and the first NaN stays
-        col_max[at[0]] = torch.where(better, best, old)
-        col_argmax[at[0]] = torch.where(better, index + at[1].start, col_argmax[at[0]])
+    for strip in scores.strips:
+        block = scores.multiply(scores.buffer("strip", strip), strip)
+        for at, inner in scores.chunks(strip):
+            s = scores.scale(block[inner], at, block[inner])
+            row_max[at], row_argmax[at] = s.max(dim=2)
+            best, index = s.max(dim=1)
+            old = col_max[at[0]]
+            better = ~(best <= old) & ~old.isnan()  # earlier rows win ties, and the first NaN stays
+            col_max[at[0]] = torch.where(better, best, old)
+            col_argmax[at[0]] = torch.where(better, index + at[1].start, col_argmax[at[0]])
     return Mutual(row_max, row_argmax, col_max, col_argmax)
 
 
@@ -272,7 +283,7 @@ def patch_scores(src: Tensor, trg: Tensor, corner: Tensor, side: int) -> Tensor:
         (B, N, side²), row by row.
     """
     out = src.new_empty(*src.shape[:2], side**2)
-    for at in pieces(src.shape[0], range(src.shape[1]), side**2 * src.shape[2], room(src.device)):
+    for at in pieces(src.shape[0], range(src.shape[1]), side**2 * src.shape[2], 2**20):
         cells, inside = _patch(corner[at], side, trg)
         patch = _gather(trg[at[0]], cells)
         out[at] = torch.einsum("bnc,bnkc->bnk", src[at], patch) * inside
@@ -282,7 +293,7 @@ def patch_scores(src: Tensor, trg: Tensor, corner: Tensor, side: int) -> Tensor:
 def patch_scores_backward(grad: Tensor, src: Tensor, trg: Tensor, corner: Tensor, side: int) -> tuple[Tensor, Tensor]:
     """Gradients of `patch_scores` to src and trg."""
     dsrc, dtrg = torch.empty_like(src), torch.zeros_like(trg)
-    for at in pieces(src.shape[0], range(src.shape[1]), side**2 * src.shape[2], room(src.device)):
+    for at in pieces(src.shape[0], range(src.shape[1]), side**2 * src.shape[2], 2**20):
         cells, inside = _patch(corner[at], side, trg)
         d = grad[at] * inside
         dsrc[at] = torch.einsum("bnk,bnkc->bnc", d, _gather(trg[at[0]], cells))
