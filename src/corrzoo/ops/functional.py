@@ -9,15 +9,19 @@ from torch import Tensor
 
 from corrzoo.geometry import Size
 from corrzoo.ops import library, reference
-from corrzoo.ops.reference import Matches, Mutual
+from corrzoo.ops.reference import Matches, Mutual, full_precision
 from corrzoo.registry import nearest
 from corrzoo.types import ZooError
 
 Window = Literal["none", "argmax", "given", "crop"]
 Backend = Literal["auto", "torch", "triton"]
 BACKENDS = ("auto", "torch", "triton")
-WINDOWS = ("none", "argmax", "given", "crop")
-NEEDS = {"none": (), "argmax": ("sigma",), "given": ("sigma", "centre"), "crop": ("radius",)}
+NEEDS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "argmax": ("sigma",),
+    "given": ("sigma", "centre"),
+    "crop": ("radius",),
+}
 
 
 def correlation(src: Tensor, trg: Tensor, normalize: bool = True) -> Tensor:
@@ -37,7 +41,7 @@ def correlation(src: Tensor, trg: Tensor, normalize: bool = True) -> Tensor:
         ZooError: when the shapes do not fit or something is empty.
     """
     _check_features(src, trg)
-    with _no_autocast(src):
+    with full_precision(src):
         return reference.correlation(src, trg, normalize)
 
 
@@ -56,10 +60,7 @@ def readout(
         scores: (B, N, M) scores of source points against the cells of the target grid, row by row.
         trg_grid: (h, w) of the target, h * w = M.
         temperature: The softmax is over scores / temperature; a 0-d tensor may carry a gradient.
-        window: See `match`.
-        sigma: See `match`.
-        radius: See `match`.
-        centre: See `match`.
+        window: See `match`, which also says what `sigma`, `radius` and `centre` are.
 
     Raises:
         ZooError: when the shapes do not fit, something is empty, or the window lacks what it needs.
@@ -67,7 +68,7 @@ def readout(
     if scores.ndim != 3 or 0 in scores.shape:
         raise ZooError(f"expected scores of shape (B, N, M) with nothing empty, got {tuple(scores.shape)}")
     _check_window(scores.shape[:2], scores.shape[2], trg_grid, temperature, window, sigma, radius, centre)
-    with _no_autocast(scores):
+    with full_precision(scores):
         return reference.readout(scores, trg_grid, temperature, window, sigma or 0.0, radius or 0, centre)
 
 
@@ -145,8 +146,8 @@ def mutual(src: Tensor, trg: Tensor, normalize: bool = True, backend: Backend = 
     if not _wants_gradient(src, trg):
         return out
     f, g = reference.unit(src, normalize), reference.unit(trg, normalize)
-    row_max = (f * _take(g, out.row_argmax)).sum(-1)
-    col_max = (_take(f, out.col_argmax) * g).sum(-1)
+    row_max = (f * g.take_along_dim(out.row_argmax.unsqueeze(-1), 1)).sum(-1)
+    col_max = (f.take_along_dim(out.col_argmax.unsqueeze(-1), 1) * g).sum(-1)
     return out._replace(row_max=row_max, col_max=col_max)
 
 
@@ -219,16 +220,6 @@ def _points_to_keep(batch: int, points: int, cells: int, dtype: torch.dtype) -> 
     return torch.sym_min(points, torch.sym_max(32 * 2**20 // row, torch.sym_min(points // 2, 256 * 2**20 // row)))
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x (B, n, C) by index (B, m) -> (B, m, C)."""
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
-
-
-def _no_autocast(x: Tensor) -> torch.autocast:
-    """Autocast off: at a temperature of 0.02 the rounding of bfloat16 cosines moves the argmax."""
-    return torch.autocast(x.device.type, enabled=False)
-
-
 def _check_features(src: Tensor, trg: Tensor) -> None:
     for name, x in (("src", src), ("trg", trg)):
         if x.ndim != 3 or 0 in x.shape:
@@ -242,29 +233,23 @@ def _check_features(src: Tensor, trg: Tensor) -> None:
 
 
 def _check_window(
-    points: torch.Size,
-    cells: int,
-    trg_grid: Size,
-    temperature: float | Tensor,
-    window: str,
-    sigma: float | None,
-    radius: int | None,
-    centre: Tensor | None,
-) -> None:
+    points: torch.Size, cells: int, trg_grid: Size, temperature: float | Tensor, window: str, sigma: float | None,
+    radius: int | None, centre: Tensor | None,
+) -> None:  # fmt: skip
     if trg_grid[0] * trg_grid[1] != cells:
         raise ZooError(f"trg_grid {tuple(trg_grid)} must have as many cells as the target: {cells}")
-    if isinstance(temperature, Tensor) and temperature.ndim != 0:
-        raise ZooError(f"expected temperature as a number or a 0-d tensor, got shape {tuple(temperature.shape)}")
-    if not isinstance(temperature, Tensor) and not temperature > 0:
+    if isinstance(temperature, Tensor):
+        if temperature.ndim != 0:
+            raise ZooError(f"expected temperature as a number or a 0-d tensor, got shape {tuple(temperature.shape)}")
+    elif not temperature > 0:
         raise ZooError(f"temperature must be positive, got {temperature}")
-    if window not in WINDOWS:
-        hint = nearest(window, WINDOWS) or f": choose one of {', '.join(WINDOWS)}"
-        raise ZooError(f"unknown window {window!r}{hint}")
+    if window not in NEEDS:
+        raise ZooError(f"unknown window {window!r}{nearest(window, NEEDS) or ': choose one of ' + ', '.join(NEEDS)}")
     given = {"sigma": sigma, "radius": radius, "centre": centre}
     for name in NEEDS[window]:
         if given[name] is None:
             raise ZooError(f"window {window!r} needs {name}")
-    if "sigma" in NEEDS[window] and sigma is not None and not sigma > 0:
+    if window in ("argmax", "given") and sigma is not None and not sigma > 0:
         raise ZooError(f"sigma must be positive, got {sigma}")
     if window == "crop":
         _check_radius(radius)

@@ -1,3 +1,4 @@
+# mypy: disallow-untyped-defs=False
 """The op as Triton kernels: a GEMM over tiles of the correlation whose epilogue reduces each tile where it is made.
 
 Scores are <f_i, g_j> a_i b_j: features as they come, their products summed in float32, the inverse norms a and b

@@ -4,6 +4,7 @@ Scores are never in memory: forwards leave sums for each row and split of the co
 gradients (64 MB at most) that two GEMMs turn into feature gradients.
 """
 
+import itertools
 import math
 import os
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from corrzoo.ops import kernels
 from corrzoo.ops.reference import Matches, Mutual, inverse_norm
-from corrzoo.ops.streaming import Grads, Window, across_, pieces
+from corrzoo.ops.streaming import Grads, Piece, Window, across_, pieces
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 KINDS = {"none": 0, "argmax": 1, "given": 1, "crop": 2}
@@ -40,12 +41,14 @@ class _Problem:
         self.sizes = (src.shape[1], trg.shape[1], src.shape[2])
         self.strides = (*src.stride(), *trg.stride())
         tf32 = src.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-        self.options = {
-            **self.tiles,
-            "NORMALIZE": normalize,
-            "PRECISION": "tf32" if tf32 else "ieee",
-            "UPCAST": INTERPRETED,
-        }
+        precision = "tf32" if tf32 else "ieee"
+        self.options = {**self.tiles, "NORMALIZE": normalize, "PRECISION": precision, "UPCAST": INTERPRETED}
+
+    def across(self, grad: Tensor, side: int, at: Piece) -> Tensor:
+        """Feature gradients of a piece of src (0) or trg (1), where asked without their part along the features."""
+        if self.options["NORMALIZE"]:
+            across_(grad, (self.src, self.trg)[side][at], self.norms[side][at].unsqueeze(-1))
+        return grad
 
     def splits(self) -> tuple[int, int, int]:
         """(row tiles, splits of the columns, columns in a split): enough programs to fill the processors twice."""
@@ -123,52 +126,42 @@ def match(
 
 
 def match_backward(
-    grads: Grads,
-    src: Tensor,
-    trg: Tensor,
-    temperature: Tensor,
-    centre: Tensor | None,
-    matches: Matches,
-    kept: Tensor,
-    window: Window,
-    normalize: bool,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grads: Grads, src: Tensor, trg: Tensor, temperature: Tensor, centre: Tensor | None, matches: Matches, kept: Tensor,
+    window: Window, normalize: bool, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`streaming.match_backward`, without its kept logits."""
     problem = _Problem(src, trg, normalize)
     B, (N, M, _) = src.shape[0], problem.sizes
-    centre = _centre(window, centre, matches.argmax)
+    centre, wants_moments = _centre(window, centre, matches.argmax), needs[2] or needs[3]
     rows_in = _rows_in(grads, matches, centre)
     # Score gradients fall below what float16 can hold.
     dtype = torch.float32 if src.dtype == torch.float16 else src.dtype
-    f, g = src.to(dtype), trg.to(dtype)
-    dsrc = src.new_empty(src.shape if needs[0] else 0, dtype=torch.float32)
-    dtrg = src.new_zeros(trg.shape if needs[1] else 0, dtype=torch.float32)
+    dsrc, dtrg = (torch.empty_like(x) if need else x.new_empty(0) for x, need in zip((src, trg), needs, strict=False))
     moments = src.new_zeros(3, B, N, dtype=torch.float32)
     columns = math.ceil(M / problem.tiles["TILE_M"])
-    for items, points in pieces(B, range(N), M, STRIP // dtype.itemsize):
-        b, r = items.stop - items.start, points.stop - points.start
-        out = src.new_empty(b, r, M, dtype=dtype)
-        sums = src.new_empty((3, b, r, 4 * columns) if needs[2] or needs[3] else (0, 0), dtype=torch.float32)
-        kernels.score_gradients[(columns, math.ceil(r / problem.tiles["TILE_N"]), b)](
-            src[items], trg[items], *(n[items] for n in problem.norms), temperature, centre[items],
-            matches.argmax[items], rows_in[:, items], out, sums, points.start, r, *problem.sizes, window.grid[1],
-            *problem.strides, B * N, sums.stride(0), _extent(window),
-            KIND=KINDS[window.kind], MOMENTS=needs[2] or needs[3], **problem.options,
-        )  # fmt: skip
-        if needs[2] or needs[3]:
-            moments[:, items, points] = sums.sum(-1)
-        if needs[0]:
-            dsrc[items, points] = _bmm(out, g[items])
-        if needs[1]:
-            dtrg[items] += _bmm(out.mT, f[items, points])
-    if normalize and needs[0]:
-        across_(dsrc, src, problem.norms[0].unsqueeze(-1))
-    if normalize and needs[1]:
-        across_(dtrg, trg, problem.norms[1].unsqueeze(-1))
+    for _, strips in itertools.groupby(pieces(B, range(N), M, STRIP // dtype.itemsize), lambda at: at[0].start):
+        into_trg: Tensor | float = 0.0
+        for items, points in strips:
+            b, r = items.stop - items.start, points.stop - points.start
+            out = src.new_empty(b, r, M, dtype=dtype)
+            sums = src.new_empty((3, b, r, 4 * columns) if wants_moments else (0, 0), dtype=torch.float32)
+            kernels.score_gradients[(columns, math.ceil(r / problem.tiles["TILE_N"]), b)](
+                src[items], trg[items], *(n[items] for n in problem.norms), temperature, centre[items],
+                matches.argmax[items], rows_in[:, items], out, sums, points.start, r, *problem.sizes, window.grid[1],
+                *problem.strides, B * N, sums.stride(0), _extent(window),
+                KIND=KINDS[window.kind], MOMENTS=wants_moments, **problem.options,
+            )  # fmt: skip
+            if wants_moments:
+                moments[:, items, points] = sums.sum(-1)
+            if needs[0]:
+                dsrc[items, points] = problem.across(_bmm(out, trg[items].to(dtype)), 0, (items, points))
+            if needs[1]:
+                into_trg += _bmm(out.mT, src[items, points].to(dtype))
+        if isinstance(into_trg, Tensor):
+            dtrg[items] = problem.across(into_trg, 1, (items, slice(None)))
     dtemperature = -moments[0].sum() / temperature if needs[2] else moments.new_empty(0)
     dcentre = moments[1:].movedim(0, -1) / window.sigma**2 if needs[3] else moments.new_empty(0)
-    return dsrc.to(src.dtype), dtrg.to(trg.dtype), dtemperature, dcentre
+    return dsrc, dtrg, dtemperature, dcentre
 
 
 def _rows_in(grads: Grads, matches: Matches, centre: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 The operators are opaque to torch.compile and torch.export. `match` differentiates all its floating outputs, `mutual`
 gives indices (its caller reads the scores there), `patch_scores` is what remains of the local correlation when the
-bilinear weights are taken outside.
+bilinear weights are taken outside. `streaming` says what each computes.
 """
 
 import importlib
@@ -11,86 +11,65 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from corrzoo.ops import streaming
-from corrzoo.ops.reference import Matches, Mutual, full
+from corrzoo.ops.reference import Matches, full, full_precision
 from corrzoo.ops.streaming import Grads, Window
+
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
+Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _of(backend: str) -> ModuleType:
-    if backend == "torch":
-        return streaming
-    launch: ModuleType = importlib.import_module("corrzoo.ops.launch")  # triton is imported only when it is used
-    return launch
+    # triton is imported only when it is used
+    return streaming if backend == "torch" else importlib.import_module("corrzoo.ops.launch")
 
 
-@torch.library.custom_op("corrzoo::match", mutates_args=())
+@custom_op("corrzoo::match", mutates_args=())
 def match(
-    src: Tensor,
-    trg: Tensor,
-    temperature: Tensor,
-    centre: Tensor | None,
-    h: int,
-    w: int,
-    window: str,
-    sigma: float,
-    radius: int,
-    normalize: bool,
-    keep: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    src: Tensor, trg: Tensor, temperature: Tensor, centre: Tensor | None, h: int, w: int, window: str, sigma: float,
+    radius: int, normalize: bool, keep: int, backend: str,
+) -> Six:  # fmt: skip
     """The fields of `Matches`, and the logits (B, keep, M) that the backward need not compute again."""
-    with torch.autocast(src.device.type, enabled=False):
-        to = Window((h, w), window, sigma, radius)
+    to = Window((h, w), window, sigma, radius)
+    with full_precision(src):
         matches, kept = _of(backend).match(src, trg, temperature, centre, to, normalize, keep)
     return *matches, kept
 
 
 @match.register_fake
 def _(src: Tensor, trg: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    B, N, M, keep = *src.shape[:2], trg.shape[1], args[-2]
-    like = full(src)
-    row = [like.new_empty(B, N) for _ in range(3)]
-    return like.new_empty(B, N, 2), row[0], src.new_empty(B, N, dtype=torch.int64), *row[1:], like.new_empty(B, keep, M)
+    (B, N, _), M, keep, like = src.shape, trg.shape[1], args[-2], full(src)
+    best, lse, entropy = (like.new_empty(B, N) for _ in range(3))
+    return (
+        like.new_empty(B, N, 2),
+        best,
+        best.new_empty(B, N, dtype=torch.int64),
+        lse,
+        entropy,
+        like.new_empty(B, keep, M),
+    )
 
 
-@torch.library.custom_op("corrzoo::match_backward", mutates_args=())
+@custom_op("corrzoo::match_backward", mutates_args=())
 def match_backward(
-    dxy: Tensor | None,
-    dmax: Tensor | None,
-    dlse: Tensor | None,
-    dentropy: Tensor | None,
-    src: Tensor,
-    trg: Tensor,
-    temperature: Tensor,
-    centre: Tensor | None,
-    xy: Tensor,
-    best: Tensor,
-    argmax: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    kept: Tensor,
-    h: int,
-    w: int,
-    window: str,
-    sigma: float,
-    radius: int,
-    normalize: bool,
-    backend: str,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dxy: Tensor | None, dmax: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None,
+    src: Tensor, trg: Tensor, temperature: Tensor, centre: Tensor | None,
+    xy: Tensor, best: Tensor, argmax: Tensor, lse: Tensor, entropy: Tensor, kept: Tensor,
+    h: int, w: int, window: str, sigma: float, radius: int, normalize: bool, backend: str, needs: list[bool],
+) -> Four:  # fmt: skip
     """Gradients to src, trg, temperature and centre; an empty tensor for what `needs` does not name."""
     grads, matches = Grads(dxy, dmax, dlse, dentropy), Matches(xy, best, argmax, lse, entropy)
-    with torch.autocast(src.device.type, enabled=False):
-        to = Window((h, w), window, sigma, radius)
+    to = Window((h, w), window, sigma, radius)
+    with full_precision(src):
         return _of(backend).match_backward(grads, src, trg, temperature, centre, matches, kept, to, normalize, needs)
 
 
 @match_backward.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
-    src, trg, needs = *args[4:6], args[-1]
-    of_centre = full(src).new_empty(*src.shape[:2], 2)
-    outputs = (torch.empty_like(src), torch.empty_like(trg), full(src).new_empty(()), of_centre)
+    src, trg, xy, needs = args[4], args[5], args[8], args[-1]
+    outputs = (torch.empty_like(src), torch.empty_like(trg), xy.new_empty(()), torch.empty_like(xy))
     return tuple(x if need else x.new_empty(0) for x, need in zip(outputs, needs, strict=True))
 
 
@@ -110,23 +89,23 @@ def _match_autograd(ctx: Any, dxy: Any, dmax: Any, _: Any, dlse: Any, dentropy: 
 match.register_autograd(_match_autograd, setup_context=_match_setup)
 
 
-@torch.library.custom_op("corrzoo::mutual", mutates_args=())
-def mutual(src: Tensor, trg: Tensor, normalize: bool, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@custom_op("corrzoo::mutual", mutates_args=())
+def mutual(src: Tensor, trg: Tensor, normalize: bool, backend: str) -> Four:
     """The fields of `Mutual`."""
-    with torch.autocast(src.device.type, enabled=False):
+    with full_precision(src):
         return tuple(_of(backend).mutual(src, trg, normalize))
 
 
 @mutual.register_fake
 def _(src: Tensor, trg: Tensor, normalize: bool, backend: str) -> tuple[Tensor, ...]:
-    ends = [full(x).new_empty(x.shape[:2]) for x in (src, trg)]
-    return tuple(Mutual(ends[0], ends[0].long(), ends[1], ends[1].long()))
+    rows, cols = (full(x).new_empty(x.shape[:2]) for x in (src, trg))
+    return rows, rows.long(), cols, cols.long()
 
 
-@torch.library.custom_op("corrzoo::patch_scores", mutates_args=())
+@custom_op("corrzoo::patch_scores", mutates_args=())
 def patch_scores(src: Tensor, trg: Tensor, corner: Tensor, side: int, backend: str) -> Tensor:
-    """See `streaming.patch_scores`."""
-    with torch.autocast(src.device.type, enabled=False):
+    """(B, N, side²)."""
+    with full_precision(src):
         return _of(backend).patch_scores(src, trg, corner, side)
 
 
@@ -135,17 +114,17 @@ def _(src: Tensor, trg: Tensor, corner: Tensor, side: int, backend: str) -> Tens
     return src.new_empty(*src.shape[:2], side**2)
 
 
-@torch.library.custom_op("corrzoo::patch_scores_backward", mutates_args=())
+@custom_op("corrzoo::patch_scores_backward", mutates_args=())
 def patch_scores_backward(
     grad: Tensor, src: Tensor, trg: Tensor, corner: Tensor, side: int, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `patch_scores` to src and trg."""
-    with torch.autocast(src.device.type, enabled=False):
+    """Gradients to src and trg."""
+    with full_precision(src):
         return _of(backend).patch_scores_backward(grad, src, trg, corner, side)
 
 
 @patch_scores_backward.register_fake
-def _(grad: Tensor, src: Tensor, trg: Tensor, corner: Tensor, side: int, backend: str) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, src: Tensor, trg: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(src), torch.empty_like(trg)
 
 

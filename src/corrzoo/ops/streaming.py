@@ -95,19 +95,9 @@ class Scores:
 def match(
     src: Tensor, trg: Tensor, temperature: Tensor, centre: Tensor | None, window: Window, normalize: bool, keep: int
 ) -> tuple[Matches, Tensor]:
-    """`corrzoo.ops.match` without a gradient.
+    """`corrzoo.ops.match` without a gradient, and the logits (B, keep, M) of the first `keep` points of each item.
 
-    Args:
-        src: (B, N, C).
-        trg: (B, M, C).
-        temperature: 0-d.
-        centre: (B, N, 2), for the window "given".
-        window: The window.
-        normalize: Divide features by their length.
-        keep: The logits of this many points of each item are kept for the backward.
-
-    Returns:
-        The matches, and the logits (B, keep, M).
+    Args: src (B, N, C), trg (B, M, C), temperature 0-d, centre (B, N, 2) for the window "given".
     """
     scores, beta = Scores(src, trg, normalize, keep), full(1 / temperature)
     x, y = _axes(window, scores.trg)
@@ -130,17 +120,9 @@ def match(
 
 
 def match_backward(
-    grads: Grads,
-    src: Tensor,
-    trg: Tensor,
-    temperature: Tensor,
-    centre: Tensor | None,
-    matches: Matches,
-    kept: Tensor,
-    window: Window,
-    normalize: bool,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grads: Grads, src: Tensor, trg: Tensor, temperature: Tensor, centre: Tensor | None, matches: Matches, kept: Tensor,
+    window: Window, normalize: bool, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of `match` to src, trg, temperature and centre; an empty tensor for what `needs` does not name.
 
     With logits z, weights p and cell centres v, the gradient of a logit is p_j times a sum over x and over y,
@@ -170,7 +152,7 @@ def match_backward(
                 if needs[3]:
                     mean = [(moment_x * dx).sum(-1), (moment_y * dy).sum(-1)]
                     dcentre[at] = torch.stack(mean, dim=-1) / window.sigma**2
-            _to_score_gradient_(d, beta, window, dx, dy)
+            _weigh_(d, beta, window, dx, dy)
             if grads.max is not None:
                 d.scatter_add_(2, matches.argmax[at].unsqueeze(-1), full(grads.max[at]).unsqueeze(-1))
             scores.scale(d, at, block[inner])
@@ -187,46 +169,36 @@ def match_backward(
 
 def _axes(window: Window, like: Tensor) -> tuple[Tensor, Tensor]:
     """x (w,) and y (h,) of the target's cell centres."""
-    h, w = window.grid
-    return tuple(torch.arange(n, device=like.device, dtype=like.dtype) + 0.5 for n in (w, h))  # type: ignore[return-value]
+    y, x = (torch.arange(n, device=like.device, dtype=like.dtype) + 0.5 for n in window.grid)
+    return x, y
 
 
 def _offsets(
     window: Window, x: Tensor, y: Tensor, centre: Tensor | None, argmax: Tensor, at: Piece
 ) -> tuple[Tensor, Tensor]:
-    """(b, r, w) and (b, r, h): the cells' columns and rows as seen from the window's centre; zero without one."""
+    """(b, r, w) and (b, r, h): the cells' columns and rows as seen from the window's centre."""
     if window.kind == "given" and centre is not None:
-        cx, cy = centre[at].to(x.dtype).unsqueeze(-2).unbind(-1)
+        cx, cy = centre[at].unsqueeze(-2).unbind(-1)
     else:
         cx, cy = x[argmax[at] % window.grid[1]].unsqueeze(-1), y[argmax[at] // window.grid[1]].unsqueeze(-1)
     return x - cx, y - cy
 
 
-def _gaussian(window: Window, dx: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """The two factors of the Gaussian, to multiply (b, r, h, w) with."""
-    wx, wy = (torch.exp(d.square() / (-2 * window.sigma**2)) for d in (dx, dy))
-    return wx.unsqueeze(2), wy.unsqueeze(3)
-
-
 def _to_logits_(z: Tensor, beta: Tensor, window: Window, dx: Tensor, dy: Tensor) -> None:
     """Scores (b, r, M) become logits, in place."""
-    grid = z.unflatten(-1, window.grid)
-    if window.kind in ("argmax", "given"):
-        wx, wy = _gaussian(window, dx, dy)
-        grid.mul_(wx * beta).mul_(wy)
-        return
-    z.mul_(beta)
+    _weigh_(z, beta, window, dx, dy)
     if window.kind == "crop":
-        grid.add_(OUTSIDE * (dx.abs() > window.radius).to(z.dtype).unsqueeze(2))
-        grid.add_(OUTSIDE * (dy.abs() > window.radius).to(z.dtype).unsqueeze(3))
+        for d, dim in ((dx, 2), (dy, 3)):
+            z.unflatten(-1, window.grid).add_(OUTSIDE * (d.abs() > window.radius).to(z.dtype).unsqueeze(dim))
 
 
-def _to_score_gradient_(d: Tensor, beta: Tensor, window: Window, dx: Tensor, dy: Tensor) -> None:
-    """Gradients of logits (b, r, M) become gradients of scores, in place."""
-    if window.kind in ("argmax", "given"):
-        _to_logits_(d, beta, window, dx, dy)
-    else:
-        d.mul_(beta)
+def _weigh_(z: Tensor, beta: Tensor, window: Window, dx: Tensor, dy: Tensor) -> None:
+    """Times the window's Gaussian, over the temperature: also what gradients of logits become those of scores by."""
+    if window.kind in ("none", "crop"):
+        z.mul_(beta)
+        return
+    wx, wy = (torch.exp(d.square() / (-2 * window.sigma**2)) for d in (dx, dy))
+    z.unflatten(-1, window.grid).mul_(beta * wx.unsqueeze(2)).mul_(wy.unsqueeze(3))
 
 
 def _logit_factors(grads: Grads, matches: Matches, at: Piece, z: Tensor, x: Tensor, y: Tensor, out: Tensor) -> Tensor:
@@ -271,22 +243,14 @@ def mutual(src: Tensor, trg: Tensor, normalize: bool) -> Mutual:
 
 
 def patch_scores(src: Tensor, trg: Tensor, corner: Tensor, side: int) -> Tensor:
-    """Scores of source points in squares of target cells, 0 for cells outside the target.
+    """Scores (B, N, side²) of source points in squares of target cells, 0 for cells outside the target.
 
-    Args:
-        src: (B, N, C).
-        trg: (B, h, w, C).
-        corner: (B, N, 2) int64 (x, y), the square's top left cell; it may lie outside.
-        side: Cells along the square's edge.
-
-    Returns:
-        (B, N, side²), row by row.
+    Args: src (B, N, C), trg (B, h, w, C), and corner (B, N, 2) int64 (x, y), the square's top left cell.
     """
     out = src.new_empty(*src.shape[:2], side**2)
     for at in pieces(src.shape[0], range(src.shape[1]), side**2 * src.shape[2], 2**20):
         cells, inside = _patch(corner[at], side, trg)
-        patch = _gather(trg[at[0]], cells)
-        out[at] = torch.einsum("bnc,bnkc->bnk", src[at], patch) * inside
+        out[at] = torch.einsum("bnc,bnkc->bnk", src[at], _gather(trg[at[0]], cells)) * inside
     return out
 
 
