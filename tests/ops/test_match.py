@@ -153,6 +153,14 @@ def test_mutual_and_local_correlation_equal_the_reference(normalize: bool) -> No
     assert_close(mine, run(lambda s, t, c: reference.local_correlation(s, t, c, 2, normalize), inputs), 1e-12)
 
 
+@pytest.mark.parametrize("cells", [20, 128])
+def test_row_maxima_are_the_first(cells: int) -> None:
+    x = torch.randint(0, 9, (2, 50, cells), generator=torch.Generator().manual_seed(0)).float()
+    x[0, 3, 100 % cells] = x[0, 3, 7] = torch.nan
+    for mine, plain in zip(streaming.row_maxima(x), x.max(-1), strict=True):
+        torch.testing.assert_close(mine, plain, equal_nan=True)
+
+
 @pytest.mark.usefixtures("room")
 def test_ties_go_to_the_lowest_index() -> None:
     src, trg, temperature, _ = integers(9, GRID, 6)  # sums of small integers are exact in any order: true ties

@@ -92,6 +92,17 @@ class Scores:
             yield (slice(b + i.start, b + i.stop), slice(r + j.start, r + j.stop)), (i, j)
 
 
+def row_maxima(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x.max(-1) of (b, r, M). Where M allows, blocks' maxima come first: without indices they are a vectorised pass."""
+    if x.shape[-1] % 64:
+        best, at = x.max(dim=-1)
+        return best, at
+    blocks = x.unflatten(-1, (-1, 64))
+    best, first = blocks.amax(-1).max(dim=-1)
+    within = blocks.take_along_dim(first[..., None, None], dim=2).squeeze(2).argmax(-1)
+    return best, first * 64 + within
+
+
 def match(
     src: Tensor, trg: Tensor, temperature: Tensor, centre: Tensor | None, window: Window, normalize: bool, keep: int
 ) -> tuple[Matches, Tensor]:
@@ -109,7 +120,7 @@ def match(
         block = scores.multiply(kept[strip] if strip[1].stop <= keep else scores.buffer("strip", strip), strip)
         for at, inner in scores.chunks(strip):
             z = scores.scale(block[inner], at, block[inner])
-            best[at], argmax[at] = z.max(dim=-1)
+            best[at], argmax[at] = row_maxima(z)
             _to_logits_(z, beta, window, *_offsets(window, x, y, centre, argmax, at))
             p = torch.softmax(z, dim=-1, out=scores.buffer("p", at))
             lse[at] = z.amax(-1) - p.amax(-1).log()
@@ -233,7 +244,7 @@ def mutual(src: Tensor, trg: Tensor, normalize: bool) -> Mutual:
         block = scores.multiply(scores.buffer("strip", strip), strip)
         for at, inner in scores.chunks(strip):
             s = scores.scale(block[inner], at, block[inner])
-            row_max[at], row_argmax[at] = s.max(dim=2)
+            row_max[at], row_argmax[at] = row_maxima(s)
             best, index = s.max(dim=1)
             old = col_max[at[0]]
             better = ~(best <= old) & ~old.isnan()  # earlier rows win ties, and the first NaN stays
