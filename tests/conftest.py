@@ -1,9 +1,15 @@
 """What every test may use: where the given data is, and one thread so that two cores serve many tests."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Kernels run in Triton's interpreter where there is no GPU. Triton reads this when it is first imported, which
+    # other tests' torch.compile does too.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(1)
 
@@ -23,3 +29,11 @@ def shared() -> Path:
     if not (folder / "README.md").is_file():
         pytest.skip("needs the folder ../shared (PF-WILLOW, golden values), which is not beside this checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def golden(shared: Path):
+    """What the released code of ACTR and LPMFlow answers: see `golden.py`."""
+    from golden import Golden
+
+    return Golden(shared / "golden")
