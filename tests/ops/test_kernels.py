@@ -132,4 +132,4 @@ def test_match_holds_no_volume_on_the_device(device: torch.device) -> None:
 
 @needs_gpu
 def test_auto_chooses_triton_on_the_device(device: torch.device) -> None:
-    assert ops.functional._resolve("auto", torch.zeros(1, device=device)) == "triton"
+    assert ops.functional.resolve_backend("auto", torch.zeros(1, device=device)) == "triton"

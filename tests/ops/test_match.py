@@ -199,6 +199,7 @@ def test_nan_propagates_as_in_the_reference() -> None:
         ({"window": "crop", "radius": 1.5}, "radius must be a whole number"),
         ({"window": "given", "sigma": 1.0}, "needs centre"),
         ({"window": "given", "sigma": 1.0, "centre": torch.zeros(2, 4, 2)}, "centre of shape"),
+        ({"recompute": "never"}, "True, False or 'auto'"),
         ({"backend": "cuda"}, "choose one of auto, torch, triton"),
         ({"backend": "triton"}, "needs CUDA tensors"),
     ],

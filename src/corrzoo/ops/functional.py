@@ -113,10 +113,12 @@ def match(
     """
     _check_features(src, trg)
     _check_window(src.shape[:2], trg.shape[1], trg_grid, temperature, window, sigma, radius, centre)
+    if recompute not in (True, False, "auto"):
+        raise ZooError(f"recompute must be True, False or 'auto', got {recompute!r}")
     dtype = torch.promote_types(src.dtype, torch.float32)
     temperature = torch.as_tensor(temperature, dtype=dtype, device=src.device)
     centre = centre.to(dtype) if window == "given" and centre is not None else None
-    runs = _resolve(backend, src)
+    runs = resolve_backend(backend, src)
     keep: int | torch.SymInt = 0
     if runs == "torch" and recompute is not True and _wants_gradient(src, trg, temperature, centre):
         keep = _points_to_keep(src.shape[0], src.shape[1], trg.shape[1], dtype) if recompute == "auto" else src.shape[1]
@@ -142,7 +144,7 @@ def mutual(src: Tensor, trg: Tensor, normalize: bool = True, backend: Backend = 
         ZooError: when the shapes do not fit, something is empty, or the backend cannot serve.
     """
     _check_features(src, trg)
-    out = Mutual(*library.mutual(src.detach(), trg.detach(), normalize, _resolve(backend, src)))
+    out = Mutual(*library.mutual(src.detach(), trg.detach(), normalize, resolve_backend(backend, src)))
     if not _wants_gradient(src, trg):
         return out
     f, g = reference.unit(src, normalize), reference.unit(trg, normalize)
@@ -180,7 +182,7 @@ def local_correlation(
     g = reference.unit(trg.movedim(1, -1), normalize).contiguous()
     centre = centre.to(f.dtype) - 0.5  # now a cell's own centre is at its index
     corner = centre.detach().floor()
-    scores = library.patch_scores(f, g, corner.long() - radius, 2 * radius + 2, _resolve(backend, src))
+    scores = library.patch_scores(f, g, corner.long() - radius, 2 * radius + 2, resolve_backend(backend, src))
     scores = scores.unflatten(-1, (2 * radius + 2, 2 * radius + 2))
     # Offsets are whole cells, so all (2r + 1)² points lie at the same place between their four cells.
     x, y = (centre - corner).unsqueeze(-2).unbind(-1)
@@ -188,15 +190,19 @@ def local_correlation(
     return torch.lerp(scores[..., :-1, :], scores[..., 1:, :], y.unsqueeze(-1)).flatten(2)
 
 
-def _resolve(backend: str, x: Tensor) -> str:
-    """The implementation that runs: "torch" or "triton"."""
+def resolve_backend(backend: str, x: Tensor) -> str:
+    """Which implementation runs on features like x: "torch" or "triton".
+
+    Raises:
+        ZooError: when it is unknown or cannot serve.
+    """
     if backend not in BACKENDS:
         raise ZooError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     if backend == "torch" or (backend == "auto" and (x.device.type != "cuda" or x.dtype == torch.float64)):
         return "torch"
     available = importlib.util.find_spec("triton") is not None
-    if backend == "auto":
-        return "triton" if available else "torch"
+    if backend == "auto":  # the kernels are compiled for compute capability 8.0 and above
+        return "triton" if available and torch.cuda.get_device_capability(x.device) >= (8, 0) else "torch"
     if not available:
         raise ZooError("backend='triton' needs the package triton: install it, or use backend='auto'")
     if x.dtype == torch.float64:
