@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -155,6 +157,18 @@ def test_a_folder_that_cannot_be_written_is_said_before_the_evaluation(tmp_path,
     Path("file").touch()
     said = failing(capsys, "test", *BASELINE, *DEMO, *TINY, *FEW, "--trainer.logger.init_args.save_dir=file")
     assert "file" in said
+
+
+def test_two_processes_leave_the_files_of_one(tmp_path):
+    args = ["test", *BASELINE, *DEMO, *TINY, *FEW]
+    main([*args, "--trainer.logger.save_dir=one"])
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.logger.save_dir=two"]
+    # a process that waits for another in vain does not end
+    subprocess.run([sys.executable, "-m", "corrzoo", *args, *two], check=True, capture_output=True, timeout=120)
+    (one,), (other,) = (list(tmp_path.glob(f"{run}/*/*/results/synthetic.csv")) for run in ("one", "two"))
+    assert one.read_text() == other.read_text()
+    assert json.loads(other.with_suffix(".json").read_text())["processes"] == 2
+    assert list(tmp_path.glob("two/*/*/matches-test.png"))
 
 
 def test_loggers_by_flag(tmp_path, monkeypatch):

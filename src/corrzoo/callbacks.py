@@ -64,13 +64,14 @@ class ResultsWriter(Callback):
             "ms_per_pair": 1000 * self._seconds / max(self._pairs, 1),
             "peak_memory_mb": _peak_memory_mb(),
         }
+        folder = self._folder(trainer)  # every process asks, for Lightning lets the first tell the others
         for name, metric in pl_module.metrics_by_dataset():
             values = {key: value.item() for key, value in metric.compute().items()}
             breakdown, rows = metric.breakdown(), metric.rows()
             if not trainer.is_global_zero:
                 continue
-            result = describe_run(trainer, pl_module, name, metric) | cost | {"pck": values, "breakdown": breakdown}
-            folder = self._folder(trainer)
+            result = describe_run(trainer, pl_module, name, metric) | cost
+            result |= {"pairs": len(rows), "pck": values, "breakdown": breakdown}
             write_json(folder / f"{name}.json", result)
             write_csv(folder / f"{name}.csv", rows)
             if self.table:
@@ -95,10 +96,11 @@ class ResultsWriter(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loaders: Any = trainer.predict_dataloaders
+        folder = self._folder(trainer).parent / "predictions"
         for which, rows in self._predictions.items():
             name = (loaders[which] if isinstance(loaders, list) else loaders).dataset.name
             suffix = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
-            path = self._folder(trainer).parent / "predictions" / f"{name}{suffix}.csv"
+            path = folder / f"{name}{suffix}.csv"
             write_csv(path, rows)
             print(f"predictions: {path}")
         self._predictions.clear()
@@ -149,6 +151,7 @@ class MatchImages(Callback):
         self._save(trainer, pl_module, trainer.test_dataloaders, "test")
 
     def _save(self, trainer: Trainer, module: "Matcher", loaders: Any, stage: str) -> None:
+        path = Path(trainer.log_dir or trainer.default_root_dir) / f"matches-{stage}.png"  # asked by every process
         if not trainer.is_global_zero or not loaders:
             return
         loader = loaders[0] if isinstance(loaders, list) else loaders
@@ -175,7 +178,6 @@ class MatchImages(Callback):
             [kps[m].cpu() for kps, m in zip(asked.trg_kps, mask, strict=True)],
             titles=[dataset.categories[c] for c in pair.category.tolist()],
         )
-        path = Path(trainer.log_dir or trainer.default_root_dir) / f"matches-{stage}.png"
         print(f"matches: {visualize.save_figure(figure, path)}")
         log_image(trainer, f"matches/{stage}", path, figure)
 
@@ -190,7 +192,10 @@ def log_image(trainer: Trainer, name: str, path: Path, figure: Any) -> None:
 
 
 def describe_run(trainer: Trainer, module: "Matcher", dataset: str, metric: PCK) -> dict[str, Any]:
-    """Everything a number needs to be compared with another: who, on what, scored how, from which code and weights."""
+    """Everything a number needs to be compared with another: who, on what, scored how, from which code and weights.
+
+    For the first process alone: nothing in here may wait for the others.
+    """
     data = getattr(trainer, "datamodule", None)
     backbone = sum(p.numel() for p in module.backbone.parameters())
     checkpoint = trainer.ckpt_path
@@ -201,7 +206,6 @@ def describe_run(trainer: Trainer, module: "Matcher", dataset: str, metric: PCK)
         "weights": module.hparams.weights,
         "dataset": dataset,
         "split": "test",
-        "pairs": len(metric.rows()),
         "resolution": data.hparams.size if data else None,
         "protocol": str(metric.protocol),
         "flaw": metric.protocol.flaw,
