@@ -92,7 +92,7 @@ def test_fit_validate_test_predict_and_reload(tmp_path, capsys):
     main(["test", *saved, f"--ckpt_path={checkpoint}"])
     result = json.loads(next(tmp_path.glob("runs/*/version_*/results/synthetic.json")).read_text())
     assert result["head"] == "Baseline" and result["pairs"] == 7 and result["protocol"] == "default:bbox"
-    assert result["checkpoint_sha256"] and result["params_head"] == 1
+    assert result["checkpoint_sha256"] and result["params_head"] == 1 and result["backend"] == "torch"
     with next(tmp_path.glob("runs/*/version_*/results/synthetic.csv")).open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["index"]) for row in rows] == list(range(7))

@@ -21,12 +21,13 @@ ALLOWED = {
     "feature_cache": {"types"},
     "data": {"types", "registry", "geometry"},
     "visualize": {"types", "geometry"},
-    "callbacks": {"__init__", "protocols", "types", "visualize", "metrics", "geometry"},
+    "callbacks": {"__init__", "protocols", "ops", "types", "visualize", "metrics", "geometry"},
     "matcher": {"types", "geometry", "backbones", "metrics", "losses", "feature_cache", "callbacks"},
     "heads": {"types", "registry", "geometry", "ops", "losses", "backbones", "matcher"},
     "checkpoints": {"types", "heads", "matcher"},
+    "official": {"types", "registry", "backbones", "heads", "matcher"},
     "cli": {"types", "registry", "checkpoints", "data", "heads", "matcher"},
-    "__init__": {"types", "backbones", "heads", "data", "metrics", "matcher", "checkpoints"},
+    "__init__": {"types", "backbones", "heads", "data", "metrics", "matcher", "checkpoints", "official"},
     "__main__": {"cli"},
 }
 

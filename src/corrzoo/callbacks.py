@@ -23,6 +23,7 @@ from rich.table import Table
 import corrzoo
 from corrzoo import visualize
 from corrzoo.metrics import PCK, correct_points
+from corrzoo.ops.functional import resolve_backend
 from corrzoo.types import Pair, ZooError
 
 if TYPE_CHECKING:
@@ -197,7 +198,7 @@ def describe_run(trainer: Trainer, module: "Matcher", dataset: str, metric: PCK)
     For the first process alone: nothing in here may wait for the others.
     """
     data = getattr(trainer, "datamodule", None)
-    backbone = sum(p.numel() for p in module.backbone.parameters())
+    backbone = sum(p.numel() for b in module.backbones() for p in b.parameters())
     checkpoint = trainer.ckpt_path
     return {
         "head": type(module).__name__,
@@ -218,7 +219,7 @@ def describe_run(trainer: Trainer, module: "Matcher", dataset: str, metric: PCK)
         "precision": str(trainer.precision),
         "processes": trainer.world_size,
         "device": torch.cuda.get_device_name() if module.device.type == "cuda" else platform.processor() or "cpu",
-        "backend": module.backend,
+        "backend": resolve_backend(module.backend, next(module.parameters())),
         "versions": _versions(),
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

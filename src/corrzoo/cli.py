@@ -34,7 +34,7 @@ class ZooCLI(LightningCLI):
     """
 
     training_options: ClassVar[frozenset[str]] = frozenset(
-        "weights sha256 finetune lr backbone_lr optimizer weight_decay schedule milestones gamma".split()
+        "weights low_weights sha256 finetune lr backbone_lr optimizer weight_decay schedule milestones gamma".split()
     )
     """Options that mean nothing once a model is only evaluated."""
 

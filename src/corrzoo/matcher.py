@@ -126,8 +126,8 @@ class Matcher(LightningModule, ABC):
         return transfer(points, self.match(src, trg).flow, size_of(src.image))
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """The optimiser's groups: the backbone at its own learning rate, all the rest at the head's."""
-        in_backbone = {id(p) for p in self.backbone.parameters()}
+        """The optimiser's groups: backbones at their own learning rate, all the rest at the head's."""
+        in_backbone = {id(p) for backbone in self.backbones() for p in backbone.parameters()}
         trained = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"name": "head", "params": [p for p in trained if id(p) not in in_backbone], "lr": self.hparams.lr},
@@ -138,6 +138,10 @@ class Matcher(LightningModule, ABC):
             },
         ]
         return [g for g in groups if g["params"]]
+
+    def backbones(self) -> list[Backbone]:
+        """The backbone, and those that a head has beside it."""
+        return [module for module in self.modules() if isinstance(module, Backbone)]
 
     # ------------------------------------------------------------------ forward
 
@@ -268,8 +272,9 @@ class Matcher(LightningModule, ABC):
             self.load_weights()
 
     def load_weights(self) -> "Matcher":
-        """Load the backbone's weights that `weights` asked for, if that has not happened yet."""
-        self.backbone.load()
+        """Load the backbones' weights that were asked for, if that has not happened yet."""
+        for backbone in self.backbones():
+            backbone.load()
         return self
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
