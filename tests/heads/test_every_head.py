@@ -9,11 +9,12 @@ from corrzoo.types import ZooError
 
 VIT, CNN = "timm/test_vit.r160_in1k", "timm/test_resnet.r160_in1k"
 HEADS = corrzoo.list_heads()
+SMALL = {"ViTSC": {"head_resolution": 0.125, "low_stages": 1}}  # its CNNs at every pixel are for GPUs
 
 
 def build(head, backbone=VIT, **options):
     torch.manual_seed(0)
-    return corrzoo.create_matcher(head, backbone=backbone, weights="random", **options)
+    return corrzoo.create_matcher(head, backbone=backbone, weights="random", **SMALL.get(head, {}), **options)
 
 
 def batch(size=64, count=2):
