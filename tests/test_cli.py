@@ -122,6 +122,17 @@ def test_a_checkpoint_does_not_silently_replace_the_model_asked_for(tmp_path, ca
     assert results[-1]["options"]["readout"] == "argmax"
 
 
+def test_a_checkpoint_brings_its_weights_and_says_how_they_came_to_be(tmp_path):
+    main(["fit", *BASELINE, *DEMO, *TINY, *FEW, "--trainer.limit_train_batches=1", "--trainer.callbacks=null"])
+    (checkpoint,) = tmp_path.glob("runs/*/version_0/checkpoints/best.ckpt")
+    # `pretrained` could not be had here; nothing of the model needs to be said but its name
+    for args in ([*BASELINE, *DEMO, *TINY, "--model.weights=pretrained"], ["--model=Baseline", "--data.size=64"]):
+        main(["test", *args, *FEW, "--data.test=[synthetic]", f"--ckpt_path={checkpoint}"])
+    results = [json.loads(p.read_text()) for p in sorted(tmp_path.glob("runs/*/version_*/results/synthetic.json"))]
+    assert [result["weights"] for result in results] == ["random", "random"]
+    assert results[0]["pck"] == results[1]["pck"]
+
+
 @pytest.mark.parametrize(
     "args, expected",
     [

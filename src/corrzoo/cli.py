@@ -85,11 +85,10 @@ class ZooCLI(LightningCLI):
         head, saved = read_checkpoint(Path(path))
         if (asked := config.model.class_path.rsplit(".", 1)[-1]) != head:
             raise ZooError(f"{path} holds a {head}, but the command asks for a {asked}: give --model {head}")
-        said = self.asked.get("model", {}).get("init_args", {})
+        said = self.asked.as_dict().get("model", {}).get("init_args", {})
         free = options_of(head).evaluation_options
-        if self.config.subcommand != "fit":
-            free |= self.training_options
-        differing = [k for k in vars(said) if k in saved and k not in free and not _same(said[k], saved[k])]
+        ignored = self.training_options if self.config.subcommand != "fit" else frozenset()
+        differing = [k for k in said if k in saved and k not in free | ignored and not _same(said[k], saved[k])]
         if differing:
             listed = ", ".join(f"{k}={saved[k]!r} (the command says {said[k]!r})" for k in differing)
             raise ZooError(f"{path} was trained with {listed}: leave these options out, or train anew")

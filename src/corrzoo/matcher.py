@@ -195,6 +195,7 @@ class Matcher(LightningModule, ABC):
             dataset.set_epoch(self.current_epoch)
 
     def on_validation_start(self) -> None:
+        self.load_weights()
         self._start_scoring(self.trainer.val_dataloaders)
 
     def validation_step(self, pair: Pair, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -206,6 +207,7 @@ class Matcher(LightningModule, ABC):
         self._cache = None
 
     def on_test_start(self) -> None:
+        self.load_weights()
         self._start_scoring(self.trainer.test_dataloaders)
 
     def test_step(self, pair: Pair, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -217,6 +219,7 @@ class Matcher(LightningModule, ABC):
         self._cache = None
 
     def on_predict_start(self) -> None:
+        self.load_weights()
         self._dataset = -1
 
     def on_predict_epoch_end(self) -> None:
@@ -266,10 +269,8 @@ class Matcher(LightningModule, ABC):
 
     # ------------------------------------------------------------------ what Lightning asks for
 
-    def setup(self, stage: str) -> None:
-        """Load the backbone's weights, unless a checkpoint is about to bring them."""
-        if self.trainer.ckpt_path is None:
-            self.load_weights()
+    def on_fit_start(self) -> None:
+        self.load_weights()  # not in setup(): only now has a checkpoint brought its own, and nothing needs fetching
 
     def load_weights(self) -> "Matcher":
         """Load the backbones' weights that were asked for, if that has not happened yet."""
