@@ -42,3 +42,37 @@ def test_a_misspelt_dataset_is_an_error_at_once():
         PairsDataModule(test=["pfwilow"])
     with pytest.raises(ZooError, match="did you mean 'synthetic'"):
         PairsDataModule(options={"synthetics": {}})
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (dict(augment="catz"), "did you mean 'cats'"),
+        (dict(size=[64]), "one side, or \\[H, W\\]"),
+        (dict(size=[64, 64, 3]), "one side, or \\[H, W\\]"),
+        (dict(batch_size=0), "at least one pair"),
+    ],
+)
+def test_what_cannot_be_is_an_error_before_anything_is_fetched(options, expected):
+    with pytest.raises(ZooError, match=expected):
+        PairsDataModule(**options)
+
+
+def test_a_misspelt_option_of_a_dataset_names_the_nearest():
+    data = PairsDataModule(train="synthetic", options={"synthetic": {"lenght": 8}})
+    with pytest.raises(ZooError, match="did you mean 'length'"):
+        data.setup("fit")
+
+
+def test_fewer_training_pairs_than_a_batch_are_an_error():
+    data = PairsDataModule(train="synthetic", batch_size=16, size=48, options=FEW)
+    data.setup("fit")
+    with pytest.raises(ZooError, match="8 training pairs, fewer than"):
+        data.train_dataloader()
+
+
+def test_no_test_dataset_is_an_error():
+    data = PairsDataModule(test=[])
+    data.setup("test")
+    with pytest.raises(ZooError, match="names no dataset"):
+        data.test_dataloader()

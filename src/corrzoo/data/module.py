@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from corrzoo.data import create_dataset
 from corrzoo.data import download as downloads
 from corrzoo.data.augment import create_augment
 from corrzoo.data.pairs import DATASETS, PairDataset
@@ -52,6 +53,11 @@ class PairsDataModule(LightningDataModule):
             DATASETS[name]
         for name in options or {}:
             DATASETS[name]
+        create_augment(augment)
+        if isinstance(size, list) and len(size) != 2:
+            raise ZooError(f"data.size {size}: expected one side, or [H, W]")
+        if batch_size < 1:
+            raise ZooError(f"data.batch_size {batch_size}: expected at least one pair")
 
     def prepare_data(self) -> None:
         """Fetch the datasets that the coming stage reads and that are not there."""
@@ -73,6 +79,8 @@ class PairsDataModule(LightningDataModule):
         return self._loader(self.hparams.val or self.hparams.train, "val")
 
     def test_dataloader(self) -> list[DataLoader]:
+        if not self.hparams.test:
+            raise ZooError("data.test names no dataset: give --data.test [pfwillow], for one")
         return [self._loader(name, "test") for name in self.hparams.test]
 
     def predict_dataloader(self) -> list[DataLoader]:
@@ -92,7 +100,8 @@ class PairsDataModule(LightningDataModule):
     def _create(self, name: str, split: str) -> PairDataset:
         augment = create_augment(self.hparams.augment) if split == "trn" else None
         size = self.hparams.size
-        return DATASETS[name](
+        return create_dataset(
+            name,
             self.hparams.root,
             split,
             size=size if isinstance(size, int) else (size[0], size[1]),
@@ -108,8 +117,14 @@ class PairsDataModule(LightningDataModule):
                 f"data.batch_size {self.hparams.batch_size} is shared by {processes} processes and does not divide: "
                 f"choose a multiple of {processes}"
             )
+        dataset = self.datasets[name, split]
+        if split == "trn" and len(dataset) < self.hparams.batch_size:  # Lightning would train on nothing
+            raise ZooError(
+                f"{name} has {len(dataset)} training pairs, fewer than data.batch_size {self.hparams.batch_size}: "
+                "choose a smaller one"
+            )
         return DataLoader(
-            self.datasets[name, split],
+            dataset,
             batch_size=self.hparams.batch_size // processes,
             shuffle=split == "trn",
             drop_last=split == "trn",
