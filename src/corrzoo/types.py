@@ -53,6 +53,10 @@ class Record:
     """(m', 2) float64."""
 
 
+EVERYWHERE = torch.ones(1, 1)
+"""The mask of an object that may be anywhere in its image."""
+
+
 class Pair(NamedTuple):
     """A batch of image pairs. Coordinates are (x, y) in pixels of the network image, see `geometry`.
 
@@ -87,6 +91,10 @@ class Pair(NamedTuple):
     """(B,) int64 position in the dataset's `categories`."""
     difficulty: Tensor
     """(B, 4) int64 flags in the order of `DIFFICULTIES`; -1 where not annotated."""
+    src_mask: Tensor = EVERYWHERE
+    """(B, h, w) float in [0, 1], laid over the image: where the object is; one cell of 1 where there is no mask."""
+    trg_mask: Tensor = EVERYWHERE
+    """(B, h, w), like src_mask."""
 
     def swapped(self) -> "Pair":
         """The same pairs asked the other way round: what was target is queried, what was source is answered."""

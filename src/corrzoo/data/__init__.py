@@ -4,7 +4,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from corrzoo.data import caltech, pfpascal, pfwillow, spair, synthetic  # noqa: F401 - registers them
+from corrzoo.data import caltech, pfpascal, pfwillow, spair, synthetic, warps  # noqa: F401 - registers them
 from corrzoo.data.pairs import DATASETS, Augment, PairDataset
 from corrzoo.geometry import Size
 from corrzoo.registry import nearest

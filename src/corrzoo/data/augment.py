@@ -80,12 +80,16 @@ def _crop_side(sample: Pair, side: str, rng: torch.Generator) -> Pair:
     right, bottom = _integer(max(x2, left + 1), W, rng), _integer(max(y2, top + 1), H, rng)
     corner, part = torch.tensor([left, top]), torch.tensor([right - left, bottom - top])
     moved = ((kps - corner) * (full / part)).clamp(min=torch.zeros(2), max=full - 1.0)
+    mask = getattr(sample, f"{side}_mask")
+    if mask.shape == (H, W):  # the mask of an object that may be anywhere is one cell
+        mask = TF.resized_crop(mask[None], top, left, bottom - top, right - left, [H, W])[0]
     return sample._replace(
         **{
             f"{side}_img": TF.resized_crop(image, top, left, bottom - top, right - left, [H, W], antialias=True),
             f"{side}_kps": torch.where(sample.kps_mask[:, None], moved, kps),
             f"{side}_size": part / scale,
             f"{side}_box": box - (corner / scale).repeat(2),
+            f"{side}_mask": mask,
         }
     )
 

@@ -139,7 +139,7 @@ class PairDataset(Dataset[Pair], ABC):
 
 
 def mirror(sample: Pair) -> Pair:
-    """Both images of a sample mirrored left to right, with their keypoints (x' = W - x) and boxes."""
+    """Both images of a sample mirrored left to right, with their keypoints (x' = W - x), boxes and masks."""
 
     def side(img: Tensor, kps: Tensor, size: Tensor, box: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x1, y1, x2, y2 = box
@@ -149,8 +149,9 @@ def mirror(sample: Pair) -> Pair:
     src_img, src_kps, src_box = side(sample.src_img, sample.src_kps, sample.src_size, sample.src_box)
     trg_img, trg_kps, trg_box = side(sample.trg_img, sample.trg_kps, sample.trg_size, sample.trg_box)
     return sample._replace(
-        src_img=src_img, trg_img=trg_img, src_kps=src_kps, trg_kps=trg_kps, src_box=src_box, trg_box=trg_box
-    )
+        src_img=src_img, trg_img=trg_img, src_kps=src_kps, trg_kps=trg_kps, src_box=src_box, trg_box=trg_box,
+        src_mask=sample.src_mask.flip(-1), trg_mask=sample.trg_mask.flip(-1),
+    )  # fmt: skip
 
 
 class FolderDataset(PairDataset):
