@@ -4,13 +4,14 @@ import inspect
 from typing import Any, NamedTuple
 
 from corrzoo.heads.baseline import Baseline
+from corrzoo.heads.gsf import GSF
 from corrzoo.heads.registry import HEADS, register_head
 from corrzoo.heads.vitsc import ViTSC
 from corrzoo.matcher import Matcher
 from corrzoo.registry import nearest
 from corrzoo.types import ZooError
 
-__all__ = ["HEADS", "Baseline", "ViTSC", "create_matcher", "list_heads", "options_of", "register_head"]
+__all__ = ["GSF", "HEADS", "Baseline", "ViTSC", "create_matcher", "list_heads", "options_of", "register_head"]
 
 
 def list_heads() -> list[str]:
