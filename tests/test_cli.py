@@ -145,6 +145,7 @@ def test_a_checkpoint_brings_its_weights_and_says_how_they_came_to_be(tmp_path):
         (["fit", *BASELINE, "--trainer.max_epoch=1"], "did you mean 'trainer.max_epochs'"),
         (["fit", "--config=zoo_configs/basline.yaml"], "basline.yaml"),
         (["fit"], "no head was given"),
+        (["fit", *DEMO, *BASELINE], "put --config zoo_configs/<head>.yaml (or --model <head>) first"),
         (["test", *BASELINE, *DEMO, *TINY, "--ckpt_path=nowhere.ckpt"], "no checkpoint at nowhere.ckpt"),
         (["test", *BASELINE, *DEMO, *TINY, "--model.protocol=cat"], "did you mean 'cats'"),
         (["fit", *BASELINE, "--data.root=nowhere", "--data.download=false", *TINY], "nowhere/SPair-71k"),

@@ -123,6 +123,8 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
     if found := re.search(r"invalid choice: '(\S+)' \(choose from (.*)\)", message):
         choices = re.findall(r"\w+", found[2])
         return f"unknown command {found[1]!r}{nearest(found[1], choices) or ': choose from ' + ', '.join(choices)}"
+    if re.search(r"key \"(?:\w+\.)?model\".*Given value: (?!.*'class_path')\{", message, re.DOTALL):
+        return "options of a head come before the head: put --config zoo_configs/<head>.yaml (or --model <head>) first"
     if found := re.search(
         r"key \"(?:\w+\.)?model\".*Given value: (?:.*'class_path': '([^']+)'|(\S+))", message, re.DOTALL
     ):
