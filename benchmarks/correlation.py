@@ -21,6 +21,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -231,7 +232,13 @@ def main() -> None:
                 rows += measure(side, window, backward, args)
     out = args.out or Path(__file__).parent / "results"
     stem = re.sub(r"\W+", "_", torch.cuda.get_device_name() if args.device == "cuda" else "cpu").lower()
-    with (out / f"correlation_{stem}.csv").open("w", newline="") as file:
+    path = out / f"correlation_{stem}.csv"
+    if path.exists():  # what was not measured now keeps its rows
+        key = itemgetter("grid", "window", "pass", "method")
+        now = {tuple(map(str, key(row))) for row in rows}
+        kept = [row for row in csv.DictReader(path.open()) if key(row) not in now]
+        rows = sorted(kept + rows, key=lambda row: int(row["grid"]))
+    with path.open("w", newline="") as file:
         table = csv.DictWriter(file, fieldnames=rows[0], lineterminator="\n")
         table.writeheader()
         table.writerows(rows)

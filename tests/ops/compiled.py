@@ -1,5 +1,7 @@
 """Compile the kernels for GPUs that are not here, and count what they use: a CSV table on stdout.
 
+The table of all cases is kept as benchmarks/results/correlation_kernels.csv.
+
 `python tests/ops/compiled.py` prints all cases, `--quick` those that the tests assert on. It needs triton, whose wheel
 brings ptxas and cuobjdump. It must run without TRITON_INTERPRET.
 """
@@ -96,7 +98,7 @@ def main() -> None:
     cases = [(*case, arch) for case, arch in itertools.product(gemms + patches, ARCHITECTURES)]
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         rows = pool.map(compile_case, cases, chunksize=1)
-    table = csv.DictWriter(sys.stdout, fieldnames=rows[0])
+    table = csv.DictWriter(sys.stdout, fieldnames=rows[0], lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
 

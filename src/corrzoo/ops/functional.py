@@ -219,11 +219,11 @@ def _wants_gradient(*tensors: Tensor | None) -> bool:
 def _points_to_keep(batch: int, points: int, cells: int, dtype: torch.dtype) -> int | torch.SymInt:
     """Of how many points of each item the logits are kept for the backward.
 
-    Our choice: all of a volume up to 32 MB, half of a larger one up to 256 MB. Computing a score again costs a third
+    Our choice: all of a volume up to 32 MB, half of a larger one up to 512 MB. Computing a score again costs a third
     of its backward, so half a volume buys most of what a whole one does, and a large one is what the op is to avoid.
     """
     row = batch * cells * dtype.itemsize
-    return torch.sym_min(points, torch.sym_max(32 * 2**20 // row, torch.sym_min(points // 2, 256 * 2**20 // row)))
+    return torch.sym_min(points, torch.sym_max(32 * 2**20 // row, torch.sym_min(points // 2, 512 * 2**20 // row)))
 
 
 def _check_features(src: Tensor, trg: Tensor) -> None:
