@@ -145,6 +145,7 @@ def test_a_checkpoint_brings_its_weights_and_says_how_they_came_to_be(tmp_path):
         (["fit", *BASELINE, "--trainer.max_epoch=1"], "did you mean 'trainer.max_epochs'"),
         (["fit", "--config=zoo_configs/basline.yaml"], "basline.yaml"),
         (["fit"], "no head was given"),
+        (["fit", *BASELINE, *DEMO, *TINY, "--model.alphas=[0.05]"], "--checkpoint.monitor one of ['val/pck@0.05']"),
         (["fit", *DEMO, *BASELINE], "put --config zoo_configs/<head>.yaml (or --model <head>) first"),
         (["test", *BASELINE, *DEMO, *TINY, "--ckpt_path=nowhere.ckpt"], "no checkpoint at nowhere.ckpt"),
         (["test", *BASELINE, *DEMO, *TINY, "--model.protocol=cat"], "did you mean 'cats'"),
@@ -153,6 +154,11 @@ def test_a_checkpoint_brings_its_weights_and_says_how_they_came_to_be(tmp_path):
 )
 def test_a_mistake_gets_one_line_that_helps(args, expected, capsys):
     assert expected in failing(capsys, *args)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_one_line(capsys):
+    assert "gpu" in failing(capsys, "fit", *BASELINE, *DEMO, *TINY, "--trainer.accelerator=gpu")
 
 
 def test_a_checkpoint_from_a_stranger_is_not_run(tmp_path, capsys):
@@ -169,6 +175,21 @@ def test_a_folder_that_cannot_be_written_is_said_before_the_evaluation(tmp_path,
     Path("file").touch()
     said = failing(capsys, "test", *BASELINE, *DEMO, *TINY, *FEW, "--trainer.logger.init_args.save_dir=file")
     assert "file" in said
+
+
+def test_the_last_checkpoint_is_that_of_the_run_before(tmp_path, capsys):
+    args = ["fit", *BASELINE, *DEMO, *TINY, *FEW, "--trainer.callbacks=null"]
+    assert "no last.ckpt under runs" in failing(capsys, *args, "--ckpt_path=last")
+    main(args)
+    main([*args, "--ckpt_path=last", "--trainer.max_epochs=2"])
+    steps = [torch.load(p, weights_only=True)["global_step"] for p in tmp_path.glob("runs/*/*/checkpoints/last.ckpt")]
+    assert sorted(steps) == [2, 4]
+
+
+def test_without_a_logger_runs_follow_each_other_in_one_folder():
+    for _ in range(2):
+        main(["test", *BASELINE, *DEMO, *TINY, *FEW, "--trainer.callbacks=null", "--trainer.logger=false"])
+    assert Path("results/synthetic.json").is_file()
 
 
 def test_two_processes_leave_the_files_of_one(tmp_path):

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NoReturn
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from corrzoo.checkpoints import read_checkpoint
 from corrzoo.data.module import PairsDataModule
@@ -47,6 +48,7 @@ class ZooCLI(LightningCLI):
             parser_class=ZooParser,
             parser_kwargs={"description": "Train and compare matching heads for semantic correspondence."},
             auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},  # with --trainer.logger false all runs share a folder
             load_from_checkpoint_support=False,  # checkpoints hold plain options; `corrzoo.load` reads them
             trainer_defaults={"logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": ""}}},
             args=args,
@@ -79,8 +81,10 @@ class ZooCLI(LightningCLI):
         # Lightning's own version replaces the model that was asked for by the checkpoint's, without a word. Here the
         # checkpoint's options hold where nothing else was asked for, and a contradiction is an error.
         config = self.config[self.config.subcommand]
+        if config.get("ckpt_path") in ("best", "last"):
+            config.ckpt_path = str(_newest(f"{config.ckpt_path}.ckpt", config))
         path = config.get("ckpt_path")
-        if not path or str(path) in ("best", "last", "hpc") or "://" in str(path):
+        if not path or str(path) == "hpc" or "://" in str(path):
             return
         head, saved = read_checkpoint(Path(path))
         if (asked := config.model.class_path.rsplit(".", 1)[-1]) != head:
@@ -100,6 +104,10 @@ class ZooCLI(LightningCLI):
         """Name the run's folder after its model, and keep wandb offline where nobody is logged in."""
         config = self.config[self.config.subcommand]
         logger, model = config.trainer.logger, config.model
+        scores = [f"val/pck@{alpha:g}" for alpha in model.init_args.alphas]
+        monitor = config.checkpoint.monitor or ""
+        if self.config.subcommand == "fit" and monitor.startswith("val/pck@") and monitor not in scores:
+            raise ZooError(f"no {monitor} is scored to keep the best by: give --checkpoint.monitor one of {scores}")
         if hasattr(logger, "class_path"):
             head = model.class_path.rsplit(".", 1)[-1]
             if "name" in logger.init_args and logger.init_args.name == "":
@@ -137,6 +145,16 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
     return " ".join(message.split())
 
 
+def _newest(name: str, config: Any) -> Path:
+    """The newest checkpoint of that name: Lightning looks into the folder of this run alone, which is empty yet."""
+    options = getattr(config.trainer.logger, "init_args", {})
+    folder = Path(config.checkpoint.dirpath or options.get("save_dir") or config.trainer.default_root_dir or ".")
+    found = sorted(folder.rglob(name), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ZooError(f"there is no {name} under {folder} to go on from: give --ckpt_path a file, or leave it out")
+    return found[-1]
+
+
 def _same(a: Any, b: Any) -> bool:
     return list(a) == list(b) if isinstance(a, list | tuple) and isinstance(b, list | tuple) else a == b
 
@@ -160,6 +178,8 @@ def main(args: ArgsType = None) -> None:
             raise
         # A reading process wraps its error into a page of traceback; the last line is the error.
         sys.exit(f"error: {str(cause).rsplit('ZooError: ', 1)[-1].strip()}")
+    except MisconfigurationException as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
     except OSError as error:  # a read-only folder, a full disk
         sys.exit(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
 
