@@ -25,6 +25,7 @@ _HOME = {
     "list_datasets": "corrzoo.data",
     "load": "corrzoo.checkpoints",
     "save": "corrzoo.checkpoints",
+    "load_official": "corrzoo.official",
 }
 
 __all__ = sorted(_HOME)
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from corrzoo.matcher import Matcher as Matcher
     from corrzoo.metrics import PCK as PCK
     from corrzoo.metrics import score as score
+    from corrzoo.official import load_official as load_official
     from corrzoo.types import Features as Features
     from corrzoo.types import Match as Match
     from corrzoo.types import Pair as Pair

@@ -15,7 +15,8 @@ def endpoint_error(flow: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     Returns:
         Scalar; zero, with a gradient of zero, when no cell is supervised.
     """
-    error = flow.float() - target.float()
+    flow = flow.to(torch.promote_types(flow.dtype, torch.float32))  # float64 stays what it is
+    error = flow - target.to(flow.dtype)
     # The root's gradient is infinite at zero error, and NaN times a zero mask is NaN: mask before the norm.
     error = torch.where(mask.unsqueeze(1), error, torch.ones_like(error))
     distance = torch.linalg.vector_norm(error, dim=1)

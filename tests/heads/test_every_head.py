@@ -10,7 +10,13 @@ from corrzoo.types import ZooError
 VIT, CNN = "timm/test_vit.r160_in1k", "timm/test_resnet.r160_in1k"
 HEADS = corrzoo.list_heads()
 SUPERVISED = [head for head in HEADS if head != "GSF"]  # which learns from no keypoint: tests/heads/test_gsf.py
-SMALL = {"ViTSC": {"head_resolution": 0.125, "low_stages": 1}}  # its CNNs at every pixel are for GPUs
+SMALL = {
+    "ViTSC": {"head_resolution": 0.125, "low_stages": 1},  # its CNNs at every pixel are for GPUs
+    "ACTR": {"grid": 8, "depth": 2},
+    "LPMFlow": {"grid": 4, "depth": 2},
+}
+OVERFIT = {"ACTR": {"lr": 3e-4}, "LPMFlow": {"lr": 3e-4, "steps": 250, "dropout": 0.0}}
+"""Transformers from nothing want smaller steps."""
 
 
 def build(head, backbone=VIT, **options):
@@ -67,10 +73,12 @@ def test_half_precision_trains(head):
 
 @pytest.mark.parametrize("head", SUPERVISED)
 def test_one_pair_is_overfitted(head):
-    model, pair = build(head, backbone=CNN, levels=[1, 2]), batch(size=128, count=1)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    options = {"lr": 3e-3, "steps": 150} | OVERFIT.get(head, {})
+    lr, steps = options.pop("lr"), options.pop("steps")
+    model, pair = build(head, backbone=CNN, levels=[1, 2], **options), batch(size=128, count=1)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
     metric = corrzoo.PCK("default:bbox", alphas=(0.1,))
-    for _ in range(150):
+    for _ in range(steps):
         optimizer.zero_grad()
         step(model, pair).backward()
         optimizer.step()

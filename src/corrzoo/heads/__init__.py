@@ -3,15 +3,19 @@
 import inspect
 from typing import Any, NamedTuple
 
+from corrzoo.heads.actr import ACTR
 from corrzoo.heads.baseline import Baseline
 from corrzoo.heads.gsf import GSF
+from corrzoo.heads.lpmflow import LPMFlow
 from corrzoo.heads.registry import HEADS, register_head
 from corrzoo.heads.vitsc import ViTSC
 from corrzoo.matcher import Matcher
 from corrzoo.registry import nearest
 from corrzoo.types import ZooError
 
-__all__ = ["GSF", "HEADS", "Baseline", "ViTSC", "create_matcher", "list_heads", "options_of", "register_head"]
+__all__ = [
+    "ACTR", "GSF", "HEADS", "Baseline", "LPMFlow", "ViTSC", "create_matcher", "list_heads", "options_of", "register_head",
+]  # fmt: skip
 
 
 def list_heads() -> list[str]:

@@ -1,0 +1,156 @@
+"""ACTR: asymmetric alignment of the two images' tokens, then super-resolution of several flows.
+
+"Correspondence Transformers with Asymmetric Feature Learning and Matching Flow Super-Resolution", CVPR 2023, and its
+released code, which decides where the two differ.
+"""
+
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from corrzoo.heads.layers import (
+    REFINED_CHANNELS,
+    UPSCALE,
+    Attention,
+    CrossAttention,
+    FeatureProjection,
+    FlowHead,
+    SoftArgmax,
+    TokenMatcher,
+    WindowRefinement,
+    arf,
+    as_map,
+    check_windows,
+    init_linear,
+    mlp,
+    upscale,
+)
+from corrzoo.heads.registry import register_head
+from corrzoo.types import Features, Match
+
+
+class AsymmetricAlignment(nn.Module):
+    """One block: both images attend to themselves, the source alone to the other; the target alone is re-weighted.
+
+    Args:
+        dim: Channels of the tokens.
+        tokens: How many there are, the class token among them.
+        source_pe: The source has a position embedding in every block.
+        reweight: Target tokens grow with the attention that they were paid; not in the last block.
+        cross_attention: The source is updated by what it attends to.
+    """
+
+    def __init__(self, dim: int, tokens: int, source_pe: bool, reweight: bool, cross_attention: bool) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, dim)) if source_pe else None
+        self.self_attention = Attention(dim)
+        self.cross_attention = CrossAttention(dim, update=cross_attention)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = mlp(dim)
+        self.target_weight = nn.Parameter(torch.ones(1, 1, dim)) if reweight else None
+        self.apply(init_linear)
+
+    def forward(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (B, N, C) of source and target -> the same, and their correlation (B, N, N)."""
+        if self.pos_embed is not None:
+            s = s + self.pos_embed
+        both = torch.cat([s, t])  # the same layers for both images
+        s, t = self._add(both, self.self_attention(self.norm1(both))).chunk(2)
+        update, correlation = self.cross_attention(self.norm1(s), self.norm1(t))
+        if update is not None:
+            s = self._add(s, arf(update))
+        if self.target_weight is not None:
+            attended = correlation.detach().mean(1).unsqueeze(-1)  # (B, N, 1)
+            t = t + t * self.target_weight * attended.sigmoid()
+        return s, t, correlation
+
+    def _add(self, x: Tensor, update: Tensor) -> Tensor:
+        """The update and its MLP: as released, the MLP sees the update, not the sum."""
+        return x + update + self.mlp(self.norm2(update))
+
+
+@register_head("ACTR")
+class ACTR(TokenMatcher):
+    """Asymmetric alignment blocks, a flow from each block's correlation, and multi-path flow super-resolution.
+
+    With iBOT-B at 256 it has 144,245,888 parameters and equals the released model, which counts 172,810,369: 28,564,481
+    of those never influence its output and are left out here. They are `learn_parm` (1), and in `decoder`
+    `pos_embed_x` and `pos_embed_y` (6,144 each), `proj` and `norm` (198,400), in each of the six blocks `norm3`,
+    `norm4` and `mlp2` (4,725,504), and `spatial_attention` of the last block (768).
+
+    Args:
+        depth: Alignment blocks (released code: 6).
+        windows: Sides of the windows that refine the flow, parallel branches in each of two stages (released code).
+        source_pe: Ablation: the source branch has position embeddings.
+        reweight: Ablation: tokens of the target branch are re-weighted.
+        cross_attention: Ablation: the source is updated by cross-attention. Without, our reading, its weights are
+            still what is matched on.
+        multi_path: Ablation: every block's correlation gives a flow, and their refinements are averaged. Without, the
+            last one's alone.
+        super_resolution: Ablation: the flow is refined. Without, each fine cell moves as its coarse one does.
+        **options: Those of TokenMatcher and of Matcher.
+    """
+
+    def __init__(
+        self,
+        depth: int = 6,
+        windows: list[int] = [4, 8],  # noqa: B006 - never written to; a plain default is what --help shows
+        source_pe: bool = True,
+        reweight: bool = True,
+        cross_attention: bool = True,
+        multi_path: bool = True,
+        super_resolution: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.paths = depth if multi_path else 1
+        self.blocks = nn.ModuleList(
+            AsymmetricAlignment(self.width, 1 + self.grid**2, source_pe, reweight and i + 1 < depth, cross_attention)
+            for i in range(depth)
+        )
+        self.soft_argmax = SoftArgmax(self.grid)
+        self.super_resolution = None
+        if super_resolution:
+            check_windows(windows, UPSCALE * self.grid, self.grid)
+            self.super_resolution = FlowSuperResolution(self.width, self.grid, windows)
+
+    def match(self, src: Features, trg: Features) -> Match:
+        """The mean of the refined flows of all blocks."""
+        s, t, correlations = self.tokens(src), self.tokens(trg), []
+        for block in self.blocks:
+            s, t, correlation = block(s, t)
+            correlations.append(correlation[:, 1:, 1:])
+        flows = upscale(self.soft_argmax(torch.cat(correlations[-self.paths :])))  # all paths as one batch
+        if self.super_resolution is not None:
+            flows = self.super_resolution(flows, as_map(s))
+        flow = flows.unflatten(0, (self.paths, -1)).mean(0)
+        return self.answer(flow, src.image, correlations[-1])
+
+
+class FlowSuperResolution(nn.Module):
+    """Multi-path flow super-resolution: every flow is refined beside the source's features, by the same weights.
+
+    Args:
+        dim: Channels of the source's features.
+        grid: Their side.
+        windows: Sides of the windows, one branch each.
+    """
+
+    def __init__(self, dim: int, grid: int, windows: list[int]) -> None:
+        super().__init__()
+        self.project = FeatureProjection(dim, REFINED_CHANNELS - 2, UPSCALE * grid)
+        self.stages = nn.ModuleList(
+            nn.ModuleList(WindowRefinement(REFINED_CHANNELS, window) for window in windows) for _ in range(2)
+        )
+        self.head = FlowHead()
+
+    def forward(self, flows: Tensor, features: Tensor) -> Tensor:
+        """Flows (P*B, 2, 4g, 4g), path by path, and features (B, C, g, g) -> refined flows (P*B, 2, 4g, 4g)."""
+        features = self.project(features)
+        x = torch.cat([flows, features.repeat(len(flows) // len(features), 1, 1, 1)], dim=1)
+        for branches in self.stages:
+            x = reduce(torch.add, [branch(x) for branch in branches.children()])
+        return flows + self.head(x)
