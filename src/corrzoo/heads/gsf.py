@@ -260,11 +260,12 @@ class Consensus(nn.Module):
         self.layers = nn.Sequential(Conv4d(1, 16), nn.ReLU(), Conv4d(16, 16), nn.ReLU(), Conv4d(16, 1))
 
     def forward(self, rows: Tensor, grid: Size) -> Tensor:
-        """(B, N, M) -> (B, N, M) in full precision."""
+        """(B, N, M) -> (B, N, M) in full precision: on CPUs, gradients of 3-D convolutions in bfloat16 are NaN."""
         volume = rows.unflatten(2, grid).unflatten(1, grid).unsqueeze(1)
         turned = rearrange(volume, "b c h w u v -> b c u v h w")
-        out = self.layers(volume) + rearrange(self.layers(turned), "b c u v h w -> b c h w u v")
-        return full(out.squeeze(1).flatten(3).flatten(1, 2))
+        with full_precision(rows):
+            out = self.layers(volume) + rearrange(self.layers(turned), "b c u v h w -> b c h w u v")
+        return out.squeeze(1).flatten(3).flatten(1, 2)
 
 
 class Adaptation(nn.Module):
