@@ -41,6 +41,25 @@ def test_other_files_are_refused(tmp_path, content, expected):
         corrzoo.load(path)
 
 
+def test_a_saved_folder_loads_as_the_same_model(tmp_path):
+    model = corrzoo.create_matcher("Baseline", **TINY, stride=4).eval()
+    loaded = corrzoo.load(corrzoo.save(model, tmp_path / "model"))
+    images = torch.rand(2, 1, 3, 64, 64)
+    torch.testing.assert_close(loaded(*images).flow, model(*images).flow)
+    (tmp_path / "model" / "config.json").unlink()
+    with pytest.raises(ZooError, match=r"config\.json"):
+        corrzoo.load(tmp_path / "model")
+
+
+def test_weights_that_do_not_fit_are_an_error(tmp_path):
+    path = checkpoint(tmp_path / "a.ckpt", corrzoo.create_matcher("Baseline", **TINY))
+    content = torch.load(path, weights_only=True)
+    content["state_dict"].pop("temperature")
+    torch.save(content, path)
+    with pytest.raises(ZooError, match="do not fit Baseline"):
+        corrzoo.load(path)
+
+
 def test_a_missing_file_says_where_checkpoints_are(tmp_path):
     with pytest.raises(ZooError, match=r"no checkpoint at .*checkpoints/best\.ckpt"):
         corrzoo.load(tmp_path / "a.ckpt")

@@ -22,7 +22,7 @@ ALLOWED = {
     "data": {"types", "registry", "geometry"},
     "visualize": {"types", "geometry"},
     "callbacks": {"__init__", "protocols", "ops", "types", "visualize", "metrics", "geometry"},
-    "matcher": {"types", "geometry", "backbones", "metrics", "losses", "feature_cache", "callbacks"},
+    "matcher": {"types", "geometry", "backbones", "protocols", "metrics", "losses", "feature_cache", "callbacks"},
     "heads": {"types", "registry", "geometry", "ops", "losses", "backbones", "matcher"},
     "checkpoints": {"types", "heads", "matcher"},
     "official": {"types", "registry", "backbones", "heads", "matcher"},

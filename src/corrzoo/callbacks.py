@@ -9,12 +9,14 @@ import platform
 import resource
 import subprocess
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from rich.console import Console
@@ -34,7 +36,7 @@ class ResultsWriter(Callback):
     """`lightning test` leaves `results/<dataset>.json` and, a row a pair, `results/<dataset>.csv` in the run's folder.
 
     The JSON says what was run, on what, how it was scored, and what it cost: see `describe_run`. `lightning predict`
-    leaves the matched points in `predictions/<dataset>.csv`, in original pixels.
+    leaves the matched points in `predictions/<dataset>.csv`, in original pixels of the protocol's evaluated image.
 
     Args:
         folder: Where to write; the run's own folder when not given.
@@ -43,11 +45,12 @@ class ResultsWriter(Callback):
 
     def __init__(self, folder: str | None = None, table: bool = True) -> None:
         self.folder, self.table = folder, table
-        self._predictions: dict[int, list[dict[str, Any]]] = {}
+        self._predictions: dict[int, list[tuple[int, int, float, float]]] = {}
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         writable(self._folder(trainer))  # before an hour of evaluation, not after it
-        self._seconds, self._pairs = 0.0, 0
+        self._seconds: dict[int, float] = defaultdict(float)
+        self._pairs: dict[int, int] = defaultdict(int)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
@@ -55,23 +58,29 @@ class ResultsWriter(Callback):
         self._tick = _now()
 
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Pair, *_: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Pair,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
-        self._seconds += _now() - self._tick
-        self._pairs += len(batch.index)
+        self._seconds[dataloader_idx] += _now() - self._tick
+        self._pairs[dataloader_idx] += len(batch.index)
 
     def on_test_end(self, trainer: Trainer, pl_module: "Matcher") -> None:  # type: ignore[override]
-        cost = {
-            "ms_per_pair": 1000 * self._seconds / max(self._pairs, 1),
-            "peak_memory_mb": _peak_memory_mb(),
-        }
         folder = self._folder(trainer)  # every process asks, for Lightning lets the first tell the others
-        for name, metric in pl_module.metrics_by_dataset():
+        for which, (name, metric) in enumerate(pl_module.metrics_by_dataset()):
             values = {key: value.item() for key, value in metric.compute().items()}
             breakdown, rows = metric.breakdown(), metric.rows()
             if not trainer.is_global_zero:
                 continue
-            result = describe_run(trainer, pl_module, name, metric) | cost
+            result = describe_run(trainer, pl_module, name, metric)
+            result |= {
+                "ms_per_pair": 1000 * self._seconds[which] / max(self._pairs[which], 1),  # features are reused
+                "peak_memory_mb": _peak_memory_mb(),
+            }
             result |= {"pairs": len(rows), "pck": values, "breakdown": breakdown}
             write_json(folder / f"{name}.json", result)
             write_csv(folder / f"{name}.csv", rows)
@@ -89,21 +98,24 @@ class ResultsWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         rows = self._predictions.setdefault(dataloader_idx, [])
-        for index, kps, mask in zip(outputs["index"].tolist(), outputs["trg_kps"], outputs["kps_mask"], strict=True):
-            rows += [
-                {"pair": index, "keypoint": k, "x": f"{x:.4f}", "y": f"{y:.4f}"}
-                for k, (x, y) in enumerate(kps[mask].tolist())
-            ]
+        for index, kps, mask in zip(outputs["index"].tolist(), outputs["points"], outputs["kps_mask"], strict=True):
+            rows += [(index, k, x, y) for k, (x, y) in enumerate(kps[mask].tolist())]
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        loaders: Any = trainer.predict_dataloaders
+    def on_predict_end(self, trainer: Trainer, pl_module: "Matcher") -> None:  # type: ignore[override]
         folder = self._folder(trainer).parent / "predictions"
-        for which, rows in self._predictions.items():
-            name = (loaders[which] if isinstance(loaders, list) else loaders).dataset.name
-            suffix = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
-            path = folder / f"{name}{suffix}.csv"
-            write_csv(path, rows)
-            print(f"predictions: {path}")
+        for which, (name, metric) in enumerate(pl_module.metrics_by_dataset()):
+            parts: list[Any] = [self._predictions.get(which, [])]
+            if trainer.world_size > 1:
+                parts = [None] * trainer.world_size
+                torch.distributed.all_gather_object(parts, self._predictions.get(which, []))
+            if trainer.is_global_zero:
+                image = metric.protocol.evaluated
+                rows = sorted({(index, k): (x, y) for part in parts for index, k, x, y in part}.items())
+                write_csv(
+                    folder / f"{name}.csv",
+                    [{"index": i, "keypoint": k, "image": image, "x": x, "y": y} for (i, k), (x, y) in rows],
+                )
+                print(f"predictions: {folder / name}.csv, in original pixels of the {image} images")
         self._predictions.clear()
 
     def _folder(self, trainer: Trainer) -> Path:

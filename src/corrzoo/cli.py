@@ -100,6 +100,10 @@ class ZooCLI(LightningCLI):
             if name in config.model.init_args and not (name in free and name in said):
                 config.model.init_args[name] = value
 
+    def before_test(self) -> None:
+        """The result writer prints its own table; Lightning's would repeat every number for every dataset."""
+        self.config_init["test"]["verbose"] = False
+
     def before_instantiate_classes(self) -> None:
         """Name the run's folder after its model, and keep wandb offline where nobody is logged in."""
         config = self.config[self.config.subcommand]

@@ -17,6 +17,7 @@ from corrzoo.feature_cache import FeatureCache
 from corrzoo.geometry import pseudo_flow, resize_points, size_of, transfer
 from corrzoo.losses import endpoint_error
 from corrzoo.metrics import PCK
+from corrzoo.protocols import check_protocol
 from corrzoo.types import Features, Match, Pair, ZooError
 
 CATS_RADIUS = 17
@@ -34,7 +35,8 @@ class Matcher(LightningModule, ABC):
         finetune: What of the backbone trains: `all`, `none`, or the number of its last blocks.
         pos_interp: How a ViT's position embedding is resized: `official` as its authors do, `timm`, or the
             backbone's own default when not given.
-        resize: The side that the backbone sees, when it differs from the network image's.
+        resize: The side that the backbone sees, when it differs from the network image's; true for the nearest
+            size that its patch divides.
         sha256: Checksum that a local weight file must have.
         lr: Learning rate of the head (ViTSC 5.2: 3e-5).
         backbone_lr: Learning rate of the backbone (ViTSC 5.2: 3e-6).
@@ -62,7 +64,7 @@ class Matcher(LightningModule, ABC):
         levels: list[int | str] | None = None,
         finetune: int | Literal["all", "none"] = "all",
         pos_interp: Literal["official", "timm"] | None = None,
-        resize: int | None = None,
+        resize: bool | int | None = None,
         sha256: str | None = None,
         lr: float = 3e-5,
         backbone_lr: float = 3e-6,
@@ -78,6 +80,11 @@ class Matcher(LightningModule, ABC):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        check_protocol(protocol)
+        if not alphas or min(alphas) <= 0:
+            raise ZooError(f"alphas {list(alphas)}: expected at least one, all above 0")
+        if feature_cache_mb < 0:
+            raise ZooError(f"feature_cache_mb {feature_cache_mb}: expected 0 or more")
         self.backbone = Backbone(
             backbone,
             weights=weights,
@@ -220,15 +227,16 @@ class Matcher(LightningModule, ABC):
 
     def on_predict_start(self) -> None:
         self.load_weights()
-        self._dataset = -1
+        self._start_scoring(self.trainer.predict_dataloaders)
 
     def on_predict_epoch_end(self) -> None:
         self._cache = None
 
     def predict_step(self, pair: Pair, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Matches of the source keypoints in original target pixels, with their mask and the pairs' positions."""
+        """Matches of the keypoints in original pixels of the image that the protocol evaluates, and whose they are."""
         self._enter(dataloader_idx)
-        return {"index": pair.index, "trg_kps": self.predict_points(pair), "kps_mask": pair.kps_mask}
+        query = self._metrics[dataloader_idx].protocol.query
+        return {"index": pair.index, "points": self.predict_points(pair, query), "kps_mask": pair.kps_mask}
 
     def metrics_by_dataset(self) -> list[tuple[str, PCK]]:
         """The names of the datasets that were scored last, and their metrics."""
@@ -237,6 +245,12 @@ class Matcher(LightningModule, ABC):
     def _start_scoring(self, loaders: Any) -> None:
         loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
         datasets = [loader.dataset for loader in loaders]
+        for dataset in datasets:
+            if getattr(dataset, "polygons", False):
+                raise ZooError(
+                    f"{dataset.name} has outlines and no keypoints, so it has no PCK: read it with create_dataset() "
+                    "and score transferred masks with corrzoo.metrics.MaskTransfer"
+                )
         self._dataset_names = [dataset.name for dataset in datasets]
         self._metrics = [
             PCK(self._protocol_for(dataset.threshold), self.hparams.alphas, dataset.categories).to(self.device)

@@ -223,6 +223,11 @@ def get_protocol(name: str | Protocol) -> Protocol:
     return replace(preset, kind=kind)
 
 
+def check_protocol(name: str) -> None:
+    """Refuse a name that is neither a preset nor a preset with a kind that it offers."""
+    _ = get_protocol(name) if ":" in name else _PRESETS[name]
+
+
 def list_protocols() -> list[str]:
     """Every protocol as `<preset>:<kind>`."""
     return [f"{name}:{kind}" for name in _PRESETS.names() for kind in _PRESETS[name].kinds]

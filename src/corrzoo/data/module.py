@@ -53,6 +53,8 @@ class PairsDataModule(LightningDataModule):
             DATASETS[name]
         for name in options or {}:
             DATASETS[name]
+        if repeated := {name for name in test if test.count(name) > 1}:
+            raise ZooError(f"data.test names {', '.join(sorted(repeated))} more than once")
         create_augment(augment)
         if isinstance(size, list) and len(size) != 2:
             raise ZooError(f"data.size {size}: expected one side, or [H, W]")

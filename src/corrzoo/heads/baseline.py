@@ -14,7 +14,7 @@ from corrzoo import ops
 from corrzoo.geometry import bilinear_cells, cell_centres, points_to_flow, sample, size_of
 from corrzoo.heads.registry import register_head
 from corrzoo.matcher import Matcher
-from corrzoo.types import Features, Match
+from corrzoo.types import Features, Match, ZooError
 
 READOUT = {"soft": "none", "kernel": "argmax", "window": "crop"}
 """The read-outs that are an expectation, and what `ops` calls their window."""
@@ -67,6 +67,9 @@ class Baseline(Matcher):
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        for name, value in {"stride": stride, "temperature": temperature, "sigma": sigma, "radius": radius}.items():
+            if value is not None and value <= 0:
+                raise ZooError(f"{name} {value}: expected a number above 0")
         self.stride, self.readout = stride, readout
         self.sigma, self.radius = sigma, radius
         self.remove_mean, self.query, self.mutual = remove_mean, query, mutual
