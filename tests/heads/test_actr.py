@@ -1,11 +1,16 @@
 """ACTR against what its authors' code answers, and its options."""
 
+import zlib
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 
+from corrzoo.heads import ACTR
 from corrzoo.losses import endpoint_error
 from corrzoo.official import load_official
-from corrzoo.types import Match
+from corrzoo.types import Match, ZooError
 from golden import assert_close, record, without_dropout
 
 
@@ -67,3 +72,74 @@ def test_loss(golden, released):
     model, _, flow, loss, _ = released
     assert loss.item() == pytest.approx(golden.gradients("actr")["total_loss"], rel=1e-12)
     assert model.loss(Match(8 * flow), golden.pair()).item() == pytest.approx(loss.item(), rel=1e-6)
+
+
+# ---------------------------------------------------------------------- without the authors' values
+
+VIT = "timm/test_vit.r160_in1k"
+CONFIGS = Path(__file__).resolve().parents[2] / "zoo_configs"
+
+
+def small(**options):
+    torch.manual_seed(0)
+    return ACTR(**{"backbone": VIT, "weights": "random", "resize": 128, "depth": 2} | options)
+
+
+def shaken(model):
+    """Weights away from where they start, the same for parameters of one name."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+IMAGES = torch.randn(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+FEWER = {"no_source_pe", "no_reweighting", "no_cross_attention", "no_dual_window", "no_super_resolution"}
+ABLATIONS = sorted(set(CONFIGS.glob("ablation/actr_*.yaml")) - {CONFIGS / "ablation" / "actr_h.yaml"})
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda p: p.stem.removeprefix("actr_"))
+def test_ablations_differ_as_named(path):
+    options = yaml.safe_load(path.read_text())["model"]["init_args"]
+    assert len(options) == 1
+    full, model = shaken(small()), shaken(small(**options))
+    count, full_count = (sum(p.numel() for p in m.parameters()) for m in (model, full))
+    assert count < full_count if path.stem.removeprefix("actr_") in FEWER else count == full_count
+    assert (model(*IMAGES).flow - full(*IMAGES).flow).abs().max() > 1e-3
+
+
+def test_the_target_is_never_told_of_the_source():
+    """Asymmetric: another source changes the target's tokens only through the re-weighting."""
+    block = small(reweight=False).blocks[0]
+    s, t = torch.randn(2, 1, 65, 64)
+    torch.testing.assert_close(block(s, t)[1], block(torch.randn_like(s), t)[1])
+    assert not torch.allclose(block(s, t)[0], block(s, torch.randn_like(t))[0])
+
+
+def test_grids():
+    """From the backbone and the size that it sees, or as asked; the flow has four times as many cells."""
+    assert small().grid == 8 and small(resize=256).grid == 16 and small(resize=None).grid == 16
+    model = small(backbone="timm/test_resnet.r160_in1k", levels=[1, 2], width=24, grid=6, windows=[3, 8]).eval()
+    assert model(*IMAGES).flow.shape == (1, 2, 24, 24) and model.prepare(model.backbone(IMAGES[0])).cls.shape == (1, 24)
+    with torch.device("meta"):
+        dino = ACTR(backbone="dinov2_b14", weights="random", resize=224, depth=1)
+        high = ACTR(backbone="ibot_b16", weights="random", resize=512, depth=1)
+    assert (dino.grid, dino.width, high.grid) == (16, 768, 32)
+
+
+def test_mistakes():
+    with pytest.raises(ZooError, match="windows of 8 cells do not divide 20 x 20, 4 times the grid of 5"):
+        small(resize=80)
+    with pytest.raises(ZooError, match="36 channels do not divide into 8 heads: set width=32"):
+        small(width=36)
+    with pytest.raises(ZooError, match="at least 16 pixels"):
+        small(resize=None)(*torch.zeros(2, 1, 3, 8, 8))
+
+
+def test_compiles_without_a_break():
+    model = small()
+    features = model._features_of(*IMAGES)
+    model = without_dropout(model)
+    compiled = torch.compile(model.match, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*features).flow, model.match(*features).flow)

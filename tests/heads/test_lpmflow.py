@@ -1,14 +1,20 @@
 """LPMFlow against what its authors' code answers, and its options."""
 
 import random
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
-from corrzoo.heads.lpmflow import grid_neighbours, self_contrast
+import corrzoo
+from corrzoo.data import PairDataset
+from corrzoo.heads.lpmflow import LPMFlow, grid_neighbours, self_contrast
 from corrzoo.losses import endpoint_error
 from corrzoo.official import load_official
+from corrzoo.types import ZooError
 from golden import assert_close, record, without_dropout
 
 
@@ -116,3 +122,143 @@ def test_self_contrast(golden):
     (0.2 * per_sample.mean()).backward()
     np.testing.assert_allclose(tokens.grad[:, :, ::16], stored["grad_tokens_sub"], rtol=1e-4, atol=1e-9)
     np.testing.assert_allclose(tokens.grad.norm(dim=-1), stored["grad_tokens_rownorm"], rtol=1e-4, atol=1e-9)
+
+
+# ---------------------------------------------------------------------- without the authors' values
+
+VIT = "timm/test_vit.r160_in1k"
+CONFIGS = Path(__file__).resolve().parents[2] / "zoo_configs"
+
+
+def small(**options):
+    torch.manual_seed(0)
+    return LPMFlow(**{"backbone": VIT, "weights": "random", "resize": 128, "depth": 2} | options)
+
+
+def options_of(path):
+    return yaml.safe_load(path.read_text())["model"]["init_args"]
+
+
+def batch(size=64):
+    dataset = corrzoo.create_dataset("synthetic", "", "test", size=size)
+    return PairDataset.collate([dataset[i] for i in range(2)])
+
+
+def outcome(model, training):
+    """The loss and flow of a step whose random choices are the same for every model."""
+    without_dropout(model) if training else model.eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        torch.manual_seed(1)
+        match = model(*batch()[:2])
+        return match.flow, model.loss(match, batch())["loss"]
+
+
+FEWER = {"no_larl", "no_pfsr", "no_mmfi", "no_region_pe", "no_interactive", "no_feature_block", "k_0", "windows_4"}
+SAME = {"foreground_mean", "no_gradual_guidance", "no_contrastive_loss", "isolated", "cross", "no_internal"}
+ABLATIONS = sorted(CONFIGS.glob("ablation/lpmflow_*.yaml"))
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda p: p.stem.removeprefix("lpmflow_"))
+def test_ablations_differ_as_named(path):
+    options, name = options_of(path), path.stem.removeprefix("lpmflow_")
+    assert len(options) == 1
+    # K = 64 must not be all there is, so 16 x 16 cells where K is what is asked
+    common = {"resize": 256, "depth": 1} if name.startswith("k_") or name == "foreground_mean" else {}
+    full, model = small(**common), small(**common | options)
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (model, full)]
+    if name in FEWER:
+        assert sizes[0] < sizes[1]
+    elif name in SAME:
+        assert sizes[0] == sizes[1]
+    rates = [[m.rptc_rate(epoch) for epoch in range(12)] for m in (model, full)]
+    if name.startswith(("lambda", "decline", "no_gradual", "no_contrastive")):
+        assert rates[0] != rates[1]
+        return
+    assert rates[0] == rates[1]
+    if name.startswith("k_"):
+        assert model.masked == options["top_k"] // 4
+    training = name.startswith(("k_", "foreground"))
+    (flow, loss), (full_flow, full_loss) = outcome(model, training), outcome(full, training)
+    assert (flow - full_flow).abs().max() > 1e-3 and loss != full_loss
+
+
+def test_guidance_declines():
+    """Spec 5: the released code's rates; supplement 2.3: a tenth of lambda each epoch, to zero."""
+    released, paper = small(), small(rptc_decline=0.1)
+    expected = [0.2, 0.2, 0.1, 0.2 / 3, 0.05, 0.04, 0.2 / 6, 0.2 / 7, 0.025, 0.2 / 9, 0.02, 0.02]
+    assert [released.rptc_rate(epoch) for epoch in range(12)] == pytest.approx(expected)
+    assert [paper.rptc_rate(epoch) for epoch in (0, 1, 5, 10, 11)] == pytest.approx([0.2, 0.18, 0.1, 0, 0])
+
+
+def test_self_contrast_by_loops():
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(2, 17, 6, generator=generator, dtype=torch.float64)
+    masked = torch.tensor([[1, 2, 16], [6, 7, 11]])
+    expected = []
+    for b in range(2):
+        cells = tokens[b, 1:].view(4, 4, 6)
+        losses = []
+        for position in masked[b].tolist():
+            row, column = divmod(position - 1, 4)
+            near = [
+                cells[r, c]
+                for r in range(max(row - 1, 0), min(row + 2, 4))
+                for c in range(max(column - 1, 0), min(column + 2, 4))
+                if (r, c) != (row, column)
+            ]
+            query = tokens[b, position]
+            others = [tokens[b, i] for i in masked[b].tolist() if i != position]
+            keys = [torch.stack(near).mean(0), *others]
+            logits = torch.stack([torch.cosine_similarity(query, key, dim=0) for key in keys]) / 0.1
+            losses.append(-logits.log_softmax(0)[0])
+        expected.append(torch.stack(losses).mean())
+    torch.testing.assert_close(self_contrast(tokens, masked, grid_neighbours(4)), torch.stack(expected))
+
+
+def test_replaced_tokens_are_the_foreground():
+    """Every replaced one is among the K most like the class tokens, none twice, and all may be."""
+    model = small(resize=256, top_k=8)
+    s, t = torch.randn(2, 257, 64), torch.randn(2, 257, 64)
+    best = 1 + model.foreground_heat(s[:, 1:], s[:, :1], t[:, :1]).topk(8).indices
+    drawn = []
+    for _ in range(40):
+        hidden, masked = model.hide_tokens(s, t)
+        for b in range(2):
+            assert set(masked[b].tolist()) < set(best[b].tolist()) and len(set(masked[b].tolist())) == 2
+        drawn += masked[0].tolist()
+    assert set(drawn) == set(best[0].tolist())
+    changed = (hidden != s).any(-1)
+    assert changed.sum() == 4
+    torch.testing.assert_close(hidden[0, masked[0]], (s[0, 0] + t[0, 0]).expand(2, -1))
+
+
+def test_a_pair_without_keypoints_contributes_nothing_to_training():
+    model, pair = without_dropout(small()), batch()
+    none = pair._replace(kps_mask=torch.zeros_like(pair.kps_mask))
+    assert model.loss(model(*none[:2]), none)["loss"] == 0
+
+
+def test_mistakes():
+    with pytest.raises(ZooError, match="expected some of 11, 12, 21, 22"):
+        small(flows=["13"])
+    with pytest.raises(ZooError, match="windows of 16 cells do not divide 40 x 40, 8 times the grid of 5"):
+        small(resize=80, pfsr="off")
+    with pytest.raises(ZooError, match="windows of 4 cells do not divide 10 x 10"):
+        small(resize=80)
+    with pytest.raises(ZooError, match="set width=32"):
+        small(backbone="timm/test_resnet.r160_in1k", width=36)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compiles_without_a_break(training):
+    model = small()
+    features = model._features_of(*batch()[:2])
+    without_dropout(model) if training else model.eval()
+    compiled = torch.compile(model.match, fullgraph=True, backend="eager")
+    torch.manual_seed(1)
+    expected = model.match(*features).flow
+    torch.manual_seed(1)
+    torch.testing.assert_close(compiled(*features).flow, expected)
