@@ -264,4 +264,4 @@ def test_every_source_is_complete() -> None:
         assert folder and len({part.file for part in parts}) == len(parts)
         for part in parts:
             assert part.url.startswith("https://")
-            assert part.file.endswith((".csv", ".zip", ".tar.gz"))
+            assert part.file.endswith((".csv", ".zip", ".tar", ".tar.gz"))

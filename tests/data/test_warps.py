@@ -124,7 +124,7 @@ def test_there_are_no_warps_to_score():
 
 @pytest.fixture
 def voc(tmp_path):
-    home = tmp_path / "VOCdevkit" / "VOC2012"
+    home = tmp_path / "VOC2012"
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (home / folder).mkdir(parents=True)
     stems = [f"2008_00000{k}" for k in range(4)]
@@ -160,10 +160,10 @@ def test_voc_images_with_their_masks_without_those_of_pf_pascals_test(voc):
 
 
 def test_voc_says_what_is_missing(voc):
-    with pytest.raises(ZooError, match=r"no .*val.txt: unpack VOC 2012"):
+    with pytest.raises(ZooError, match=r"no .*val.txt: fetch VOC 2012"):
         create_dataset("voc_warps", voc, "trn", images="val")
     with pytest.raises(ZooError, match=r"no .*nowhere.csv: .*exclude: ''"):
         create_dataset("voc_warps", voc, "trn", exclude="nowhere.csv")
-    (voc / "VOCdevkit" / "VOC2012" / "SegmentationClass" / "2008_000000.png").unlink()
+    (voc / "VOC2012" / "SegmentationClass" / "2008_000000.png").unlink()
     with pytest.raises(ZooError, match=r"2008_000000\.png"):
         create_dataset("voc_warps", voc, "trn", size=48)[0]

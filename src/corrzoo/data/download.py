@@ -57,6 +57,9 @@ _TRN = "https://drive.usercontent.google.com/download?export=download&confirm=t&
 _CALTECH = "https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip"
 _CALTECH_LIST = "https://www.di.ens.fr/willow/research/weakalign/other_resources/test_pairs_caltech_with_category.csv"
 _CALTECH_INNER, _CALTECH_MD5 = "caltech-101/101_ObjectCategories.tar.gz", "md5:3138e1922a9193bfa496528edbbc45d0"
+# Of VOC 2012 address and md5 are those of torchvision's VOCSegmentation.
+_VOC = "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar"
+_VOC_MD5 = "md5:6cd6e144f989b92b3379bac3b3de84fd"
 
 SOURCES: dict[str, tuple[str, list[Part]]] = {
     "spair71k": ("SPair-71k", [Part(_SPAIR, "SPair-71k.tar.gz", prefix="SPair-71k/")]),
@@ -83,6 +86,7 @@ SOURCES: dict[str, tuple[str, list[Part]]] = {
             Part(_CALTECH_LIST, "test_pairs_caltech_with_category.csv"),
         ],
     ),
+    "voc_warps": ("VOC2012", [Part(_VOC, _VOC.rpartition("/")[2], prefix="VOCdevkit/VOC2012/", checksum=_VOC_MD5)]),
 }
 """Dataset -> its folder under `root`, and the files that make it up."""
 

@@ -137,7 +137,7 @@ class VOCWarps(WarpDataset):
     """Warps of PASCAL VOC 2012's segmentation images.
 
     Args:
-        root: The folder that holds `VOCdevkit/`, as VOC's archive unpacks.
+        root: The folder that holds `VOC2012/`, which is `VOCdevkit/VOC2012` of VOC's archive.
         split: See `WarpDataset`, as size and augment.
         images: VOC's list of the images: `train`, `val` or `trainval`.
         exclude: List of image pairs whose images are left out, below root (SFNet leaves out PF-PASCAL's test pairs);
@@ -148,7 +148,7 @@ class VOCWarps(WarpDataset):
     """
 
     name = "voc_warps"
-    folder = "VOCdevkit/VOC2012"
+    folder = "VOC2012"
     categories = CATEGORIES
 
     def __init__(
@@ -162,7 +162,8 @@ class VOCWarps(WarpDataset):
         **options: Any,
     ) -> None:
         super().__init__(root, split, size, **options)
-        stems = self._read(self.home / "ImageSets" / "Segmentation" / f"{images}.txt", "unpack VOC 2012 there").split()
+        listed = self.home / "ImageSets" / "Segmentation" / f"{images}.txt"
+        stems = self._read(listed, "fetch VOC 2012 with download=true").split()
         if exclude:
             text = self._read(Path(root).expanduser() / exclude, "fetch it, or say exclude: '' to keep all images")
             left_out = {Path(cell.strip()).stem for row in csv.reader(text.splitlines()) for cell in row[:2]}
