@@ -206,7 +206,8 @@ class CrossPerception(nn.Module):
         """Maps (B, 256, h, w) of source and target -> the same."""
         pos_a, pos_b = position_encoding(a), position_encoding(b)
         grid_a, grid_b = size_of(a), size_of(b)
-        a, b = (rearrange(x, "b c h w -> b (h w) c") for x in (a, b))
+        # our choice: whatever a backbone's scale is, what the blocks add must not drown it when training begins
+        a, b = (F.layer_norm(rearrange(x, "b c h w -> b (h w) c"), (WIDTH,)) for x in (a, b))
         for i, block in enumerate(self.blocks):
             if self.order == "symmetric":
                 a, b = block(a, b, pos_a, pos_b), block(b, a, pos_b, pos_a)
