@@ -361,17 +361,13 @@ class GSF(Matcher):
             for k, channels in enumerate(self.backbone.channels)
         )
         cells = self.grid[0] * self.grid[1] if self.grid else 0
-        self.pruning: UNet | Consensus | None = None
-        if pruning:
-            self.pruning = UNet(cells, cells, width) if network == "unet" else Consensus()
         self.local = network == "conv4d"
+        self.pruning = (Consensus() if self.local else UNet(cells, cells, width)) if pruning else None
         self.matching = UNet((2 * radius + 1) ** 2 if self.local else cells, 2, width) if matching else None
         if self.matching:
             for p in self.matching.leave.parameters():  # tau begins as the guidance
                 nn.init.zeros_(p)
         self.pruning_only = False  # stage 1; set in every training step
-
-    # ------------------------------------------------------------------ forward
 
     def prepare(self, features: Features) -> Features:
         """The adapted levels at one size, each cell of each level of unit length: (B, C, h, w) a level."""
@@ -428,8 +424,6 @@ class GSF(Matcher):
         rows = rearrange(scores, "b n (u v) -> (b n) 1 u v", u=grid[0])
         found = F.grid_sample(rows, rearrange(at, "b n k xy -> (b n) 1 k xy"), align_corners=False)
         return rearrange(found, "(b n) 1 1 k -> b n k", n=scores.shape[1])
-
-    # ------------------------------------------------------------------ training
 
     def loss(self, match: Match, pair: Pair) -> dict[str, Tensor]:
         """Eq. 10 in stage 1, eq. 15 in stage 2: from images, masks and boxes alone."""
