@@ -43,19 +43,17 @@ class ViTSC(Matcher):
             backbone's own grid, which is faster.
         upsampler: How the flow gets to full resolution (Table 6): guided by the correlation of `low`- or
             `high`-level features (eq. 8), by a CNN without guidance (`unguided`), or `bilinear`.
-        radius: r of eq. 8 in cells of the guiding features. our choice: RAFT's 4, which on the L-encoder's grid is
-            twice the error that the grid of the flow allows.
+        radius: r of eq. 8 in cells of the guiding features. our choice: RAFT's 4, 16 pixels on the L-encoder's grid.
         head_resolution: Share of the image's resolution that the upsampler's CNNs run at (4.2: 1); what they answer is
             enlarged to the rest. 0.5 costs a quarter.
         low_stages: Stages of ResNet-18 that the L-encoder has (5.2: 3).
         low_weights: The L-encoder's `pretrained` ImageNet weights (5.2), `random`, or the path of a file. When not
             given, `random` where `weights` is, else `pretrained`.
         temperature: T of eq. 2, learnt (3.1: 0.03).
-        sigma: Width of the soft-argmax kernel in cells. our choice, as in Baseline: a quarter of the target grid's
-            longer side.
-        epe_weight: Lambda 1 of eq. 11 (5.2).
-        triplet_weight: Lambda 2 of eq. 11 (5.2); 0 leaves the triplet loss out.
-        margin: m of eq. 9 (5.2).
+        sigma: Width of the soft-argmax kernel in cells. our choice, as Baseline's: a quarter of the grid's longer side.
+        epe_weight: Lambda 1 of eq. 11 (5.2: 1).
+        triplet_weight: Lambda 2 of eq. 11 (5.2: 10); 0 leaves the triplet loss out.
+        margin: m of eq. 9 (5.2: 0.3).
         **options: What every head takes, see Matcher.
     """
 
@@ -79,8 +77,9 @@ class ViTSC(Matcher):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        if not 0 < head_resolution <= 1:
-            raise ZooError(f"head_resolution {head_resolution}: expected a share of the image's, above 0 and up to 1")
+        for name, value in {"temperature": temperature, "sigma": sigma, "head_resolution": head_resolution}.items():
+            if value is not None and value <= 0:
+                raise ZooError(f"{name} {value}: expected a number above 0")
         self.attend_at, self.sigma = attend_at, sigma
         self.epe_weight, self.triplet_weight, self.margin = epe_weight, triplet_weight, margin
         perceive = enhancement != "none" and layers > 0
@@ -89,8 +88,8 @@ class ViTSC(Matcher):
         self.temperature = nn.Parameter(torch.tensor(temperature))
         self.low, self.radius = None, radius
         if upsampler == "low":
-            default = "random" if self.backbone.weights == "random" else "pretrained"
-            self.low = LowEncoder(low_weights or default, low_stages, self.backbone.spec)
+            low_weights = low_weights or ("random" if self.backbone.weights == "random" else "pretrained")
+            self.low = LowEncoder(low_weights, low_stages, self.backbone.spec)
         self.guided = upsampler in ("low", "high")
         guides = (2 * radius + 1) ** 2 if self.guided else 0
         self.upsampler = None if upsampler == "bilinear" else FlowUpsampler(guides, head_resolution)
@@ -106,15 +105,14 @@ class ViTSC(Matcher):
 
     def match(self, src: Features, trg: Features) -> Match:
         """Flow of every source pixel; the enhanced features go to the triplet loss."""
+        image, trg_image = size_of(src.image), size_of(trg.image)
         a, b = src.maps[0], trg.maps[0]
         if self.perception is not None:
             a, b = self.perception(a, b)
-        a, b = resize(a, stride_grid(size_of(src.image))), resize(b, stride_grid(size_of(trg.image)))
-        flow = self.initial_flow(a, b, size_of(src.image), size_of(trg.image))
-        if self.upsampler is None:
-            flow = resize(flow, size_of(src.image))
-        else:
-            flow = self.upsampler(flow, self.look_up(flow, src, trg) if self.guided else None, size_of(src.image))
+        a, b = resize(a, stride_grid(image)), resize(b, stride_grid(trg_image))
+        flow = self.initial_flow(a, b, image, trg_image)
+        local = self.look_up(flow, src, trg) if self.guided else None
+        flow = resize(flow, image) if self.upsampler is None else self.upsampler(flow, local, image)
         return Match(flow, extras={"src": a, "trg": b})
 
     def initial_flow(self, a: Tensor, b: Tensor, src_image: Size, trg_image: Size) -> Tensor:
@@ -135,10 +133,9 @@ class ViTSC(Matcher):
         h, w = size_of(target)
         # As in RAFT, the place is given: what is read there trains no flow but by the upsampler.
         points = cell_centres(grid, image, flow.device, flow.dtype) + rearrange(flow.detach(), "b xy h w -> b (h w) xy")
-        rows = rearrange(source, "b c h w -> b (h w) c")
-        centre = points * points.new_tensor([w / W, h / H])
+        rows, centre = rearrange(source, "b c h w -> b (h w) c"), points * points.new_tensor([w / W, h / H])
         local = ops.local_correlation(rows, target, centre, self.radius, backend=self.backend)
-        return rearrange(local, "b (h w) c -> b c h w", h=grid[0])
+        return local.mT.unflatten(2, grid)
 
     def loss(self, match: Match, pair: Pair) -> dict[str, Tensor]:
         """Eq. 11: EPE over the pixels around the keypoints, in pixels, and the triplet loss over the keypoints."""
@@ -157,8 +154,7 @@ def triplet_loss(src: Tensor, trg: Tensor, mask: Tensor, margin: float) -> Tenso
     """Eqs. 9 and 10: every keypoint is nearer to its own partner than to the partner of any other, by a margin.
 
     Args:
-        src: (B, K, C) source features at the keypoints, the anchors. our choice: of length one, which makes the
-            distance the correlation's own and gives the margin a scale.
+        src: (B, K, C) source features at the keypoints, the anchors. our choice: of length one, as a cosine sees them.
         trg: (B, K, C) target features; i is anchor i's positive, every j != i a negative.
         mask: (B, K) bool, which keypoints count.
         margin: m.
@@ -168,8 +164,7 @@ def triplet_loss(src: Tensor, trg: Tensor, mask: Tensor, margin: float) -> Tenso
     """
     distance = torch.cdist(src, trg, compute_mode="donot_use_mm_for_euclid_dist")  # exact, also where it is small
     positive = distance.diagonal(dim1=1, dim2=2).unsqueeze(2)
-    own = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
-    triplets = mask.unsqueeze(2) & mask.unsqueeze(1) & ~own
+    triplets = mask.unsqueeze(2) & mask.unsqueeze(1) & ~torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
     count = triplets.sum((1, 2))
     each = ((positive - distance + margin).relu() * triplets).sum((1, 2)) / count.clamp(min=1)
     return each.sum() / (count > 0).sum().clamp(min=1)
@@ -204,8 +199,7 @@ class CrossPerception(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Maps (B, 256, h, w) of source and target -> the same."""
-        pos_a, pos_b = position_encoding(a), position_encoding(b)
-        grid_a, grid_b = size_of(a), size_of(b)
+        (grid_a, pos_a), (grid_b, pos_b) = ((size_of(x), position_encoding(x)) for x in (a, b))
         # our choice: whatever a backbone's scale is, what the blocks add must not drown it when training begins
         a, b = (F.layer_norm(rearrange(x, "b c h w -> b (h w) c"), (WIDTH,)) for x in (a, b))
         for i, block in enumerate(self.blocks):
@@ -246,8 +240,7 @@ class AttentionBlock(nn.Module):
 def position_encoding(maps: Tensor) -> Tensor:
     """(h*w, C) sines and cosines of where the cells of maps (B, C, h, w) are in their image, half for each axis."""
     at = cell_centres(size_of(maps), (PE_CELLS, PE_CELLS), maps.device, maps.dtype)
-    steps = maps.shape[1] // 4
-    frequency = 10_000 ** -(torch.arange(steps, device=maps.device, dtype=maps.dtype) / steps)
+    frequency = 10_000 ** -torch.linspace(0, 1, maps.shape[1] // 4 + 1, device=maps.device, dtype=maps.dtype)[:-1]
     angle = at.unsqueeze(-1) * frequency  # (h*w, 2, C/4)
     return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(1)
 
@@ -273,7 +266,6 @@ class LowEncoder(Backbone):
         for stage in range(2, 5):
             if stage > stages:
                 setattr(model, f"layer{stage}", nn.Identity())
-                continue
             for module in getattr(model, f"layer{stage}").modules():
                 if isinstance(module, nn.Conv2d):
                     module.stride = (1, 1)
