@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +85,18 @@ def without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
-def record(model: nn.Module) -> dict[str, tuple[tuple, object]]:
-    """What each module was last given and what it answered, filled while the model runs."""
+@contextmanager
+def record(model: nn.Module, names: str) -> Iterator[dict[str, tuple[tuple, object]]]:
+    """What each module whose name matches was last given and what it answered; of the others memory holds nothing."""
     seen = {}
-    for name, module in model.named_modules():
+    handles = [
         module.register_forward_hook(lambda m, given, answer, name=name: seen.update({name: (given, answer)}))
-    return seen
+        for name, module in model.named_modules()
+        if re.fullmatch(names, name)
+    ]
+    yield seen
+    for handle in handles:
+        handle.remove()
 
 
 def assert_close(ours: Tensor, theirs: np.ndarray, tolerance: float) -> None:

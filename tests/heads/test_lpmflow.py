@@ -1,5 +1,6 @@
 """LPMFlow against what its authors' code answers, and its options."""
 
+import gc
 import random
 import zlib
 from pathlib import Path
@@ -26,10 +27,12 @@ def released(golden):
     with torch.no_grad():
         flows = {"single": model(*golden.images()).flow / 4}
     features = model.double()._features_of(*(image.double() for image in golden.images()))
-    seen = record(model)
+    names = (
+        r"soft_argmax|encoder(\.(drop|blocks\.\d))?|pyramid\.(decoder\d|up)|integration(\.(project(\.1)?|refine\.\d))?"
+    )
     with torch.no_grad():
-        flows["double"] = model.match(*features).flow / 4
-        evaluated = dict(seen)
+        with record(model, names) as evaluated:
+            flows["double"] = model.match(*features).flow / 4
         encoder = model.encoder
         kept = {key: value.clone() for key, value in encoder.state_dict().items()}
         encoder.pos_embed_trg.copy_(encoder.pos_embed_src)
@@ -45,7 +48,9 @@ def released(golden):
     terms["loss"] = terms["epe"] + model.rptc_rate(0) * terms["rptc"].mean()
     terms["loss"].backward()
     torch.set_num_threads(1)
-    return model, flows, evaluated, match, terms
+    yield model, flows, evaluated, match, terms
+    model = flows = evaluated = match = terms = None
+    gc.collect()  # gigabytes, in cycles
 
 
 def authors_ranks(golden):

@@ -14,8 +14,17 @@ from corrzoo.registry import nearest
 from corrzoo.types import ZooError
 
 __all__ = [
-    "ACTR", "GSF", "HEADS", "Baseline", "LPMFlow", "ViTSC", "create_matcher", "list_heads", "options_of", "register_head",
-]  # fmt: skip
+    "ACTR",
+    "GSF",
+    "HEADS",
+    "Baseline",
+    "LPMFlow",
+    "ViTSC",
+    "create_matcher",
+    "list_heads",
+    "options_of",
+    "register_head",
+]
 
 
 def list_heads() -> list[str]:
