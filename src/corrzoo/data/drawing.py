@@ -64,10 +64,12 @@ def shade(colour: Colour, factor: float) -> Colour:
 
 
 def polygon(*corners: ArrayLike) -> Points:
+    """(n, 2) corners."""
     return np.array(corners, dtype=np.float64)
 
 
 def ring(angles: Points) -> Points:
+    """(n, 2) points of the unit circle at angles (n,)."""
     return np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 

@@ -183,6 +183,7 @@ def _bmm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def patch_options(side: int) -> dict[str, int]:
+    """Tile sizes of the patch kernels: the more cells a patch has, the fewer channels are read at a time."""
     cells = triton.next_power_of_2(side * side)
     return {"SIDE": side, "CELLS": cells, "TILE_C": max(16, min(64, 2048 // cells)), "num_warps": 4}
 
