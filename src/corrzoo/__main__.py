@@ -1,5 +1,5 @@
 """`python -m corrzoo` is the command line."""
 
-from corrzoo.cli import main
+from corrzoo.commands import main
 
 main()

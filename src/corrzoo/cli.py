@@ -1,4 +1,4 @@
-"""The command line: `lightning fit | validate | test | predict`, for any head, backbone and dataset."""
+"""LightningCLI for the zoo: `lightning fit | validate | test | predict`, for any head, backbone and dataset."""
 
 import os
 import re
@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from corrzoo import commands
 from corrzoo.checkpoints import read_checkpoint
 from corrzoo.data.module import PairsDataModule
 from corrzoo.heads import list_heads, options_of
@@ -46,7 +47,10 @@ class ZooCLI(LightningCLI):
             subclass_mode_model=True,
             seed_everything_default=0,
             parser_class=ZooParser,
-            parser_kwargs={"description": "Train and compare matching heads for semantic correspondence."},
+            parser_kwargs={
+                "description": "Train and compare matching heads for semantic correspondence.",
+                "epilog": commands.listing(),
+            },
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},  # with --trainer.logger false all runs share a folder
             load_from_checkpoint_support=False,  # checkpoints hold plain options; `corrzoo.load` reads them
@@ -133,7 +137,7 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
         name = found[1].split("=")[0]
         return f"unknown option '--{name}'{nearest(name, options) or '; --help lists the options'}"
     if found := re.search(r"invalid choice: '(\S+)' \(choose from (.*)\)", message):
-        choices = re.findall(r"\w+", found[2])
+        choices = [*re.findall(r"\w+", found[2]), *commands.COMMANDS]
         return f"unknown command {found[1]!r}{nearest(found[1], choices) or ': choose from ' + ', '.join(choices)}"
     if re.search(r"key \"(?:\w+\.)?model\".*Given value: (?!.*'class_path')\{", message, re.DOTALL):
         return "options of a head come before the head: put --config zoo_configs/<head>.yaml (or --model <head>) first"
@@ -173,7 +177,7 @@ def _logged_in_to_wandb() -> bool:
 
 
 def main(args: ArgsType = None) -> None:
-    """Entry point of the scripts `lightning` and `corrzoo`, and of `python -m corrzoo`."""
+    """What `commands.main` runs when it is none of its own commands."""
     try:
         ZooCLI(args)
     except (ValueError, TypeError) as error:

@@ -11,12 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from corrzoo.errors import ZooError as ZooError
+
 DIFFICULTIES = ("viewpoint", "scale", "truncation", "occlusion")
 """SPair-71k's difficulty flags, in the order of `Pair.difficulty`'s columns; -1 stands for 'not annotated'."""
-
-
-class ZooError(ValueError):
-    """Something a user can mend: the message names the value, what was expected, and the remedy, in one line."""
 
 
 @dataclass(frozen=True)
