@@ -110,5 +110,9 @@ def test_an_unknown_head_or_option_names_the_nearest():
         corrzoo.create_matcher("Basline")
     with pytest.raises(ZooError, match="did you mean 'stride'"):
         corrzoo.create_matcher("Baseline", backbone=VIT, weights="random", strid=4)
+    with pytest.raises(ZooError, match="did you mean 'kernel'"):
+        corrzoo.create_matcher("Baseline", "timm/test_vit", "random", readout="kernle")
+    with pytest.raises(ZooError, match="expected one of all, none"):
+        corrzoo.create_matcher("Baseline", "timm/test_vit", "random", finetune="last")
     with pytest.raises(ZooError, match="dinov2_b14"):
         corrzoo.create_matcher("Baseline", backbone="dinov2_b")
