@@ -6,10 +6,10 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-from corrzoo.data.images import image_size
 from corrzoo.data.index import read_points
 from corrzoo.data.lists import category_of, read_list
 from corrzoo.data.pairs import DATASETS, FolderDataset
+from corrzoo.images import image_size
 from corrzoo.types import Record
 
 CATEGORIES = """

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from corrzoo.data.images import ImageMemory, read_rgb, to_tensor
 from corrzoo.data.index import cached, pack
 from corrzoo.geometry import Size, resize_points
+from corrzoo.images import ImageMemory, read_rgb, to_tensor
 from corrzoo.registry import Registry
 from corrzoo.types import DIFFICULTIES, Pair, Record, ZooError
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path, PurePosixPath
 
-from corrzoo.data.images import image_size
 from corrzoo.data.index import read_box, read_points
 from corrzoo.data.lists import category_of, read_list, read_mat
 from corrzoo.data.pairs import DATASETS, FolderDataset
+from corrzoo.images import image_size
 from corrzoo.types import Record, ZooError
 
 CATEGORIES = [

@@ -7,10 +7,10 @@ from pathlib import Path, PurePosixPath
 
 from torch import Tensor
 
-from corrzoo.data.images import image_size
 from corrzoo.data.index import read_points
 from corrzoo.data.lists import read_list, read_mat
 from corrzoo.data.pairs import DATASETS, FolderDataset
+from corrzoo.images import image_size
 from corrzoo.types import Record
 
 CATEGORIES = [

@@ -18,11 +18,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from corrzoo.data.drawing import View, render, view
-from corrzoo.data.images import image_size, open_image, read_rgb
 from corrzoo.data.pairs import DATASETS, Augment, PairDataset
 from corrzoo.data.pfpascal import CATEGORIES
 from corrzoo.data.synthetic import CATEGORIES as DRAWN
 from corrzoo.geometry import Size, cell_centres, size_of
+from corrzoo.images import image_size, open_image, read_rgb
 from corrzoo.types import Pair, Record, ZooError
 
 SPREAD = 0.15

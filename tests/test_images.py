@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from corrzoo.data.images import ImageMemory, image_size, read_rgb, to_tensor
+from corrzoo.images import ImageMemory, as_rgb, image_size, read_rgb, to_tensor
 from corrzoo.types import ZooError
 
 
@@ -52,6 +52,32 @@ def test_orientation_is_ignored(tmp_path: Path, pixels: np.ndarray) -> None:
     exif[0x0112] = 6  # rotate by 90 degrees
     Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif)
     assert read_rgb(tmp_path / "a.jpg", (30, 20)).size == (30, 20)
+
+
+def test_ones_own_image_is_turned_upright_and_pixels_stand_as_they_are(tmp_path: Path, pixels: np.ndarray) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: shown, the stored top row is the right column
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    for path in (tmp_path / "a.png", str(tmp_path / "a.png")):
+        assert np.array_equal(np.asarray(as_rgb(path)), np.rot90(pixels, -1))
+    for given in (pixels, Image.open(tmp_path / "a.png"), torch.from_numpy(pixels).permute(2, 0, 1)):
+        assert np.array_equal(np.asarray(as_rgb(given)), pixels)
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ("nowhere.png", "there is no image file nowhere.png"),
+        (__file__, "cannot read the image .*test_images.py"),
+        (np.zeros((3, 4, 5), np.uint8), r"got \(3, 4, 5\) uint8"),
+        (torch.zeros(3, 4, 5), r"got \(3, 4, 5\) torch.float32"),
+        (7, "got int"),
+    ],
+)
+def test_what_is_no_image_is_refused_in_one_line(given: object, said: str) -> None:
+    with pytest.raises(ZooError, match=said) as error:
+        as_rgb(given)  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from corrzoo.geometry import Size
 from corrzoo.types import ZooError
+
+ImageSource = str | Path | Image.Image | Tensor | np.ndarray
+"""An image of one's own: see `as_rgb`."""
 
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 """What PIL raises for a file that it cannot read, depending on the format."""
@@ -58,6 +61,33 @@ def read_rgb(path: Path, size: tuple[int, int]) -> Image.Image:
             return image.convert("RGB")
         except _BROKEN as error:
             raise ZooError(f"cannot decode the image {path} ({error}): fetch it again") from error
+
+
+def as_rgb(source: ImageSource) -> Image.Image:
+    """An image of one's own in RGB.
+
+    Args:
+        source: A file, which is turned upright as its EXIF orientation says and every viewer shows it; or pixels, which
+            are taken as they stand: a PIL image, a (3, H, W) uint8 tensor, or an (H, W, 3) uint8 array.
+
+    Raises:
+        ZooError: when the file is missing, unreadable or no image, and for pixels of another shape or type.
+    """
+    if isinstance(source, Image.Image):
+        return source.convert("RGB")
+    if isinstance(source, str | Path):
+        if not Path(source).is_file():
+            raise ZooError(f"there is no image file {source}")
+        with open_image(Path(source)) as image:
+            try:
+                return ImageOps.exif_transpose(image).convert("RGB")
+            except _BROKEN as error:
+                raise ZooError(f"cannot decode the image {source} ({error}): save it anew, as PNG or JPEG") from error
+    pixels = source.permute(1, 2, 0).cpu().numpy() if isinstance(source, Tensor) and source.ndim == 3 else source
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        found = f"{tuple(source.shape)} {source.dtype}" if hasattr(source, "shape") else type(source).__name__
+        raise ZooError(f"expected a path, a PIL image, a (3, H, W) uint8 tensor or an (H, W, 3) array, got {found}")
+    return Image.fromarray(pixels)
 
 
 def to_tensor(image: Image.Image, size: Size) -> Tensor:
