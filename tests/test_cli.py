@@ -98,6 +98,16 @@ def test_fit_validate_test_predict_and_reload(tmp_path, capsys):
     main(["test", *saved, f"--ckpt_path={checkpoint}"])
     result = json.loads(next(tmp_path.glob("runs/*/version_*/results/synthetic.json")).read_text())
     assert result["head"] == "Baseline" and result["pairs"] == 7 and result["protocol"] == "default:bbox"
+    assert result["trained"] == {
+        **{
+            "dataset": "synthetic",
+            "options": {"length": {"trn": 8, "val": 5, "test": 7}},
+            "augment": "none",
+            "size": 64,
+        },
+        **{"batch_size": 4, "max_epochs": 1, "max_steps": -1, "steps": 2, "seed": 0},
+    }
+    assert result["seed"] == 0 and result["label"] == "" and result["dataset_options"] == result["trained"]["options"]
     assert result["checkpoint_sha256"] and result["params_head"] == 1 and result["backend"] == "torch"
     with next(tmp_path.glob("runs/*/version_*/results/synthetic.csv")).open() as file:
         rows = list(csv.DictReader(file))

@@ -41,11 +41,19 @@ class ResultsWriter(Callback):
     Args:
         folder: Where to write; the run's own folder when not given.
         table: Print PCK by category.
+        label: What the leaderboard calls this run beside its head and backbone, such as an ablation's name.
     """
 
-    def __init__(self, folder: str | None = None, table: bool = True) -> None:
-        self.folder, self.table = folder, table
+    def __init__(self, folder: str | None = None, table: bool = True, label: str = "") -> None:
+        self.folder, self.table, self.label = folder, table, label
         self._predictions: dict[int, list[tuple[int, int, float, float]]] = {}
+        self._trained: dict[str, Any] | None = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["trained"] = describe_training(trainer)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._trained = checkpoint.get("trained")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         writable(self._folder(trainer))  # before an hour of evaluation, not after it
@@ -76,8 +84,11 @@ class ResultsWriter(Callback):
             breakdown, rows = metric.breakdown(), metric.rows()
             if not trainer.is_global_zero:
                 continue
-            result = describe_run(trainer, pl_module, name, metric)
+            trained = self._trained if trainer.ckpt_path else describe_training(trainer)
+            result = {"label": self.label} | describe_run(trainer, pl_module, name, metric)
             result |= {
+                "trained": trained,
+                "seed": trained["seed"] if trained else _seed(),
                 "ms_per_pair": 1000 * self._seconds[which] / max(self._pairs[which], 1),  # features are reused
                 "peak_memory_mb": _peak_memory_mb(),
             }
@@ -219,13 +230,13 @@ def describe_run(trainer: Trainer, module: "Matcher", dataset: str, metric: PCK)
         "weights": module.hparams.weights,
         "dataset": dataset,
         "split": "test",
+        "dataset_options": (data.hparams.options or {}).get(dataset, {}) if data else {},
         "resolution": data.hparams.size if data else None,
         "protocol": str(metric.protocol),
         "flaw": metric.protocol.flaw,
         "alphas": list(metric.alphas),
         "params_backbone": backbone,
         "params_head": sum(p.numel() for p in module.parameters()) - backbone,
-        "seed": int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
         "checkpoint": str(checkpoint) if checkpoint else None,
         "checkpoint_sha256": _sha256(Path(checkpoint)) if checkpoint else None,
         "precision": str(trainer.precision),
@@ -235,6 +246,23 @@ def describe_run(trainer: Trainer, module: "Matcher", dataset: str, metric: PCK)
         "versions": _versions(),
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def describe_training(trainer: Trainer) -> dict[str, Any] | None:
+    """What the weights have learnt from, and for how long; None when nothing was learnt. Checkpoints keep it."""
+    if not trainer.global_step:
+        return None
+    data = getattr(trainer, "datamodule", None)
+    options = dict(data.hparams) if data else {}
+    return {
+        "dataset": options.get("train"),
+        "options": (options.get("options") or {}).get(options.get("train"), {}),
+        **{name: options.get(name) for name in ("augment", "size", "batch_size")},
+        "max_epochs": trainer.max_epochs,
+        "max_steps": trainer.max_steps,
+        "steps": trainer.global_step,
+        "seed": _seed(),
     }
 
 
@@ -296,6 +324,10 @@ def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def _seed() -> int | None:
+    return int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None
 
 
 def _peak_memory_mb() -> float:
