@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-from collections.abc import Sequence
 
 from corrzoo.errors import ZooError
 
@@ -19,7 +18,7 @@ def listing() -> str:
     )
 
 
-def main(args: Sequence[str] | None = None) -> None:
+def main(args: list[str] | None = None) -> None:
     """Run a command of `COMMANDS`, and whatever else through LightningCLI.
 
     Args:
