@@ -24,7 +24,11 @@ ALLOWED = {
     "data": {"types", "registry", "geometry", "images"},
     "visualize": {"types", "geometry"},
     "callbacks": {"__init__", "protocols", "ops", "types", "visualize", "metrics", "geometry"},
-    "matcher": {"types", "geometry", "backbones", "protocols", "metrics", "losses", "feature_cache", "callbacks"},
+    "imagepair": {"types", "geometry"},
+    "matcher": {
+        *("types", "geometry", "backbones", "protocols", "metrics", "losses", "feature_cache", "callbacks"),
+        *("images", "imagepair"),
+    },
     "heads": {"types", "registry", "geometry", "ops", "losses", "backbones", "matcher"},
     "checkpoints": {"types", "heads", "matcher"},
     "official": {"types", "registry", "backbones", "heads", "matcher"},

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -14,7 +15,9 @@ from torch import Tensor
 from corrzoo.backbones import Backbone
 from corrzoo.callbacks import ResultsWriter
 from corrzoo.feature_cache import FeatureCache
-from corrzoo.geometry import pseudo_flow, resize_points, size_of, transfer
+from corrzoo.geometry import Size, pseudo_flow, resize_points, sample, size_of, transfer
+from corrzoo.imagepair import ImageMatches, ImagePair
+from corrzoo.images import ImageSource, as_rgb, to_tensor
 from corrzoo.losses import endpoint_error
 from corrzoo.metrics import PCK
 from corrzoo.protocols import check_protocol
@@ -56,6 +59,9 @@ class Matcher(LightningModule, ABC):
 
     evaluation_options: ClassVar[frozenset[str]] = frozenset({"protocol", "alphas", "backend", "feature_cache_mb"})
     """Options that may differ between a checkpoint's training and its evaluation."""
+
+    image_size: int | Size = 224
+    """Side of the square network image, or its (H, W): `load` sets what the checkpoint was trained with."""
 
     def __init__(
         self,
@@ -179,6 +185,79 @@ class Matcher(LightningModule, ABC):
         points = self.match_points(src, trg, asked.src_kps)
         H, W = asked.src_img.shape[-2:]
         return resize_points(points.double(), asked.trg_size.new_tensor([W, H]).double(), asked.trg_size.double())
+
+    # ------------------------------------------------------------------ images of one's own, and what to look at
+
+    @torch.no_grad()
+    def open_images(self, src: ImageSource, trg: ImageSource, size: int | Size | None = None) -> ImagePair:
+        """Two images of any size with their features, to ask for points, dense flow and heat maps.
+
+        The matcher goes into evaluation mode, and loads its backbone's weights if they are not there.
+
+        Args:
+            src: Where points are asked: a path (turned upright), a PIL image, or uint8 pixels, see `as_rgb`.
+            trg: Where they are answered.
+            size: Side of the square network image, or its (H, W); `image_size` when not given.
+
+        Raises:
+            ZooError: for what is no image.
+        """
+        self.eval().load_weights()
+        size = size or self.image_size
+        images = as_rgb(src), as_rgb(trg)
+        seen = [to_tensor(i, (size, size) if isinstance(size, int) else size).to(self.device) for i in images]
+        return ImagePair(self, *images, *self._features_of(seen[0].unsqueeze(0), seen[1].unsqueeze(0)))
+
+    def match_images(
+        self, src: ImageSource, trg: ImageSource, points: object = None, size: int | Size | None = None
+    ) -> ImageMatches:
+        """Matches between two images of any size, in their own pixels.
+
+        Args:
+            src: See `open_images`, like trg and size.
+            trg: See `open_images`.
+            points: (n, 2) points (x, y) of the source. When not given, a regular grid is tried, and those of its
+                points are answered that are matched back to where they came from.
+            size: See `open_images`.
+
+        Raises:
+            ZooError: for what is no image, and for points outside the source.
+        """
+        pair = self.open_images(src, trg, size)
+        return pair.confident_matches() if points is None else pair.match_both_ways(points)
+
+    def heat_maps(self, src: Features, trg: Features, points: Tensor) -> Tensor:
+        """Scores of the target's cells for source points (B, n, 2) in pixels of the network image: (B, n, h, w).
+
+        They are the correlation that the head keeps, read between the four cells around a point; for a head that keeps
+        none, the cosines of its features there.
+        """
+        correlation, image = self.match(src, trg).correlation, size_of(src.image)
+        if correlation is None:
+            return cosine_maps(src.maps[0], trg.maps[0], points, image)
+        columns = correlation.mT.unflatten(2, _grid_of(correlation.shape[1], src))  # (B, M, h, w)
+        return sample(columns, points, image).unflatten(2, _grid_of(correlation.shape[2], trg))
+
+    def foreground_maps(self, src_img: Tensor, trg_img: Tensor) -> Tensor:
+        """How much each cell of the source looks like what both images show (LPMFlow's supplement, 1.2).
+
+        The cosine of the last level with the mean of the two class tokens, from 0 to 1 in each image. our choice:
+        where a backbone has no class token, the mean of the cells stands for it.
+
+        Args:
+            src_img: (B, 3, H, W), like trg_img: see `forward`.
+            trg_img: The other images.
+
+        Returns:
+            (B, h, w).
+        """
+        seen = self.backbone(torch.cat([src_img, trg_img]))
+        cells = F.normalize(seen.maps[-1][: len(src_img)], dim=1)
+        cls = seen.maps[-1].mean((2, 3)) if seen.cls is None else seen.cls
+        shared = F.normalize(sum(cls.chunk(2)), dim=1)
+        heat = torch.einsum("bchw,bc->bhw", cells, shared)
+        low, high = heat.amin((1, 2), keepdim=True), heat.amax((1, 2), keepdim=True)
+        return (heat - low) / (high - low).clamp(min=1e-12)
 
     # ------------------------------------------------------------------ steps
 
@@ -315,6 +394,19 @@ class Matcher(LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["head"] = type(self).__name__
+
+
+def cosine_maps(src: Tensor, trg: Tensor, points: Tensor, image: Size) -> Tensor:
+    """Cosines (B, n, h, w) of the source's features (B, C, h', w') at points (B, n, 2) with those of the target."""
+    rows = F.normalize(sample(src, points, image), dim=2)
+    return torch.einsum("bnc,bchw->bnhw", rows, F.normalize(trg, dim=1))
+
+
+def _grid_of(cells: int, features: Features) -> Size:
+    """(h, w) of so many cells: the grid of the prepared features, or one that is finer on both axes alike."""
+    h, w = size_of(features.maps[0])
+    finer = round((cells / (h * w)) ** 0.5)
+    return h * finer, w * finer
 
 
 def _halves(both: Features) -> tuple[Features, Features]:

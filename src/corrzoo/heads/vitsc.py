@@ -16,7 +16,7 @@ from corrzoo import ops
 from corrzoo.backbones import Backbone, BackboneSpec
 from corrzoo.geometry import Size, cell_centres, points_to_flow, sample, size_of
 from corrzoo.heads.registry import register_head
-from corrzoo.matcher import Matcher
+from corrzoo.matcher import Matcher, cosine_maps
 from corrzoo.ops.reference import full
 from corrzoo.types import Features, Match, Pair, ZooError
 
@@ -114,6 +114,11 @@ class ViTSC(Matcher):
         local = self.look_up(flow, src, trg) if self.guided else None
         flow = resize(flow, image) if self.upsampler is None else self.upsampler(flow, local, image)
         return Match(flow, extras={"src": a, "trg": b})
+
+    def heat_maps(self, src: Features, trg: Features, points: Tensor) -> Tensor:
+        """Cosines of the enhanced features, which the initial flow is read from."""
+        enhanced = self.match(src, trg).extras
+        return cosine_maps(enhanced["src"], enhanced["trg"], points, size_of(src.image))
 
     def initial_flow(self, a: Tensor, b: Tensor, src_image: Size, trg_image: Size) -> Tensor:
         """M of eq. 4: from features (B, C, h, w) of source and target, (B, 2, h, w) in pixels."""

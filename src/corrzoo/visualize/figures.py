@@ -1,0 +1,92 @@
+"""What the pictures share: panels in rows, and figures as files and arrays."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from torch import Tensor
+
+from corrzoo.types import ZooError
+
+OUTLINE = [withStroke(linewidth=2, foreground="black")]
+"""Round white text and rings, so that they stand out from any image."""
+Images = Tensor | Sequence[Tensor]
+"""(B, 3, H, W) uint8, or as many (3, H, W) of any sizes."""
+
+
+def panels(
+    widths: Sequence[float], *images: Images, titles: Sequence[str] | None = None, rows: int | None = None
+) -> tuple[Figure, Any]:
+    """A figure of panels, and its axes: a row for each of the images, as high as they need.
+
+    Args:
+        widths: Of the columns; an image is 1 wide.
+        images: What a row is to hold: the b-th of each.
+        titles: A title for each row.
+        rows: So many rows, each for the first of the images, instead of one for each.
+    """
+    ratios = [max(image.shape[-2] / image.shape[-1] for image in row) for row in zip(*images, strict=True)]
+    ratios = ratios[:1] * rows if rows else ratios
+    inches = 3.2 if len(ratios) > 1 else 4.8
+    size = (inches * sum(widths), inches * sum(ratios) + 0.25 * len(ratios) + 0.25)
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(ratios), len(widths), squeeze=False, width_ratios=widths, height_ratios=ratios)
+    for row, title in zip(axes, titles or [], strict=bool(titles)):
+        row[0].set_title(title, fontsize=8, loc="left")
+    for ax in axes.flat:
+        ax.set_axis_off()
+    return figure, axes
+
+
+def show(ax: Axes, image: Tensor) -> None:
+    """An image (3, H, W) uint8 in a panel whose coordinates are the zoo's: its top-left corner is (0, 0)."""
+    H, W = image.shape[-2:]
+    ax.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="lanczos", extent=(0, W, H, 0))
+
+
+def overlay(ax: Axes, image: Tensor, values: Tensor) -> None:
+    """Values (h, w) over the grey image, the lowest dark and the highest bright; contours at every fifth."""
+    H, W = image.shape[-2:]
+    show(ax, (0.7 * image.float().mean(0, keepdim=True)).byte().expand(3, -1, -1))
+    fine = F.interpolate(values[None, None].float().cpu(), scale_factor=4, mode="bicubic")[0, 0]  # for smooth contours
+    low, high = fine.min(), fine.max()
+    heat = ((fine - low) / (high - low).clamp(min=1e-12)).numpy()
+    h, w = heat.shape
+    ax.imshow(heat, cmap="inferno", alpha=0.6, interpolation="bilinear", extent=(0, W, H, 0))
+    x, y = (np.arange(w) + 0.5) * (W / w), (np.arange(h) + 0.5) * (H / h)
+    ax.contour(x, y, heat, levels=[0.2, 0.4, 0.6, 0.8], colors="white", linewidths=[0.3, 0.4, 0.6, 1.0])
+    ax.set_xlim(0, W)
+    ax.set_ylim(H, 0)
+
+
+def save_figure(figure: Figure, path: Path | str) -> Path:
+    """Write a figure as an image file.
+
+    Raises:
+        ZooError: when the folder cannot be written to.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    except OSError as error:
+        raise ZooError(f"cannot write {path}: {error.strerror}") from error
+    return path
+
+
+def to_array(figure: Figure) -> Tensor:
+    """A figure as an image (H, W, 3) uint8, for loggers."""
+    canvas = figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    canvas.draw()
+    return torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8).view(
+        *canvas.get_width_height()[::-1], 4
+    )[..., :3]

@@ -1,0 +1,24 @@
+import pytest
+import torch
+
+from corrzoo import visualize
+from corrzoo.types import ZooError
+
+
+def test_it_is_saved_and_a_folder_that_cannot_be_made_is_an_error(tmp_path):
+    image = torch.full((3, 20, 30), 127, dtype=torch.uint8)
+    figure = visualize.draw_foreground([image, image[:, :, :10]], [torch.rand(4, 6), torch.rand(5, 5)])
+    path = visualize.save_figure(figure, tmp_path / "deeper" / "m.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "file").touch()
+    with pytest.raises(ZooError, match="cannot write"):
+        visualize.save_figure(figure, tmp_path / "file" / "m.png")
+
+
+def test_each_row_is_as_high_as_its_images_need():
+    wide, tall = torch.zeros(3, 10, 40, dtype=torch.uint8), torch.zeros(3, 40, 20, dtype=torch.uint8)
+    figure = visualize.draw_foreground([wide, tall], [torch.rand(2, 2), torch.rand(2, 2)])
+    figure.canvas.draw()
+    first, second = (figure.axes[row].get_window_extent() for row in (0, 2))
+    assert first.width / first.height == pytest.approx(4, rel=0.1)
+    assert second.height / second.width == pytest.approx(2, rel=0.1)

@@ -1,0 +1,69 @@
+"""Middlebury's colours and file format, derived anew from the paper's description."""
+
+import math
+import struct
+
+import pytest
+import torch
+
+from corrzoo import visualize
+from corrzoo.types import ZooError
+
+
+def wheel():
+    """55 colours: red to yellow in 15 steps, to green in 6, to cyan in 4, blue in 11, magenta in 13, red in 6."""
+    corners = [(255, 0, 0), (255, 255, 0), (0, 255, 0), (0, 255, 255), (0, 0, 255), (255, 0, 255), (255, 0, 0)]
+    colours = []
+    for steps, start, end in zip((15, 6, 4, 11, 13, 6), corners, corners[1:], strict=False):
+        for step in range(steps):
+            colours.append([a + (b - a) * step / steps for a, b in zip(start, end, strict=True)])
+    return colours
+
+
+def expected(u, v, limit):
+    length, place = math.hypot(u, v) / limit, (math.atan2(-v, -u) / math.pi + 1) / 2 * 54
+    low, share = int(place), place - int(place)
+    rim = [(1 - share) * a + share * b for a, b in zip(wheel()[low], wheel()[(low + 1) % 55], strict=True)]
+    return [255 - length * (255 - c) if length <= 1 else 0.75 * c for c in rim]
+
+
+@pytest.mark.parametrize("length", [0.3, 1.0, 1.7])
+def test_colours_are_the_wheels(length):
+    for angle in range(0, 360, 7):
+        u, v = (length * f(math.radians(angle)) for f in (math.cos, math.sin))
+        colour = visualize.flow_colours(torch.tensor([u, v]).double().view(2, 1, 1), 1.0000001)
+        assert colour.flatten().tolist() == pytest.approx(expected(u, v, 1.0000001), abs=1.01)
+
+
+def test_known_directions():
+    right, down, left, still = visualize.flow_colours(
+        torch.tensor([[1.0, 0, -1, 0], [0, 1, 0, 0]]).unsqueeze(1)
+    ).int()[:, 0].T.tolist()  # fmt: skip
+    assert right[0] == 255 and max(right[1:]) < 50  # red
+    assert min(down[:2]) > 200 and down[2] == 0  # yellow
+    assert left[0] == 0 and min(left[1:]) > 190  # cyan
+    assert still == [255, 255, 255]
+
+
+def test_the_picture_says_how_long_the_rim_is():
+    flow = torch.zeros(2, 8, 12)
+    flow[0] = 5
+    flow[:, 0, 0] = 1000  # one outlier does not set the scale
+    figure = visualize.draw_flow([torch.zeros(3, 16, 24, dtype=torch.uint8)], [flow])
+    assert "5 px" in figure.axes[2].get_title()
+    assert {t.get_text() for t in figure.axes[2].texts} == {"right", "left", "down", "up"}
+    visualize.to_array(figure)
+    visualize.to_array(visualize.draw_flow([torch.zeros(3, 16, 24, dtype=torch.uint8)], [torch.zeros(2, 1, 1)]))
+
+
+def test_flo_files_are_middleburys(tmp_path):
+    flow = torch.arange(12.0).view(2, 2, 3) / 7
+    content = visualize.write_flo(flow, tmp_path / "a.flo").read_bytes()
+    tag, width, height = struct.unpack("<fii", content[:12])
+    assert (tag, width, height) == (202021.25, 3, 2)  # the format's check value, which spells PIEH
+    values = struct.unpack("<12f", content[12:])
+    for y in range(2):
+        for x in range(3):
+            assert values[2 * (3 * y + x) :][:2] == tuple(flow[:, y, x].tolist())
+    with pytest.raises(ZooError, match="cannot write"):
+        visualize.write_flo(flow, tmp_path / "no" / "a.flo")

@@ -1,0 +1,43 @@
+import torch
+
+from corrzoo import visualize
+
+IMAGES = torch.full((1, 3, 40, 60), 127, dtype=torch.uint8)
+POINTS = [torch.tensor([[10.0, 10.0], [50.0, 30.0]])]
+
+
+def figure(right):
+    return visualize.draw_matches(IMAGES, IMAGES, POINTS, POINTS, [torch.tensor(right)], POINTS, ["a pair"])
+
+
+def colours(array):
+    r, g, b = array.reshape(-1, 3).int().unbind(1)
+    return ((g > r + 60) & (g > b + 30)).sum().item(), ((r > g + 100) & (r > b + 100)).sum().item()
+
+
+def test_right_and_wrong_differ_in_colour_and_in_form():
+    green, red = colours(visualize.to_array(figure([True, True])))
+    green_mixed, red_mixed = colours(visualize.to_array(figure([True, False])))
+    assert green > green_mixed > 0 and red_mixed > red  # the legend has a little of both
+    styles = [line.get_linestyle() for line in figure([True, False]).artists]
+    assert styles[0] == "-" and styles[1] != "-"
+
+
+def test_matches_of_unknown_worth_are_numbered_alike_on_both_sides_and_have_no_legend():
+    drawn = visualize.draw_matches([IMAGES[0]], [IMAGES[0, :, :20]], POINTS, POINTS)
+    assert [[text.get_text() for text in ax.texts] for ax in drawn.axes] == [["1", "2"], ["1", "2"]]
+    assert not drawn.legends
+    first, second = drawn.artists
+    assert first.get_edgecolor() != second.get_edgecolor()
+
+
+def test_a_comparison_has_a_row_a_model_and_says_how_many_are_right():
+    right = {"before": torch.tensor([False, False]), "after": torch.tensor([True, False])}
+    heat = dict.fromkeys(right, torch.rand(4, 6))
+    drawn = visualize.draw_comparison(
+        IMAGES[0], IMAGES[0], POINTS[0], dict.fromkeys(right, POINTS[0]), right, POINTS[0], heat
+    )
+    titles = [ax.get_title(loc="left") for ax in drawn.axes]
+    assert titles[::3] == ["before: 0 of 2 right", "after: 1 of 2 right"] and len(titles) == 6
+    assert [line.get_linestyle() == "-" for line in drawn.artists] == [False, False, True, False]
+    assert visualize.to_array(drawn).ndim == 3
