@@ -1,5 +1,11 @@
+import json
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
+import yaml
 
 import corrzoo
 from corrzoo.types import ZooError
@@ -63,3 +69,102 @@ def test_weights_that_do_not_fit_are_an_error(tmp_path):
 def test_a_missing_file_says_where_checkpoints_are(tmp_path):
     with pytest.raises(ZooError, match=r"no checkpoint at .*checkpoints/best\.ckpt"):
         corrzoo.load(tmp_path / "a.ckpt")
+
+
+RESULT = {
+    "head": "Baseline",
+    "backbone": TINY["backbone"],
+    "dataset": "pfwillow",
+    "protocol": "default:bbox-kp",
+    "alphas": [0.05, 0.1],
+    "pairs": 900,
+    "pck": {"pck@0.05": 37.23, "pck@0.1": 61.24, "pck@0.1/point": 60.0},
+    "trained": {"dataset": "synthetic", "steps": 150, "batch_size": 16, "size": 128, "seed": 3},
+}
+
+
+def front_matter(folder):
+    _, front, body = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+def test_what_it_learnt_from_goes_from_checkpoint_to_folder(tmp_path):
+    path = checkpoint(tmp_path / "a.ckpt", corrzoo.create_matcher("Baseline", **TINY))
+    content = torch.load(path, weights_only=True)
+    torch.save(content | {"trained": {"dataset": "synthetic", "steps": 12, "size": 96}}, path)
+    for loaded in (corrzoo.load(path), corrzoo.load(corrzoo.save(corrzoo.load(path), tmp_path / "model"))):
+        assert loaded.image_size == 96 and loaded.trained["steps"] == 12
+    assert "synthetic (steps 12, size 96)" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_the_card_says_what_the_model_is_and_reaches(tmp_path):
+    (tmp_path / "pfwillow.json").write_text(json.dumps(RESULT))
+    other = RESULT | {"dataset": "spair71k", "protocol": "actr:bbox", "alphas": [0.1], "pck": {"pck@0.1": 9.96}}
+    model = corrzoo.create_matcher("Baseline", **TINY)
+    front, body = front_matter(corrzoo.save(model, tmp_path / "model", results=[tmp_path / "pfwillow.json", other]))
+    assert front["license"] == model.backbone.spec.licence and "Baseline" in front["tags"]
+    (index,) = front["model-index"]
+    assert [m["value"] for r in index["results"] for m in r["metrics"]] == [37.23, 61.24, 9.96]
+    assert "| pfwillow | 900 | `default:bbox-kp` | 37.2 | 61.2 |" in body
+    assert "| spair71k | 900 | `actr:bbox` |  | 10.0 |" in body
+    assert "synthetic (steps 150, batch size 16, size 128, seed 3)" in body
+    options = body.split("```json\n")[1].split("```")[0]
+    assert json.loads(options)["temperature"] == 0.03
+    params = sum(p.numel() for p in model.parameters()) / 1e6
+    assert f"| parameters | {params:.1f} M in all |" in body
+    front, body = front_matter(corrzoo.save(model, tmp_path / "model"))
+    assert front["model-index"][0]["results"] == [] and "## PCK" not in body
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ("{", "is no result file"),
+        ("[1]", "is no result file"),
+        (json.dumps({"head": "Baseline"}), "no result file of `lightning test` .*'backbone'"),
+        (json.dumps(RESULT | {"head": "ACTR"}), "is of ACTR on timm/test_vit.r160_in1k, but the model is Baseline"),
+        (None, "cannot read the result file .*No such file"),
+    ],
+)
+def test_results_that_are_not_this_models_are_refused_before_anything_is_written(tmp_path, content, expected):
+    if content is not None:
+        (tmp_path / "r.json").write_text(content)
+    with pytest.raises(ZooError, match=expected):
+        corrzoo.save(corrzoo.create_matcher("Baseline", **TINY), tmp_path / "model", results=[tmp_path / "r.json"])
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_folder_without_weights_or_with_foreign_options_is_an_error(tmp_path):
+    folder = corrzoo.save(corrzoo.create_matcher("Baseline", **TINY), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["options"]["strde"] = 4
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ZooError, match="option 'strde' that Baseline does not know: did you mean 'stride'"):
+        corrzoo.load(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ZooError, match=r"model\.safetensors"):
+        corrzoo.load(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ZooError):
+        corrzoo.load(folder)
+
+
+LOAD = "import corrzoo, sys; print(corrzoo.load(sys.argv[1]).hparams.stride)"
+
+
+def test_a_shared_model_is_found_in_the_hubs_cache_when_offline(tmp_path, monkeypatch):
+    """In a process of its own: the hub's client reads its environment when it is imported."""
+    snapshot = tmp_path / "hub" / "models--user--model" / "snapshots" / "0a1b"
+    corrzoo.save(corrzoo.create_matcher("Baseline", **TINY, stride=4), tmp_path / "model")
+    shutil.copytree(tmp_path / "model", snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0a1b")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code = f"{LOAD}\nfor name in sys.argv[2:]:\n try: corrzoo.load(name)\n except corrzoo.ZooError as e: print(e)"
+    names = ["hf://user/model", "hf://user/other", "hf://a/b/c", "hf://user/model@v2"]
+    run = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, check=True)
+    stride, other, malformed, revision = run.stdout.splitlines()
+    assert stride == "4"
+    assert "hf://user/other is not in the hub's cache" in other and "HF_HUB_OFFLINE" in other
+    assert "expected hf://user/model" in malformed and "hf://user/model@v2 is not in" in revision

@@ -2,33 +2,46 @@
 
 import json
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import errors, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from corrzoo.heads import HEADS
+from corrzoo.heads import HEADS, options_of
 from corrzoo.matcher import Matcher
+from corrzoo.modelcard import model_card
+from corrzoo.registry import nearest
 from corrzoo.types import ZooError
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+HUB = "hf://"
 
 
-def save(matcher: Matcher, folder: str | Path) -> Path:
-    """Write a matcher as `model.safetensors` and `config.json`, for `load`.
+def save(matcher: Matcher, folder: str | Path, results: Sequence[str | Path | dict[str, Any]] = ()) -> Path:
+    """Write a matcher as `model.safetensors` and `config.json`, for `load`, and a model card as `README.md`.
+
+    Args:
+        matcher: What to save.
+        folder: Where to; `hf upload user/model <folder>` shares it.
+        results: Result files of `lightning test` for this matcher, which the card quotes.
 
     Raises:
-        ZooError: when the folder cannot be written to.
+        ZooError: when the folder cannot be written to, and for results that are unreadable or another model's.
     """
     folder = Path(folder)
     options = {name: value for name, value in dict(matcher.hparams).items() if not name.startswith("_")}
+    config = {"head": type(matcher).__name__, "options": options}
+    config |= {"image_size": matcher.image_size, "trained": matcher.trained}
+    card = model_card(matcher, config, results)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: value.contiguous() for name, value in matcher.state_dict().items()}, folder / WEIGHTS)
-        config = {"head": type(matcher).__name__, "options": options}
         (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+        (folder / CARD).write_text(card)
     except OSError as error:
         raise ZooError(f"cannot save to {folder}: {error.strerror}") from error
     return folder
@@ -37,12 +50,23 @@ def save(matcher: Matcher, folder: str | Path) -> Path:
 def load(path: str | Path) -> Matcher:
     """The matcher of a checkpoint that `lightning fit` wrote, or of a folder that `save` did; in evaluation mode.
 
+    Args:
+        path: The file or folder, or `hf://user/model` for a folder on the Hugging Face hub (`hf://user/model@revision`
+            for one of its revisions), which is fetched once and found in the hub's cache when offline.
+
     Raises:
         ZooError: for a file that is missing, unreadable, unsafe, or no checkpoint of the zoo.
     """
-    path = Path(path)
-    head, options, weights = _parts(path)
+    path = _fetch(path) if str(path).startswith(HUB) else Path(path)
+    content = _read(path)
+    head, options, weights = content["head"], content["hyper_parameters"], content.get("state_dict", {})
+    known = options_of(head).names
+    for name in options.keys() - known:
+        hint = nearest(name, known) or ": it is of another version of corrzoo"
+        raise ZooError(f"{path} has an option {name!r} that {head} does not know{hint}")
     matcher = HEADS[head](**options)
+    matcher.trained = content.get("trained")
+    matcher.image_size = content.get("image_size") or (matcher.trained or {}).get("size") or matcher.image_size
     try:
         matcher.load_state_dict(weights)
     except RuntimeError as error:
@@ -58,30 +82,49 @@ def read_checkpoint(path: Path) -> tuple[str, dict[str, Any]]:
     Raises:
         ZooError: like `load`.
     """
-    return _parts(path)[:2]
+    content = _read(path)
+    return content["head"], content["hyper_parameters"]
 
 
-def _parts(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Head, options and weights."""
+def _fetch(address: str | Path) -> Path:
+    """The folder in the hub's cache that holds a shared model, brought there if need be."""
+    repo, _, revision = str(address).removeprefix(HUB).partition("@")
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=[WEIGHTS, CONFIG]))
+    except errors.HFValidationError as error:
+        raise ZooError(f"{address!r} is no address: expected hf://user/model or hf://user/model@revision") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise ZooError(
+            f"{address} is not in the hub's cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set): fetch it "
+            "once with a connection, or give the path of a folder"
+        ) from error
+    except errors.HfHubHTTPError as error:
+        raise ZooError(
+            f"the hub does not give {address} ({type(error).__name__}): is it spelt right, and is it public?"
+        ) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A checkpoint's `head`, its options as `hyper_parameters`, its `state_dict` and what else it says."""
     content = _read_folder(path) if path.is_dir() else _read_file(path)
     head, options = content.get("head"), content.get("hyper_parameters")
-    if head is None or options is None:
+    if not isinstance(head, str) or not isinstance(options, dict):
         raise ZooError(f"{path} is no checkpoint of corrzoo: it does not say which head it holds")
     HEADS[head]  # an unknown head names the nearest
-    return head, dict(options), content.get("state_dict", {})
+    return content | {"hyper_parameters": dict(options)}
 
 
 def _read_folder(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads((path / CONFIG).read_text())
+        config = dict(json.loads((path / CONFIG).read_text()))
         weights = load_file(path / WEIGHTS)
     except FileNotFoundError as error:
         raise ZooError(
             f"no {error.filename}: a saved matcher has {WEIGHTS} and {CONFIG}, see corrzoo.save()"
         ) from error
-    except (json.JSONDecodeError, SafetensorError) as error:
+    except (ValueError, TypeError, SafetensorError) as error:
         raise ZooError(f"{path} is damaged: {error}") from error
-    return {"head": config.get("head"), "hyper_parameters": config.get("options"), "state_dict": weights}
+    return config | {"hyper_parameters": config.get("options"), "state_dict": weights}
 
 
 def _read_file(path: Path) -> dict[str, Any]:

@@ -61,7 +61,9 @@ class Matcher(LightningModule, ABC):
     """Options that may differ between a checkpoint's training and its evaluation."""
 
     image_size: int | Size = 224
-    """Side of the square network image, or its (H, W): `load` sets what the checkpoint was trained with."""
+    """Side of the square network image for images of one's own, or its (H, W): `load` sets what it was trained with."""
+    trained: dict[str, Any] | None = None
+    """What the weights have learnt from, as the checkpoint says that `load` read."""
 
     def __init__(
         self,
@@ -204,8 +206,9 @@ class Matcher(LightningModule, ABC):
         """
         self.eval().load_weights()
         size = size or self.image_size
+        H, W = (size, size) if isinstance(size, int) else size
         images = as_rgb(src), as_rgb(trg)
-        seen = [to_tensor(i, (size, size) if isinstance(size, int) else size).to(self.device) for i in images]
+        seen = [to_tensor(image, (H, W)).to(self.device) for image in images]
         return ImagePair(self, *images, *self._features_of(seen[0].unsqueeze(0), seen[1].unsqueeze(0)))
 
     def match_images(
