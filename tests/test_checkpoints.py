@@ -123,6 +123,10 @@ def test_the_card_says_what_the_model_is_and_reaches(tmp_path):
         ("[1]", "is no result file"),
         (json.dumps({"head": "Baseline"}), "no result file of `lightning test` .*'backbone'"),
         (json.dumps(RESULT | {"head": "ACTR"}), "is of ACTR on timm/test_vit.r160_in1k, but the model is Baseline"),
+        (
+            json.dumps(RESULT | {"options": {"stride": 16, "protocol": "x"}}),
+            "scored with stride=16, but the model has 8",
+        ),
         (None, "cannot read the result file .*No such file"),
     ],
 )

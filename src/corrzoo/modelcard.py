@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 LICENCES = ("apache-2.0", "bsd-3-clause", "cc-by-nc-4.0", "mit")
 """Those of backbones' weights that the hub knows by name."""
 
+FREE = ("protocol", "alphas", "backend", "feature_cache_mb", "weights")
+"""Options that say how a score was taken or where weights once came from, not which model it is."""
+
 
 def model_card(matcher: "Matcher", config: dict[str, Any], results: Sequence[str | Path | dict[str, Any]]) -> str:
     """Markdown: what the model is, what it learnt from, what it reaches, and under which licence its weights stand.
@@ -87,6 +90,10 @@ def read_result(result: str | Path | dict[str, Any], config: dict[str, Any]) -> 
             f"{name} is of {found[0]} on {found[1]}, but the model is {config['head']} on "
             f"{config['options']['backbone']}: give the files that `lightning test` wrote for it"
         )
+    own = json.loads(json.dumps(config["options"]))  # lists for tuples, as the file has them
+    for option, value in row.get("options", {}).items():
+        if option in own and option not in FREE and value != own[option]:
+            raise ZooError(f"{name} was scored with {option}={value!r}, but the model has {own[option]!r}")
     return row
 
 
