@@ -1,6 +1,9 @@
 import pytest
+import torch
+from fixtures import write_spair
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 
-from corrzoo.data.module import PairsDataModule
+from corrzoo.data.module import PairsDataModule, dealt
 from corrzoo.types import ZooError
 
 FEW = {"synthetic": {"length": {"trn": 8, "val": 5, "test": 7}}}
@@ -76,3 +79,35 @@ def test_no_test_dataset_is_an_error():
     data.setup("test")
     with pytest.raises(ZooError, match="names no dataset"):
         data.test_dataloader()
+
+
+@pytest.mark.parametrize("count, processes", [(7, 1), (7, 2), (8, 2), (10, 4), (2, 4)])
+def test_each_process_evaluates_a_stretch_of_the_order(count, processes):
+    order, seen = list(range(100, 100 + count)), []
+    for rank in range(processes):  # what Lightning makes of a loader's sampler
+        sampler = DistributedSamplerWrapper(
+            dealt(order, processes), num_replicas=processes, rank=rank, shuffle=False, drop_last=False
+        )
+        mine = list(sampler)
+        stretch = (
+            mine[:-1] if mine[-1] in seen else mine
+        )  # the last one may repeat another's, so that all are alike many
+        assert stretch == list(range(stretch[0], stretch[0] + len(stretch))) if stretch else mine[0] in order
+        seen += mine
+    assert set(seen) == set(order)
+
+
+@pytest.mark.parametrize("packed", [True, False, "elsewhere"])
+def test_images_are_packed_where_the_option_says(tmp_path, cache, monkeypatch, packed):
+    monkeypatch.chdir(tmp_path)
+    write_spair(tmp_path)
+    data = PairsDataModule(root=str(tmp_path), size=32, batch_size=2, workers=0, packed=packed)
+    data.setup("fit")
+    found = [path.parent for folder in (cache, tmp_path / "elsewhere") for path in folder.rglob("*.u8")]
+    assert {*found} == {True: {cache / "images"}, False: set(), "elsewhere": {tmp_path / "elsewhere"}}[packed]
+    assert len(found) == 2 * bool(packed)  # trn and val
+    images = [
+        torch.equal(p.src_img[0], data.datasets["spair71k", "val"][int(p.index[0])].src_img)
+        for p in data.val_dataloader()
+    ]
+    assert images == [True]

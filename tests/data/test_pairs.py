@@ -1,6 +1,7 @@
 """Samples: images and keypoints held together, batches, epochs, workers, and errors of create_dataset."""
 
 import pickle
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from corrzoo.data import PairDataset, create_dataset, list_datasets, pairs
+from corrzoo.data.pairs import z_order
 from corrzoo.types import Pair, ZooError
 
 
@@ -170,3 +172,30 @@ def test_train_is_trn_and_the_list_is_complete(tmp_path: Path) -> None:
     write_spair(tmp_path)
     assert create_dataset("spair71k", tmp_path, "train").split == "trn"
     assert {"spair71k", "pfpascal", "pfwillow", "caltech101"} <= set(list_datasets())
+
+
+def passes(pairs: np.ndarray, memory: int) -> int:
+    """How often an image is computed by one who keeps the `memory` images that were used last."""
+    kept, count = [], 0
+    for image in pairs.ravel().tolist():
+        count += image not in kept
+        kept = [*(other for other in kept if other != image), image][-memory:]
+    return count
+
+
+def test_the_order_of_pairs_lets_a_small_memory_serve() -> None:
+    """All 27 * 26 pairs of 27 images, about a category of SPair-71k's test split."""
+    pairs = np.array(list(permutations(range(27), 2)))
+    ordered = pairs[z_order(*pairs.T).argsort()]
+    assert sorted(map(tuple, ordered.tolist())) == sorted(map(tuple, pairs.tolist()))
+    for memory, most in ((27, 27), (16, 140), (8, 280)):
+        assert passes(ordered, memory) <= most
+    assert passes(pairs, 16) == 700 and passes(np.random.default_rng(0).permutation(pairs), 16) > 500
+
+
+def test_pairs_are_ordered_by_category_and_each_is_there_once(tmp_path: Path) -> None:
+    write_spair(tmp_path)
+    dataset = create_dataset("spair71k", tmp_path, "trn")
+    order = dataset.order()
+    assert sorted(order) == [0, 1, 2, 3] and [dataset.record(i).category for i in order] == ["aeroplane"] * 3 + ["cat"]
+    assert create_dataset("synthetic", tmp_path, "val", length=3).order() == [0, 1, 2]

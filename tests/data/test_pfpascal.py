@@ -71,7 +71,8 @@ def test_mirrored_pair_is_the_mirror_image(tmp_path: Path) -> None:
         x1, y1, x2, y2 = getattr(plain, f"{side}_box").tolist()
         assert getattr(mirrored, f"{side}_box").tolist() == [size - x2, y1, size - x1, y2] == box
     assert dataset.record(2).src_kps.tolist() == dataset.record(0).src_kps.tolist()
-    assert plain.src_id >= 0 and mirrored.src_id == mirrored.trg_id == -1
+    numbers = [int(number) for sample in (plain, mirrored) for number in (sample.src_id, sample.trg_id)]
+    assert numbers == [0, 1, 4, 5]  # mirrored images are images of their own, behind the list's four
     again = dataset[2]
     assert torch.equal(again.src_kps, mirrored.src_kps) and torch.equal(again.src_img, mirrored.src_img)
 

@@ -6,6 +6,7 @@ back. So SPair-71k's 53,340 annotation files are opened once, and not at every s
 
 import hashlib
 import os
+import stat
 import tempfile
 import warnings
 import zipfile
@@ -209,17 +210,37 @@ def cached(key: str, sources: list[Path], make: Callable[[], Table]) -> Table:
     return table
 
 
-def fingerprint(sources: list[Path]) -> str:
-    """Digest of the names, sizes and modification times of files, and of the files directly in folders."""
-    digest = hashlib.blake2b(f"{FORMAT}".encode(), digest_size=16)
+def fingerprint(sources: list[Path], salt: str = "") -> str:
+    """Digest of the names, sizes and modification times of files, and of the files directly in folders.
+
+    Raises:
+        ZooError: when one of them is gone.
+    """
+    digest = hashlib.blake2b(f"{FORMAT}{salt}".encode(), digest_size=16)
     for source in sources:
-        states = [(str(source), source.stat())]
-        if source.is_dir():
-            with os.scandir(source) as entries:
-                states = [(entry.path, entry.stat()) for entry in entries if entry.is_file()]
-        for name, state in sorted(states):
-            digest.update(os.fsencode(f"{name}|{state.st_size}|{state.st_mtime_ns}\n"))
+        try:
+            states = _folder_states(source) if source.is_dir() else [("", source.stat())]
+        except FileNotFoundError as error:
+            raise ZooError(
+                f"no file {error.filename} in {source.parent}: restore it, or fetch the dataset again"
+            ) from None
+        files = [(name, state.st_size, state.st_mtime_ns) for name, state in states if stat.S_ISREG(state.st_mode)]
+        digest.update(f"{source}{files}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
+
+
+def _folder_states(folder: Path) -> list[tuple[str, os.stat_result]]:
+    """By name. Asked relative to the opened folder, which takes half the time for SPair-71k's 53,340 annotations."""
+    opened, states = os.open(folder, os.O_RDONLY), []
+    try:
+        for name in sorted(os.listdir(opened)):
+            try:
+                states.append((name, os.stat(name, dir_fd=opened)))
+            except FileNotFoundError:  # a link to nowhere, such as editors leave, is not a file
+                continue
+    finally:
+        os.close(opened)
+    return states
 
 
 def _load(path: Path, state: str) -> Table | None:

@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from corrzoo.data.index import cached, pack
+from corrzoo.data import index, packed
 from corrzoo.geometry import Size, resize_points
 from corrzoo.images import ImageMemory, read_rgb, to_tensor
 from corrzoo.registry import Registry
@@ -34,8 +35,9 @@ class PairDataset(Dataset[Pair], ABC):
         size: Side of the square network image, or its (H, W). Images are resized straight to it.
         augment: Applied to every sample, for training; None for none.
         seed: Of the augmentation, which depends on it, the epoch and the pair, but not on the number of workers.
-        cache_mb: MiB of resized images that each process remembers, so that the 18 pairs of an image do not decode it
-            18 times. our choice: 256 MiB hold more than one category of SPair-71k's test images at 512 pixels.
+        cache_mb: MiB of resized images that each process remembers where they are not packed (`pack`), so that the 18
+            pairs of an image do not decode it 18 times. our choice: 256 MiB hold more than one category of SPair-71k's
+            test images at 512 pixels.
 
     Raises:
         ZooError: for a split that the dataset does not have, or a size that is none.
@@ -70,6 +72,7 @@ class PairDataset(Dataset[Pair], ABC):
             raise ZooError(f"image size {size!r}: expected one positive side, or (H, W)")
         self.augment, self.seed = augment, seed
         self._memory = ImageMemory(cache_mb)
+        self._packed: packed.PackedImages | None = None
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     @abstractmethod
@@ -90,6 +93,27 @@ class PairDataset(Dataset[Pair], ABC):
     def set_epoch(self, epoch: int) -> None:
         """Draw other augmentations from now on, also in workers that are running already."""
         self._epoch.fill_(epoch)
+
+    def pack(self, folder: str | Path | None = None) -> None:
+        """Read images from a file that holds them decoded and at network size, made now if it is not there: `packed`.
+
+        The samples are the same to the bit: whatever augmentation does, it does to images of network size.
+
+        Args:
+            folder: Where such files are kept; in the folder of the annotation cache when not given.
+
+        Raises:
+            ZooError: when an image cannot be read or the file not be written, or where images are rendered.
+        """
+        if not self.images:
+            raise ZooError(f"{self.name} renders its images: there are none to pack")
+        place = hashlib.blake2b("|".join(map(str, self.images)).encode(errors="surrogateescape"), digest_size=8)
+        key, into = f"{self.name}-{self.split}-{place.hexdigest()}", Path(folder) if folder else None
+        self._packed = packed.pack(key, self.images, self.size, self._decode, into)
+
+    def order(self) -> list[int]:
+        """All pairs, those of one image close to each other: then a small memory of its features serves them."""
+        return list(range(len(self)))
 
     def __getitem__(self, i: int) -> Pair:
         record = self.record(i)
@@ -113,17 +137,21 @@ class PairDataset(Dataset[Pair], ABC):
             category=torch.tensor(self.categories.index(record.category)),
             difficulty=torch.tensor([record.flags.get(name, -1) for name in DIFFICULTIES]),
         )
-        if record.flip:
-            sample = mirror(sample)
+        if record.flip:  # an image of its own, whose number goes on from those of the files
+            sample = mirror(sample)._replace(
+                src_id=sample.src_id + len(self.images), trg_id=sample.trg_id + len(self.images)
+            )
         if self.augment is not None:
             state = np.random.SeedSequence([self.seed, int(self._epoch), i]).generate_state(1, np.uint64)
             sample = self.augment(sample, torch.Generator().manual_seed(int(state[0])))
-        if record.flip or self.augment is not None:  # these are not the images that the numbers stand for
-            sample = sample._replace(src_id=torch.tensor(-1), trg_id=torch.tensor(-1))
+            sample = sample._replace(src_id=torch.tensor(-1), trg_id=torch.tensor(-1))  # not what the numbers stand for
         return sample
 
     def _image(self, number: int) -> Tensor:
-        return self._memory.get(number, lambda: to_tensor(self.read_image(number), self.size))
+        return self._memory.get(number, lambda: self._decode(number)) if self._packed is None else self._packed[number]
+
+    def _decode(self, number: int) -> Tensor:
+        return to_tensor(self.read_image(number), self.size)
 
     @staticmethod
     def collate(samples: Sequence[Pair]) -> Pair:
@@ -154,6 +182,12 @@ def mirror(sample: Pair) -> Pair:
     )  # fmt: skip
 
 
+def z_order(x: NDArray, y: NDArray) -> NDArray:
+    """(N,) positions on the Z-curve (Morton, 1966) of N places whose x and y are whole numbers below 2^31."""
+    bits = range(int(max(x.max(), y.max())).bit_length())
+    return sum((((x >> bit & 1) | (y >> bit & 1) << 1) << 2 * bit for bit in bits), np.zeros_like(x))
+
+
 class FolderDataset(PairDataset):
     """A benchmark on disk, whose annotations are parsed once and then come from a cache, see `index`.
 
@@ -174,7 +208,7 @@ class FolderDataset(PairDataset):
         sources = self.sources()
         place = hashlib.blake2b("|".join(str(path.resolve()) for path in sources).encode(), digest_size=8).hexdigest()
         key = f"{self.name}-{self.split}-{place}"
-        self._table = cached(key, sources, lambda: pack(self.read(), self.home, self.categories))
+        self._table = index.cached(key, sources, lambda: index.pack(self.read(), self.home, self.categories))
         self.images = [self.home / image for image in self._table.images.tolist()]
 
     @abstractmethod
@@ -203,6 +237,11 @@ class FolderDataset(PairDataset):
 
     def __len__(self) -> int:
         return len(self._table.pairs)
+
+    def order(self) -> list[int]:
+        """Category by category, along a Z-curve over the numbers of source and target: tiles within tiles."""
+        code = z_order(*self._table.pairs.T)
+        return np.lexsort((code, self._table.category)).tolist()
 
     def record(self, i: int) -> Record:
         if not 0 <= i < len(self):

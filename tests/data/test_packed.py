@@ -1,0 +1,184 @@
+"""Packed images: the same to the bit, made once whoever asks, noticed when stale, never half there."""
+
+import errno
+import multiprocessing
+import os
+import pickle
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fixtures import draw, write_pfpascal, write_spair
+
+from corrzoo.data import PairDataset, create_dataset, packed
+from corrzoo.data.augment import create_augment
+from corrzoo.types import ZooError
+
+fork = multiprocessing.get_context("fork")
+
+
+def spair(root: Path, size: int | tuple[int, int] = (24, 32), split: str = "trn", **options) -> PairDataset:
+    return create_dataset("spair71k", root, split, size=size, **options)
+
+
+def counting(monkeypatch: pytest.MonkeyPatch, log: Path) -> None:
+    """Every image that any process decodes leaves a byte in the log."""
+    decode = PairDataset._decode
+
+    def logged(self: PairDataset, number: int) -> torch.Tensor:
+        with open(log, "ab") as file:
+            file.write(b".")
+        return decode(self, number)
+
+    monkeypatch.setattr(PairDataset, "_decode", logged)
+    log.touch()
+
+
+def same(one: PairDataset, other: PairDataset) -> bool:
+    return all(
+        torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))
+        for i in range(len(one))
+        for a, b in zip(one[i], other[i], strict=True)
+    )
+
+
+@pytest.mark.parametrize("augment", ["none", "cats"])
+def test_samples_are_the_same_to_the_bit(tmp_path: Path, augment: str) -> None:
+    write_spair(tmp_path)
+    write_pfpascal(tmp_path)  # whose training list mirrors
+    for name in ("spair71k", "pfpascal"):
+        plain, other = (
+            create_dataset(name, tmp_path, "trn", size=(24, 32), augment=create_augment(augment)) for _ in range(2)
+        )
+        other.pack(tmp_path / "packed")
+        assert same(plain, other)
+
+
+def test_what_is_done_to_a_sample_stays_with_it(tmp_path: Path) -> None:
+    write_spair(tmp_path)
+    dataset = spair(tmp_path)
+    dataset.pack(tmp_path / "packed")
+    before = dataset[0].src_img.clone()
+    dataset[0].src_img.zero_()
+    assert torch.equal(dataset[0].src_img, before)
+
+
+def test_images_are_decoded_once_and_again_when_one_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_spair(tmp_path)
+    counting(monkeypatch, log := tmp_path / "log")
+    for decoded in (5, 5):
+        spair(tmp_path).pack(tmp_path / "packed")
+        assert log.stat().st_size == decoded
+    changed = tmp_path / "SPair-71k/JPEGImages/cat/2009_000004.jpg"
+    draw(changed, (50, 50))
+    os.utime(changed, ns=(0, 0))
+    again, (old,) = spair(tmp_path), (tmp_path / "packed").glob("*.u8")
+    again.pack(tmp_path / "packed")
+    (new,) = (tmp_path / "packed").glob("*.u8")
+    assert log.stat().st_size == 10 and new != old
+    spair(tmp_path, size=16).pack(tmp_path / "packed")  # another size has a file of its own
+    assert log.stat().st_size == 15 and new.exists() and same(again, spair(tmp_path))
+
+
+def test_many_processes_make_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_spair(tmp_path)
+    counting(monkeypatch, log := tmp_path / "log")
+    expected = spair(tmp_path)[1].trg_img
+    log.write_bytes(b"")
+
+    def work(answers: "multiprocessing.SimpleQueue[bool]") -> None:
+        dataset = spair(tmp_path)
+        dataset.pack(tmp_path / "packed")
+        answers.put(torch.equal(dataset[1].trg_img, expected))
+
+    answers = fork.SimpleQueue()
+    workers = [fork.Process(target=work, args=(answers,)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(30)
+    assert [answers.get() for _ in workers] == [True] * 4 and log.stat().st_size == 5
+
+
+def test_a_killed_process_leaves_nothing_that_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_spair(tmp_path)
+    monkeypatch.setattr(packed, "READERS", 1)
+
+    def work() -> None:
+        dataset = spair(tmp_path)
+        decode = dataset._decode
+        dataset._decode = lambda number: decode(number) if number < 3 else os.kill(os.getpid(), signal.SIGKILL)
+        dataset.pack(tmp_path / "packed")
+
+    worker = fork.Process(target=work)
+    worker.start()
+    worker.join(30)
+    assert worker.exitcode == -signal.SIGKILL and not list((tmp_path / "packed").glob("*.u8"))
+    dataset = spair(tmp_path)
+    dataset.pack(tmp_path / "packed")
+    assert same(dataset, spair(tmp_path)) and not list((tmp_path / "packed").glob("*.part"))
+
+
+def test_a_file_of_another_length_is_made_anew(tmp_path: Path) -> None:
+    write_spair(tmp_path)
+    spair(tmp_path).pack(tmp_path / "packed")
+    (path,) = (tmp_path / "packed").glob("*.u8")
+    path.write_bytes(path.read_bytes()[:100])
+    dataset = spair(tmp_path)
+    dataset.pack(tmp_path / "packed")
+    assert same(dataset, spair(tmp_path))
+
+
+def test_disk_use_is_bounded_and_the_first_made_leave_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_spair(tmp_path)
+    monkeypatch.setattr(packed, "LIMIT", 5 * 3 * (16 * 16 + 20 * 20))
+    for second, size in enumerate((16, 20, 18)):
+        spair(tmp_path, size=size).pack(tmp_path / "packed")
+        for path in (tmp_path / "packed").glob(f"*-{size}x{size}-*"):
+            os.utime(path, (second, second))
+    assert sorted(path.stat().st_size for path in (tmp_path / "packed").glob("*.u8")) == [5 * 3 * 18 * 18]
+
+
+def test_a_folder_that_cannot_be_written_or_is_full_is_named_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_spair(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ZooError, match=r"file/packed \(Not a directory\): name another folder with --data.packed"):
+        spair(tmp_path).pack(tmp_path / "file" / "packed")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ZooError, match=r"No space left on device\): .* --data.packed false"):
+        spair(tmp_path).pack(tmp_path / "packed")
+    assert not list((tmp_path / "packed").glob("*.u8")) + list((tmp_path / "packed").glob("*.part"))
+    monkeypatch.undo()
+    monkeypatch.setattr(packed.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
+    with pytest.raises(ZooError, match="No space left on device"):
+        spair(tmp_path).pack(tmp_path / "packed")
+
+
+def test_images_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    write_spair(tmp_path)
+    dataset = spair(tmp_path)
+    image = tmp_path / "SPair-71k/JPEGImages/cat/2009_000004.jpg"
+    image.write_bytes(image.read_bytes()[:400])
+    with pytest.raises(ZooError, match=r"2009_000004\.jpg .*fetch it again"):
+        dataset.pack(tmp_path / "packed")
+    image.unlink()
+    with pytest.raises(ZooError, match=r"no file .*2009_000004\.jpg"):
+        dataset.pack(tmp_path / "packed")
+    with pytest.raises(ZooError, match="renders its images"):
+        create_dataset("synthetic", tmp_path, "val").pack(tmp_path)
+
+
+def test_workers_are_not_sent_the_pixels(tmp_path: Path) -> None:
+    write_spair(tmp_path)
+    dataset = spair(tmp_path, size=256)
+    dataset.pack(tmp_path / "packed")
+    sent = pickle.dumps(dataset._packed)
+    assert len(sent) < 1000 and torch.equal(pickle.loads(sent)[2], dataset._packed[2])
