@@ -1,6 +1,7 @@
-"""Losses that more than one head trains with."""
+"""Losses that more than one head trains with, and means over what several processes have of a batch."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -20,4 +21,32 @@ def endpoint_error(flow: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     # The root's gradient is infinite at zero error, and NaN times a zero mask is NaN: mask before the norm.
     error = torch.where(mask.unsqueeze(1), error, torch.ones_like(error))
     distance = torch.linalg.vector_norm(error, dim=1)
-    return (distance * mask).sum() / mask.sum().clamp(min=1)
+    return mean_where(distance, mask)
+
+
+def mean_where(values: Tensor, where: Tensor) -> Tensor:
+    """Mean of the values that count, over the batch of all processes together; zero where none counts.
+
+    Distributed training averages the gradients of its processes, and the average of means is the mean of all only when
+    each process has as many values. So a process divides its sum by the processes' average count: the answer is its
+    share of the mean, and the average of the shares is what one process has on the joined batch. In distributed
+    training, every process has to call this.
+
+    Args:
+        values: Of any shape.
+        where: Which count, bool, of the same shape.
+    """
+    return processes() * (values * where).sum() / over_processes(where.sum()).clamp(min=1)
+
+
+def over_processes(x: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, without a gradient."""
+    x = x.detach().clone()
+    if processes() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def processes() -> int:
+    """How many train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

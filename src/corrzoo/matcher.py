@@ -18,7 +18,7 @@ from corrzoo.feature_cache import FeatureCache
 from corrzoo.geometry import Size, pseudo_flow, resize_points, sample, size_of, transfer
 from corrzoo.imagepair import ImageMatches, ImagePair
 from corrzoo.images import ImageSource, as_rgb, to_tensor
-from corrzoo.losses import endpoint_error
+from corrzoo.losses import endpoint_error, over_processes, processes
 from corrzoo.metrics import PCK
 from corrzoo.protocols import check_protocol
 from corrzoo.types import Features, Match, Pair, ZooError
@@ -268,14 +268,18 @@ class Matcher(LightningModule, ABC):
         """One step of Lightning's loop; a loss that is not finite ends the run and names its pairs."""
         terms = self.loss(self(pair.src_img, pair.trg_img), pair)
         terms = terms if isinstance(terms, dict) else {"loss": terms}
-        loss = terms["loss"]
-        if not torch.isfinite(loss):
+        values = over_processes(torch.stack(list(terms.values()))) / processes()  # those of the joined batch
+        shown = {f"train/{name}": value for name, value in zip(terms, values, strict=True)}
+        if not torch.isfinite(shown["train/loss"]):  # in every process, so that none waits for one that has left
+            pairs = self.all_gather(pair.index)
+            assert isinstance(pairs, Tensor)
             raise ZooError(
-                f"the loss is {loss.item()} at step {self.global_step} on the pairs {pair.index.tolist()}: "
+                f"the loss is {shown['train/loss'].item()} at step {self.global_step} on the pairs "
+                f"{pairs.flatten().tolist()}: "
                 "lower --model.lr and --model.backbone_lr, or look at these pairs with dataset.record(i)"
             )
-        self.log_dict({f"train/{k}": v.detach() for k, v in terms.items()}, prog_bar=True, batch_size=len(pair.index))
-        return loss
+        self.log_dict(shown, prog_bar=True, batch_size=len(pair.index))
+        return terms["loss"]
 
     def on_train_epoch_start(self) -> None:
         """Tell the pairs which epoch it is: augmentation and rendering go on from it."""

@@ -13,6 +13,8 @@ Three printed equations cannot be run literally; what runs here, and why:
 - Eq. 11 sums over the confident cells and is to empty them of bad matches, but membership in a set has no gradient.
   Here a cell's term is weighted by its confidence max_j Q'_ij, whose gradient lowers the confidence of cells with dear
   surroundings: against L_sil, a confidence falls where the term exceeds 1 / lambda. `geo_weight: none` is the letter.
+
+our choice: where the losses are printed as sums, means keep their weights free of the size of grid, batch and object.
 """
 
 from typing import Any, Literal
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from corrzoo import ops
 from corrzoo.geometry import Size, cell_centres, sample, size_of
 from corrzoo.heads.registry import register_head
+from corrzoo.losses import mean_where
 from corrzoo.matcher import Matcher
 from corrzoo.ops.reference import full, full_precision
 from corrzoo.types import Features, Match, Pair, ZooError
@@ -103,14 +106,6 @@ def moving_least_squares(values: Tensor, known: Tensor, cells: Tensor, c: float)
 def modulate(scores: Tensor, centre: Tensor, cells: Tensor, c: float) -> Tensor:
     """Eq. 8: scores (B, N, M) under a Gaussian of width c around a centre (B, N, 2), both in cells."""
     return scores * torch.exp(-(cells - centre.unsqueeze(2)).square().sum(-1) / (2 * c**2))
-
-
-def mean_where(values: Tensor, where: Tensor) -> Tensor:
-    """Mean of the values that count; zero, with a gradient of zero, when there is none.
-
-    our choice: the paper sums. A mean keeps the weights of the losses free of the size of grid, batch and object.
-    """
-    return (values * where).sum() / where.sum().clamp(min=1)
 
 
 def silhouette_loss(logits: Tensor, initial: Tensor, rho: float, inside: Tensor) -> Tensor:

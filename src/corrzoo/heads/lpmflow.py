@@ -32,6 +32,7 @@ from corrzoo.heads.layers import (
     upscale,
 )
 from corrzoo.heads.registry import register_head
+from corrzoo.losses import mean_where
 from corrzoo.ops.reference import full
 from corrzoo.types import Features, Match, Pair, ZooError
 
@@ -174,7 +175,7 @@ class LPMFlow(TokenMatcher):
             return {"loss": epe, "epe": epe}
         labelled = pair.kps_mask.any(1)
         rptc = self_contrast(match.extras["tokens"], match.extras["masked"], self.neighbours)
-        rptc = (rptc * labelled).sum() / labelled.sum().clamp(min=1)
+        rptc = mean_where(rptc, labelled)
         return {"loss": epe + self.rptc_rate(self.current_epoch) * rptc, "epe": epe, "rptc": rptc}
 
 

@@ -16,6 +16,7 @@ from corrzoo import ops
 from corrzoo.backbones import Backbone, BackboneSpec
 from corrzoo.geometry import Size, cell_centres, points_to_flow, sample, size_of
 from corrzoo.heads.registry import register_head
+from corrzoo.losses import mean_where
 from corrzoo.matcher import Matcher, cosine_maps
 from corrzoo.ops.reference import full
 from corrzoo.types import Features, Match, Pair, ZooError
@@ -172,7 +173,7 @@ def triplet_loss(src: Tensor, trg: Tensor, mask: Tensor, margin: float) -> Tenso
     triplets = mask.unsqueeze(2) & mask.unsqueeze(1) & ~torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
     count = triplets.sum((1, 2))
     each = ((positive - distance + margin).relu() * triplets).sum((1, 2)) / count.clamp(min=1)
-    return each.sum() / (count > 0).sum().clamp(min=1)
+    return mean_where(each, count > 0)
 
 
 def stride_grid(image: Size) -> Size:
