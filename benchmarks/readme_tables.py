@@ -1,10 +1,9 @@
-"""Write the README's tables and docs/protocols.md from the registries and result files; --check says if they are true.
+"""Write the README's tables and docs/protocols.md from the registries; --check says if they are true.
 
 python benchmarks/readme_tables.py [--check]
 """
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
@@ -13,13 +12,6 @@ from corrzoo.backbones import describe_backbones
 from corrzoo.protocols import get_protocol, list_protocols
 
 ROOT = Path(__file__).resolve().parents[1]
-ROWS = {
-    "same-position": "same relative position, no features",
-    "random-weights": "random weights",
-    "zero-shot": "ImageNet weights, zero-shot",
-    "mutual": "the same, soft mutual nearest neighbours",
-}
-
 
 PROTOCOLS = """# Protocols
 
@@ -40,16 +32,6 @@ def protocols() -> str:
     return "\n".join(lines) + "\n"
 
 
-def pfwillow() -> str:
-    """The zero-shot results on PF-WILLOW and their floors."""
-    lines = ["| EfficientNet-Lite0, 320 px | PCK @0.05 | @0.10 | @0.15 |", "|---|---|---|---|"]
-    for file, title in ROWS.items():
-        result = json.loads((ROOT / "benchmarks" / "results" / "pfwillow" / f"{file}.json").read_text())
-        values = " | ".join(f"{result['pck'][f'pck@{alpha:g}']:.1f}" for alpha in (0.05, 0.1, 0.15))
-        lines.append(f"| {title} | {values} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     """Write or check."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -57,10 +39,8 @@ def main() -> None:
     check = parser.parse_args().check
     readme = ROOT / "README.md"
     text = readme.read_text()
-    for name, table in (("backbones", describe_backbones()), ("pfwillow", pfwillow())):
-        text = re.sub(
-            f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.S
-        )
+    table = f"<!-- backbones -->\n{describe_backbones()}\n<!-- /backbones -->"
+    text = re.sub("<!-- backbones -->.*<!-- /backbones -->", lambda _: table, text, flags=re.S)
     written = {readme: text, ROOT / "docs" / "protocols.md": protocols()}
     if check:
         stale = [path.name for path, new in written.items() if not path.exists() or path.read_text() != new]

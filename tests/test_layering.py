@@ -32,7 +32,11 @@ ALLOWED = {
     "heads": {"types", "registry", "geometry", "ops", "losses", "backbones", "matcher"},
     "modelcard": {"types", "backbones"},
     "checkpoints": {"types", "registry", "heads", "matcher", "modelcard"},
+    "apps": {
+        *("types", "visualize", "images", "imagepair", "data", "callbacks", "matcher", "heads", "checkpoints"),
+    },
     "official": {"types", "registry", "backbones", "heads", "matcher"},
+    "leaderboard": {"errors"},
     "commands": {"errors", "cli"},
     "cli": {"types", "commands", "registry", "checkpoints", "data", "heads", "matcher"},
     "__init__": {"types", "backbones", "heads", "data", "metrics", "matcher", "checkpoints", "official"},

@@ -235,6 +235,7 @@ def describe_run(trainer: Trainer, module: "Matcher", dataset: str, metric: PCK)
         "protocol": str(metric.protocol),
         "flaw": metric.protocol.flaw,
         "alphas": list(metric.alphas),
+        "average": metric.protocol.averages[0],
         "params_backbone": backbone,
         "params_head": sum(p.numel() for p in module.parameters()) - backbone,
         "checkpoint": str(checkpoint) if checkpoint else None,
@@ -293,9 +294,7 @@ def writable(folder: Path) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ZooError(
-            f"cannot write results into {folder}: {error.strerror}; choose another --trainer.default_root_dir"
-        ) from error
+        raise ZooError(f"cannot write results into {folder}: {error.strerror}; choose another folder") from error
     return folder
 
 

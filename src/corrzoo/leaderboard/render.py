@@ -1,0 +1,183 @@
+"""Rankings as Markdown, CSV, LaTeX and one HTML page."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Sequence
+from html import escape
+from importlib.resources import files
+from math import inf
+from operator import attrgetter
+from typing import Any, Literal, NamedTuple
+
+from corrzoo.leaderboard.results import Ranking, Row, Spread
+
+COSTS = {"ms_per_pair": "ms / pair", "params_head": "head, M", "params_backbone": "backbone, M", "peak_memory_mb": "MB"}
+FORMS = {"ms": ",.1f", "pa": ",.2f", "pe": ",.0f"}
+
+
+class Column(NamedTuple):
+    """One column of a ranking."""
+
+    title: str
+    value: Callable[[Row], Any]
+    """None, or an empty string, where nothing was measured or published."""
+    kind: Literal["text", "number", "pck"] = "text"
+    form: str = ""
+
+    def text(self, row: Row) -> str:
+        """The cell."""
+        value = self.value(row)
+        return "" if value is None else format(value, self.form) if self.form else str(value)
+
+    def key(self, row: Row) -> float:
+        """What a number is ranked and sorted by; none comes last."""
+        value = self.value(row)
+        return -inf if value is None else value.mean if isinstance(value, Spread) else value
+
+
+def columns(ranking: Ranking) -> list[Column]:
+    """A ranking's columns, less those with nothing in them."""
+    titles = {"head": "head", "backbone": "backbone", "variant": "variant", "trained": "trained on", "resolution": "px"}
+    out = [Column(title, attrgetter(name)) for name, title in titles.items()]
+    out += [Column("runs", lambda row: row.runs or None, "number")]
+    for what, title, form in (("pck", "PCK", ""), ("published", "published", ".1f")):
+        out += [Column(f"{title} @{a:.2f}", _item(what, a), "pck", form) for a in ranking.alphas]
+    out += [Column(f"difference @{a:.2f}", _difference(a), "number", "+.1f") for a in ranking.alphas]
+    out += [Column(title, _item("costs", key), "number", FORMS[key[:2]]) for key, title in COSTS.items()]
+    out += [Column("source", attrgetter("source"))]
+    return [column for column in out if any(column.text(row) for row in ranking.rows)]
+
+
+def _item(name: str, key: Any) -> Callable[[Row], Any]:
+    return lambda row: getattr(row, name).get(key)
+
+
+def _difference(alpha: float) -> Callable[[Row], float | None]:
+    return lambda row: row.difference(alpha)
+
+
+def title_of(ranking: Ranking) -> str:
+    """What the rows of a ranking have in common."""
+    pairs = f"{ranking.pairs} pairs" if ranking.pairs else ""
+    return ", ".join(filter(None, [f"{ranking.dataset} {ranking.split}", pairs, ranking.protocol, ranking.options]))
+
+
+def to_markdown(rankings: Sequence[Ranking]) -> str:
+    """A table for each ranking, each study under its name."""
+    lines, study = [], ""
+    for ranking in rankings:
+        lines += [f"### {ranking.study}", ""] if ranking.study != study else []
+        study, shown = ranking.study, [c for c in columns(ranking) if c.title not in ("backbone, M", "MB")]
+        lines += [f"{title_of(ranking)}" + (f" (flaw: {ranking.flaw})" if ranking.flaw else ""), ""]
+        lines += ["| # | " + " | ".join(column.title for column in shown) + " |"]
+        lines += ["|--:|" + "|".join("---" if column.kind == "text" else "--:" for column in shown) + "|"]
+        for place, row in enumerate(ranking.rows, 1):
+            cells = [str(place), *(column.text(row).replace("|", "\\|") for column in shown)]
+            lines += [f"| {' | '.join(cells)} |"]
+        lines += [""]
+    return "\n".join(lines)
+
+
+def to_latex(rankings: Sequence[Ranking]) -> str:
+    """A table for each ranking, the best PCK of a column in bold."""
+    lines = ["% \\usepackage{booktabs}"]
+    for ranking in rankings:
+        shown = columns(ranking)
+        best = {c.title: max(map(c.key, ranking.rows)) for c in shown if c.kind == "pck"}
+
+        def cell(column: Column, row: Row, best: dict[str, float] = best) -> str:
+            text = re.sub(r"([&%$#_{}])", r"\\\1", column.text(row)).replace("±", "$\\pm$")
+            return f"\\textbf{{{text}}}" if column.title in best and column.key(row) == best[column.title] else text
+
+        lines += [
+            f"\n% {ranking.study}: {title_of(ranking)}",
+            f"\\begin{{tabular}}{{{''.join('l' if column.kind == 'text' else 'r' for column in shown)}}}",
+            f"\\toprule\n{' & '.join(column.title for column in shown)} \\\\\n\\midrule",
+            *(" & ".join(cell(column, row) for column in shown) + " \\\\" for row in ranking.rows),
+            "\\bottomrule\n\\end{tabular}",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def to_csv(rankings: Sequence[Ranking]) -> str:
+    """A line for each row of a ranking, tolerance and group of pairs: all, then each category and difficulty."""
+    lines = []
+    for ranking in rankings:
+        shared = {k: getattr(ranking, k) for k in "study dataset split protocol pairs options".split()}
+        for place, row in enumerate(ranking.rows, 1):
+            who = {k: getattr(row, k) for k in "head backbone variant trained resolution device".split()}
+            who |= {"runs": row.runs or None} | {key: row.costs.get(key) for key in COSTS}
+            for alpha in ranking.alphas:
+                line = shared | {"place": place} | who | {"alpha": alpha, "group": "", "level": ""}
+                mean, deviation = row.pck.get(alpha, (None, None))
+                numbers = {"measured": mean, "deviation": deviation, "published": row.published.get(alpha)}
+                lines.append(line | numbers | {"difference": row.difference(alpha), "source": row.source})
+                for (group, level), found in row.groups.items():
+                    numbers = {"measured" if row.runs else "published": found.get(alpha)}
+                    lines.append(line | {"group": group, "level": level} | numbers)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, lines[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def to_html(rankings: Sequence[Ranking]) -> str:
+    """One page that needs no other file and no network."""
+    page = (files("corrzoo.leaderboard") / "page.html").read_text()
+    data = [
+        {
+            "headline": f"{ranking.headline:g}",
+            "rows": [
+                {
+                    "variant": row.variant or row.source.split(",")[0] * (not row.pck),
+                    "pck": {f"{a:g}": v.mean for a, v in row.pck.items()}
+                    or {f"{a:g}": v for a, v in row.published.items()},
+                    "groups": [
+                        [*group, {f"{a:g}": v for a, v in found.items()}] for group, found in row.groups.items()
+                    ],
+                    "costs": row.costs,
+                }
+                for row in ranking.rows
+            ],
+        }
+        for ranking in rankings
+    ]
+    tables = "\n".join(_section(i, ranking) for i, ranking in enumerate(rankings))
+    content = {"tables": tables, "costs": json.dumps(COSTS), "data": json.dumps(data).replace("</", "<\\/")}
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: content[found[1]], page)
+
+
+def _section(number: int, ranking: Ranking) -> str:
+    """A ranking's heading and table; the page's script adds the plots."""
+    shown, (what, *rest) = columns(ranking), title_of(ranking).split(", ", 1)
+    head = '<th scope="col" aria-sort="none"{}><button type="button">{}</button></th>'
+    heads = [head.format("" if c.kind == "text" else ' class="n"', escape(c.title)) for c in shown]
+    rows = [
+        f'<tr data-head="{escape(row.head)}" data-backbone="{escape(row.backbone)}"><td class="n" data-key="{place}">'
+        f"{place}</td>{''.join(_cell(column, row) for column in shown)}</tr>"
+        for place, row in enumerate(ranking.rows, 1)
+    ]
+    flaw = f'<p class="flaw">A flaw of this protocol: {escape(ranking.flaw)}</p>' if ranking.flaw else ""
+    return f"""<section data-dataset="{escape(ranking.dataset)}" data-protocol="{escape(ranking.protocol)}">
+<p class="study">{escape(ranking.study)}</p>
+<h2 id="t{number}">{escape(what)}{"".join(f" <span>{escape(more)}</span>" for more in rest)}</h2>
+{flaw}<div class="scroll"><table aria-labelledby="t{number}">
+<thead><tr>{head.format(' class="n"', "#").replace("none", "ascending")}{"".join(heads)}</tr></thead>
+<tbody>
+{chr(10).join(rows)}
+</tbody></table></div>
+<div class="plots"></div>
+</section>"""
+
+
+def _cell(column: Column, row: Row) -> str:
+    text = escape(column.text(row))
+    if column.kind == "text":
+        return f'<th scope="row">{text}</th>' if column.title == "head" else f"<td>{text}</td>"
+    if not text:
+        return '<td class="n" data-key=""></td>'
+    bar = f' bar" style="--v:{column.key(row):.1f}' if column.kind == "pck" else ""
+    return f'<td class="n{bar}" data-key="{column.key(row)}">{text}</td>'
