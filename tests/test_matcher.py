@@ -1,5 +1,7 @@
 """What every head gets from Matcher: optimiser groups, feature reuse, scoring, weights, and a loss that is watched."""
 
+import random
+
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -7,6 +9,10 @@ from lightning.pytorch import Trainer
 import corrzoo
 from corrzoo.data import PairDataset
 from corrzoo.data.module import PairsDataModule
+from corrzoo.data.pairs import FolderDataset
+from corrzoo.data.synthetic import write_spair
+from corrzoo.feature_cache import FeatureCache
+from corrzoo.heads.baseline import Baseline
 from corrzoo.matcher import Matcher
 from corrzoo.types import Match, ZooError
 
@@ -29,7 +35,7 @@ def data(workers=0, **lengths):
 
 def trainer(tmp_path, **options):
     quiet = dict(enable_progress_bar=False, enable_model_summary=False, logger=False, accelerator="cpu", devices=1)
-    return Trainer(default_root_dir=tmp_path, max_epochs=1, **quiet, **options)
+    return Trainer(default_root_dir=tmp_path, **{"max_epochs": 1} | quiet | options)
 
 
 def test_groups_have_their_own_learning_rates_and_every_trained_parameter_once():
@@ -77,6 +83,79 @@ def test_reused_features_change_no_score_and_are_gone_afterwards(tmp_path):
         assert model._cache is None
         scores.append(model.scores)
     assert scores[0] == scores[1] and scores[0]
+
+
+class Watched:
+    """A matcher whose backbone counts the images that it is given."""
+
+    def __init__(self, head=Baseline, **options):
+        torch.manual_seed(0)
+        self.model, self.images = head(**TINY, **options), 0
+        self.model.backbone.register_forward_hook(self._count)
+
+    def _count(self, module, args, output):
+        self.images += len(args[0])
+
+
+def drawn(root, pairs=24, **options):
+    """Training on 16 drawn images of four categories, all of them in many pairs, and validation on as many."""
+    if not (root / "SPair-71k").exists():
+        write_spair(root, pairs_per_split=pairs, images_per_category=4, size=64)
+    return PairsDataModule(root=str(root), size=64, batch_size=4, workers=0, **options)
+
+
+class Projected(Baseline):
+    """What it does with one image alone learns."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.project = torch.nn.Conv2d(self.backbone.channels[0], 8, 1)
+
+    def prepare(self, features):
+        return super().prepare(features._replace(maps=[self.project(features.maps[0])]))
+
+
+@pytest.mark.parametrize("head", [Baseline, Projected])
+def test_training_on_a_frozen_backbone_computes_each_image_once_and_learns_the_same(tmp_path, head):
+    trained, images = [], []
+    for megabytes in (0, 64):
+        watched = Watched(head, finetune="none", lr=1e-2, feature_cache_mb=megabytes)
+        options = dict(max_epochs=2, limit_val_batches=0, enable_checkpointing=False)
+        trainer(tmp_path, **options).fit(watched.model, drawn(tmp_path))
+        trained.append(watched.model.state_dict())
+        images.append(watched.images)
+        assert watched.model._training_cache is None
+    data = drawn(tmp_path)
+    data.setup("fit")
+    distinct = len(data.datasets["spair71k", "trn"].images)
+    assert images == [2 * 24 * 2, distinct] and distinct < 24
+    assert all(torch.equal(value, trained[1][name]) for name, value in trained[0].items())
+    assert not torch.equal(trained[0]["temperature"], Watched(head).model.temperature)
+
+
+@pytest.mark.parametrize("options", [dict(augment="photometric"), dict(finetune="all")])
+def test_features_that_change_are_not_reused_in_training(tmp_path, options):
+    watched = Watched(finetune=options.pop("finetune", "none"))
+    trainer(tmp_path, limit_val_batches=0, enable_checkpointing=False).fit(watched.model, drawn(tmp_path, **options))
+    assert watched.images == 2 * 24
+
+
+def test_a_small_memory_serves_evaluation_and_rows_are_in_benchmark_order(tmp_path, monkeypatch):
+    monkeypatch.setattr("corrzoo.matcher.FeatureCache", lambda limit: FeatureCache(5 * 8 * 8 * 64 * 4))  # five images
+    drawn(tmp_path, pairs=48)
+    listed = tmp_path / "SPair-71k" / "Layout" / "large" / "test.txt"
+    listed.write_text("".join(random.Random(0).sample(listed.read_text().splitlines(keepends=True), 48)))
+    rows, images = [], []
+    for in_order in (True, False):
+        if not in_order:
+            monkeypatch.setattr(FolderDataset, "order", lambda self: list(range(len(self))))
+        watched, data = Watched(), drawn(tmp_path, pairs=48)
+        data.hparams.batch_size = 2
+        trainer(tmp_path).test(watched.model, data, verbose=False)
+        rows.append(watched.model.metrics_by_dataset()[0][1].rows())
+        images.append(watched.images)
+    assert rows[0] == rows[1] and [row["index"] for row in rows[0]] == list(range(48))
+    assert images[0] == 16 and images[1] > 48  # of 96
 
 
 def test_prediction_outside_a_run_never_reuses(tmp_path):

@@ -52,7 +52,8 @@ class Matcher(LightningModule, ABC):
             `actr`) the dataset's customary kind is added.
         alphas: PCK thresholds as shares of the reference length.
         backend: Which implementation of the correlation runs: `auto`, `torch` or `triton`.
-        feature_cache_mb: Memory for features that are computed once an image in evaluation; 0 turns reuse off.
+        feature_cache_mb: Memory for features that are computed once an image: in evaluation, and as much again in
+            training with a frozen backbone (`finetune: none`) and without augmentation; 0 turns reuse off.
     """
 
     hparams: Any  # what save_hyperparameters() keeps: the options above, by name
@@ -104,6 +105,7 @@ class Matcher(LightningModule, ABC):
         )
         self.backend = backend
         self._cache: FeatureCache | None = None  # lives while one dataset is evaluated with one set of weights
+        self._training_cache: FeatureCache | None = None  # what a frozen backbone made of the training images
         self._metrics: list[PCK] = []
         self.scores: dict[str, float] = {}
         """The last epoch's PCK, by the name it was logged under; also those of a sanity check, which logs nothing."""
@@ -164,8 +166,12 @@ class Matcher(LightningModule, ABC):
         """Match two batches of images, (B, 3, H, W) each: uint8 pixels, or floats normalised for the backbone."""
         return self.match(*self._features_of(src_img, trg_img))
 
-    def _features_of(self, src_img: Tensor, trg_img: Tensor) -> tuple[Features, Features]:
-        return _halves(self.prepare(self.backbone(torch.cat([src_img, trg_img]))))
+    def _features_of(self, src_img: Tensor, trg_img: Tensor, ids: Tensor | None = None) -> tuple[Features, Features]:
+        """Prepared features of source and target; with the (2B,) numbers of the images, some may be known already."""
+        images = torch.cat([src_img, trg_img])
+        if self._training_cache is None or ids is None or (ids < 0).any():
+            return _halves(self.prepare(self.backbone(images)))
+        return _halves(self.prepare(self._training_cache(self.backbone.normalise(images), ids, self.backbone)))
 
     def _cached_features_of(self, pair: Pair) -> tuple[Features, Features]:
         ids = torch.cat([pair.src_id, pair.trg_id])
@@ -266,7 +272,8 @@ class Matcher(LightningModule, ABC):
 
     def training_step(self, pair: Pair, batch_idx: int) -> Tensor:
         """One step of Lightning's loop; a loss that is not finite ends the run and names its pairs."""
-        terms = self.loss(self(pair.src_img, pair.trg_img), pair)
+        ids = torch.cat([pair.src_id, pair.trg_id])
+        terms = self.loss(self.match(*self._features_of(pair.src_img, pair.trg_img, ids)), pair)
         terms = terms if isinstance(terms, dict) else {"loss": terms}
         values = over_processes(torch.stack(list(terms.values()))) / processes()  # those of the joined batch
         shown = {f"train/{name}": value for name, value in zip(terms, values, strict=True)}
@@ -286,6 +293,11 @@ class Matcher(LightningModule, ABC):
         dataset: Any = getattr(self.trainer.train_dataloader, "dataset", None)
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(self.current_epoch)
+        comes_back = self.backbone.finetune == "none" and getattr(
+            dataset, "images", ()
+        )  # empty where they are rendered
+        if comes_back and self.hparams.feature_cache_mb and self._training_cache is None:
+            self._training_cache = FeatureCache(self.hparams.feature_cache_mb * 2**20)
 
     def on_validation_start(self) -> None:
         self.load_weights()
@@ -371,6 +383,10 @@ class Matcher(LightningModule, ABC):
 
     def on_fit_start(self) -> None:
         self.load_weights()  # not in setup(): only now has a checkpoint brought its own, and nothing needs fetching
+        self._training_cache = None  # of a run that broke off, with other weights perhaps
+
+    def on_fit_end(self) -> None:
+        self._training_cache = None
 
     def load_weights(self) -> "Matcher":
         """Load the backbones' weights that were asked for, if that has not happened yet."""
