@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from corrzoo.backbones import Backbone
-from corrzoo.callbacks import ResultsWriter
+from corrzoo.callbacks import PICTURES, MatchImages, ResultsWriter
 from corrzoo.feature_cache import FeatureCache
 from corrzoo.geometry import Size, pseudo_flow, resize_points, sample, size_of, transfer
 from corrzoo.imagepair import ImageMatches, ImagePair
@@ -164,9 +164,9 @@ class Matcher(LightningModule, ABC):
 
     def forward(self, src_img: Tensor, trg_img: Tensor) -> Match:
         """Match two batches of images, (B, 3, H, W) each: uint8 pixels, or floats normalised for the backbone."""
-        return self.match(*self._features_of(src_img, trg_img))
+        return self.match(*self.features_of(src_img, trg_img))
 
-    def _features_of(self, src_img: Tensor, trg_img: Tensor, ids: Tensor | None = None) -> tuple[Features, Features]:
+    def features_of(self, src_img: Tensor, trg_img: Tensor, ids: Tensor | None = None) -> tuple[Features, Features]:
         """Prepared features of source and target; with the (2B,) numbers of the images, some may be known already."""
         images = torch.cat([src_img, trg_img])
         if self._training_cache is None or ids is None or (ids < 0).any():
@@ -176,7 +176,7 @@ class Matcher(LightningModule, ABC):
     def _cached_features_of(self, pair: Pair) -> tuple[Features, Features]:
         ids = torch.cat([pair.src_id, pair.trg_id])
         if self._cache is None or (ids < 0).any():
-            return self._features_of(pair.src_img, pair.trg_img)
+            return self.features_of(pair.src_img, pair.trg_img)
         images = self.backbone.normalise(torch.cat([pair.src_img, pair.trg_img]))
         return _halves(self._cache(images, ids, lambda fresh: self.prepare(self.backbone(fresh))))
 
@@ -215,7 +215,7 @@ class Matcher(LightningModule, ABC):
         H, W = (size, size) if isinstance(size, int) else size
         images = as_rgb(src), as_rgb(trg)
         seen = [to_tensor(image, (H, W)).to(self.device) for image in images]
-        return ImagePair(self, *images, *self._features_of(seen[0].unsqueeze(0), seen[1].unsqueeze(0)))
+        return ImagePair(self, *images, *self.features_of(seen[0].unsqueeze(0), seen[1].unsqueeze(0)))
 
     def match_images(
         self, src: ImageSource, trg: ImageSource, points: object = None, size: int | Size | None = None
@@ -273,7 +273,7 @@ class Matcher(LightningModule, ABC):
     def training_step(self, pair: Pair, batch_idx: int) -> Tensor:
         """One step of Lightning's loop; a loss that is not finite ends the run and names its pairs."""
         ids = torch.cat([pair.src_id, pair.trg_id])
-        terms = self.loss(self.match(*self._features_of(pair.src_img, pair.trg_img, ids)), pair)
+        terms = self.loss(self.match(*self.features_of(pair.src_img, pair.trg_img, ids)), pair)
         terms = terms if isinstance(terms, dict) else {"loss": terms}
         values = over_processes(torch.stack(list(terms.values()))) / processes()  # those of the joined batch
         shown = {f"train/{name}": value for name, value in zip(terms, values, strict=True)}
@@ -293,10 +293,9 @@ class Matcher(LightningModule, ABC):
         dataset: Any = getattr(self.trainer.train_dataloader, "dataset", None)
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(self.current_epoch)
-        comes_back = self.backbone.finetune == "none" and getattr(
-            dataset, "images", ()
-        )  # empty where they are rendered
-        if comes_back and self.hparams.feature_cache_mb and self._training_cache is None:
+        files = getattr(dataset, "images", None)  # none where images are rendered: there they do not come back
+        wanted = files and self.backbone.finetune == "none" and self.hparams.feature_cache_mb
+        if wanted and self._training_cache is None:
             self._training_cache = FeatureCache(self.hparams.feature_cache_mb * 2**20)
 
     def on_validation_start(self) -> None:
@@ -412,8 +411,12 @@ class Matcher(LightningModule, ABC):
         return optimizer
 
     def configure_callbacks(self) -> list[Callback]:
-        """Every run writes its results; `--trainer.callbacks` may replace the writer by one of its own options."""
-        return [ResultsWriter()]
+        """Every run writes its results, and predictions come with pictures.
+
+        A callback of the same kind in `--trainer.callbacks` stands instead: Lightning would drop that one.
+        """
+        own = [ResultsWriter(), MatchImages(kinds=list(PICTURES), stages=["predict"])]
+        return [c for c in own if not any(isinstance(given, type(c)) for given in self.trainer.callbacks)]  # type: ignore[attr-defined]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["head"] = type(self).__name__
