@@ -32,3 +32,10 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ZooError, match=r"cannot write results into .*file"):
         callbacks.writable(tmp_path / "file" / "results")
+
+
+def test_a_picture_that_there_is_not_names_the_nearest():
+    with pytest.raises(ZooError, match="kinds: unknown 'flows': did you mean 'flow'"):
+        callbacks.MatchImages(kinds=["flows"])
+    with pytest.raises(ZooError, match="stages: unknown 'training'"):
+        callbacks.MatchImages(stages=["training"])

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import corrzoo
+from corrzoo.callbacks import PICTURES
 from corrzoo.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,11 +121,37 @@ def test_fit_validate_test_predict_and_reload(tmp_path, capsys):
     predictions = next(tmp_path.glob("runs/*/version_*/predictions/synthetic.csv"))
     with predictions.open() as file:
         assert len(list(csv.DictReader(file))) == sum(int(row["points"]) for row in rows)
+    # the run's own callback, which draws matches alone, stands in for the one that predictions come with
+    assert [p.name for p in predictions.parents[1].glob("*.png")] == ["matches-predict.png"]
 
-    # the same weights, read in Python
+    # the same weights, read in Python, which know how they came to be
     model = corrzoo.load(checkpoint)
+    assert model.image_size == 64 and model.trained == result["trained"]
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, content["state_dict"][name])
+
+
+def test_predictions_come_with_every_picture(tmp_path):
+    args = ["predict", *BASELINE, *DEMO, *TINY, *FEW, "--trainer.callbacks=null", "--data.test=[synthetic]"]
+    main(args)
+    (folder,) = tmp_path.glob("runs/*/version_0")
+    assert {p.name for p in folder.glob("*.png")} == {f"{kind}-predict.png" for kind in PICTURES}
+
+
+def test_pictures_while_training_and_a_result_writer_of_ones_own(tmp_path):
+    pictures = {"kinds": ["matches", "heat"], "pairs": 2, "every": 1, "stages": []}
+    callbacks = [
+        {"class_path": "corrzoo.callbacks.MatchImages", "init_args": pictures},
+        {"class_path": "corrzoo.callbacks.ResultsWriter", "init_args": {"folder": "mine", "label": "toy"}},
+    ]
+    args = [*BASELINE, *DEMO, *TINY, *FEW, f"--trainer.callbacks={json.dumps(callbacks)}"]
+    main(["fit", *args, "--trainer.max_epochs=2", f"--config={CONFIGS / 'trainer' / 'tensorboard.yaml'}"])
+    (folder,) = tmp_path.glob("runs/*/version_0")
+    assert {p.name for p in folder.glob("*.png")} == {f"{k}-val-{s}.png" for k in ("matches", "heat") for s in (2, 4)}
+    board = EventAccumulator(str(folder)).Reload()
+    assert [event.step for event in board.Images("heat/val")] == [2, 4]
+    main(["test", *args])
+    assert json.loads(Path("mine/synthetic.json").read_text())["label"] == "toy"
 
 
 def test_a_checkpoint_does_not_silently_replace_the_model_asked_for(tmp_path, capsys):

@@ -23,7 +23,7 @@ ALLOWED = {
     "images": {"types", "geometry"},
     "data": {"types", "registry", "geometry", "images"},
     "visualize": {"types", "geometry"},
-    "callbacks": {"__init__", "protocols", "ops", "types", "visualize", "metrics", "geometry"},
+    "callbacks": {"__init__", "registry", "protocols", "ops", "types", "visualize", "metrics", "geometry"},
     "imagepair": {"types", "geometry"},
     "matcher": {
         *("types", "geometry", "backbones", "protocols", "metrics", "losses", "feature_cache", "callbacks"),

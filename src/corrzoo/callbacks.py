@@ -10,7 +10,7 @@ import resource
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,17 +19,23 @@ import torch
 import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 import corrzoo
 from corrzoo import visualize
 from corrzoo.metrics import PCK, correct_points
 from corrzoo.ops.functional import resolve_backend
+from corrzoo.registry import nearest
 from corrzoo.types import Pair, ZooError
 
 if TYPE_CHECKING:
     from corrzoo.matcher import Matcher
+
+
+PICTURES = ("matches", "warp", "flow", "heat", "foreground")
 
 
 class ResultsWriter(Callback):
@@ -156,17 +162,40 @@ class ScoreTable(Callback):
 
 
 class MatchImages(Callback):
-    """Save a picture of matches of some validation or test pairs: right ones green, wrong ones red and dashed.
+    """Pictures of some validation, test or prediction pairs, in the run's folder and in wandb or TensorBoard.
 
-    It goes to `matches-<stage>.png` in the run's folder, and to wandb or TensorBoard when one of them logs the run.
+    They are `<kind>-<stage>.png`: `matches` has right ones green and wrong ones red and dashed; `warp` the source
+    warped onto the target by its matches; `flow` the dense flow; `heat` the scores of the target for one source point;
+    `foreground` what the backbone takes for the object.
 
     Args:
         pairs: How many pairs, spread evenly over the dataset.
         alpha: Share of the reference length within which a match counts as right.
+        kinds: Which pictures.
+        stages: After what they are drawn, of `fit`, `test` and `predict`.
+        every: Draw also after every so many validations while training; 0 for the end alone.
     """
 
-    def __init__(self, pairs: int = 4, alpha: float = 0.1) -> None:
-        self.pairs, self.alpha = pairs, alpha
+    def __init__(
+        self,
+        pairs: int = 4,
+        alpha: float = 0.1,
+        kinds: list[str] = ["matches"],  # noqa: B006 - never written to; a plain default is what --help shows
+        stages: list[str] = ["fit", "test", "predict"],  # noqa: B006
+        every: int = 0,
+    ) -> None:
+        for name, given, known in (("kinds", kinds, PICTURES), ("stages", stages, ("fit", "test", "predict"))):
+            for value in set(given) - set(known):
+                raise ZooError(f"{name}: unknown {value!r}{nearest(value, known) or f', expected {list(known)}'}")
+        self.pairs, self.alpha, self.kinds, self.stages, self.every = pairs, alpha, kinds, stages, every
+        self._validations = 0
+
+    def on_validation_end(self, trainer: Trainer, pl_module: "Matcher") -> None:  # type: ignore[override]
+        if trainer.sanity_checking or not self.every or trainer.state.fn != "fit":
+            return
+        self._validations += 1
+        if self._validations % self.every == 0:
+            self._save(trainer, pl_module, trainer.val_dataloaders, "val", f"-{trainer.global_step}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: "Matcher") -> None:  # type: ignore[override]
         self._save(trainer, pl_module, trainer.val_dataloaders, "fit")
@@ -174,17 +203,29 @@ class MatchImages(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: "Matcher") -> None:  # type: ignore[override]
         self._save(trainer, pl_module, trainer.test_dataloaders, "test")
 
-    def _save(self, trainer: Trainer, module: "Matcher", loaders: Any, stage: str) -> None:
-        path = Path(trainer.log_dir or trainer.default_root_dir) / f"matches-{stage}.png"  # asked by every process
-        if not trainer.is_global_zero or not loaders:
+    def on_predict_end(self, trainer: Trainer, pl_module: "Matcher") -> None:  # type: ignore[override]
+        self._save(trainer, pl_module, trainer.predict_dataloaders, "predict")
+
+    def _save(self, trainer: Trainer, module: "Matcher", loaders: Any, stage: str, step: str = "") -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked by every process
+        if not trainer.is_global_zero or not loaders or stage not in (*self.stages, "val"):
             return
-        loader = loaders[0] if isinstance(loaders, list) else loaders
-        dataset, metric = loader.dataset, module.metrics_by_dataset()[0][1]
+        loaders = loaders if isinstance(loaders, list) else [loaders]
+        for loader, (name, metric) in zip(loaders, module.metrics_by_dataset(), strict=True):
+            place = stage if len(loaders) == 1 else f"{stage}-{name}"
+            for kind, figure in self.draw(module, loader.dataset, metric).items():
+                path = visualize.save_figure(figure, folder / f"{kind}-{place}{step}.png")
+                print(f"{kind}: {path}")
+                log_image(trainer, f"{kind}/{place}", path, figure)
+
+    @torch.no_grad()
+    def draw(self, module: "Matcher", dataset: Any, metric: PCK) -> dict[str, Figure]:
+        """The pictures of some of a dataset's pairs, by their kinds, drawn as the metric's protocol asks."""
         count = min(self.pairs, len(dataset))
         chosen = [
             dataset[(i * len(dataset) // count + i) % len(dataset)] for i in range(count)
         ]  # + i: not one category
-        pair = Pair(*(field.to(module.device) for field in loader.collate_fn(chosen)))
+        pair = Pair(*(field.to(module.device) for field in dataset.collate(chosen)))
         module.eval()
         # swapped: an evaluator that asks the other way round draws the other way round
         asked = pair if metric.protocol.query == "src" else pair.swapped()
@@ -192,25 +233,37 @@ class MatchImages(Callback):
         right = correct_points(pred, pair, metric.protocol, self.alpha)
         H, W = pair.src_img.shape[-2:]
         shown = pred * (pred.new_tensor([W, H]) / asked.trg_size).unsqueeze(1)
-        mask = pair.kps_mask
-        figure = visualize.draw_matches(
-            asked.src_img,
-            asked.trg_img,
-            [kps[m].cpu() for kps, m in zip(asked.src_kps, mask, strict=True)],
-            [kps[m].cpu() for kps, m in zip(shown, mask, strict=True)],
-            [ok[m].cpu() for ok, m in zip(right, mask, strict=True)],
-            [kps[m].cpu() for kps, m in zip(asked.trg_kps, mask, strict=True)],
-            titles=[dataset.categories[c] for c in pair.category.tolist()],
-        )
-        print(f"matches: {visualize.save_figure(figure, path)}")
-        log_image(trainer, f"matches/{stage}", path, figure)
+        titles = [dataset.categories[c] for c in pair.category.tolist()]
+        src_img, trg_img, first = asked.src_img.cpu(), asked.trg_img.cpu(), asked.src_kps[:, :1]
+
+        def kept(rows: Tensor) -> list[Tensor]:
+            return [row[mask].cpu() for row, mask in zip(rows, pair.kps_mask, strict=True)]
+
+        def heat() -> Figure:
+            maps = module.heat_maps(*module.features_of(asked.src_img, asked.trg_img), first)[:, 0]
+            ends = shown[:, 0].cpu(), asked.trg_kps[:, 0].cpu()
+            return visualize.draw_heat(src_img, trg_img, first[:, 0].cpu(), list(maps), *ends, titles)
+
+        points = kept(asked.src_kps), kept(shown)
+        drawn: dict[str, Callable[[], Figure]] = {
+            "matches": lambda: visualize.draw_matches(
+                src_img, trg_img, *points, kept(right), kept(asked.trg_kps), titles
+            ),
+            "warp": lambda: visualize.draw_warps(src_img, trg_img, *points, titles),
+            "flow": lambda: visualize.draw_flow(src_img, list(module(asked.src_img, asked.trg_img).flow.cpu()), titles),
+            "heat": heat,
+            "foreground": lambda: visualize.draw_foreground(
+                src_img, list(module.foreground_maps(asked.src_img, asked.trg_img)), titles
+            ),
+        }
+        return {kind: drawn[kind]() for kind in self.kinds}
 
 
-def log_image(trainer: Trainer, name: str, path: Path, figure: Any) -> None:
+def log_image(trainer: Trainer, name: str, path: Path, figure: Figure) -> None:
     """Hand a picture to the loggers that show pictures."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            logger.log_image(name, [str(path)])
+            logger.log_image(name, [str(path)], step=trainer.global_step)
         elif isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image(name, visualize.to_array(figure), trainer.global_step, dataformats="HWC")
 

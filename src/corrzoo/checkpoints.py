@@ -34,7 +34,7 @@ def save(matcher: Matcher, folder: str | Path, results: Sequence[str | Path | di
     """
     folder = Path(folder)
     options = {name: value for name, value in dict(matcher.hparams).items() if not name.startswith("_")}
-    config = {"head": type(matcher).__name__, "options": options}
+    config: dict[str, Any] = {"head": type(matcher).__name__, "options": options}
     config |= {"image_size": matcher.image_size, "trained": matcher.trained}
     card = model_card(matcher, config, results)
     try:

@@ -143,7 +143,7 @@ def test_mistakes():
 
 def test_compiles_without_a_break():
     model = small()
-    features = model._features_of(*IMAGES)
+    features = model.features_of(*IMAGES)
     model = without_dropout(model)
     compiled = torch.compile(model.match, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(*features).flow, model.match(*features).flow)

@@ -460,7 +460,7 @@ def test_every_option_trains_on_odd_grids_in_half_precision_with_one_pair(option
 def test_torch_compile_answers_the_same():
     model, pair = head(), batch()
     with torch.no_grad():
-        src, trg = model._features_of(pair.src_img, pair.trg_img)
+        src, trg = model.features_of(pair.src_img, pair.trg_img)
         compiled = torch.compile(model.match, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(src, trg).flow, model.match(src, trg).flow)
 

@@ -26,7 +26,7 @@ def released(golden):
     model = load_official("lpmflow", golden.official_state("lpmflow"))
     with torch.no_grad():
         flows = {"single": model(*golden.images()).flow / 4}
-    features = model.double()._features_of(*(image.double() for image in golden.images()))
+    features = model.double().features_of(*(image.double() for image in golden.images()))
     names = (
         r"soft_argmax|encoder(\.(drop|blocks\.\d))?|pyramid\.(decoder\d|up)|integration(\.(project(\.1)?|refine\.\d))?"
     )
@@ -260,7 +260,7 @@ def test_mistakes():
 @pytest.mark.parametrize("training", [False, True])
 def test_compiles_without_a_break(training):
     model = small()
-    features = model._features_of(*batch()[:2])
+    features = model.features_of(*batch()[:2])
     without_dropout(model) if training else model.eval()
     compiled = torch.compile(model.match, fullgraph=True, backend="eager")
     torch.manual_seed(1)

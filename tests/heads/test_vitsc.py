@@ -263,7 +263,7 @@ def test_the_flow_has_full_resolution_wherever_the_cnns_run():
 def test_compiles_without_graph_breaks():
     model, pair = awake(head()).eval(), pairs(1)
     with torch.no_grad():
-        src, trg = model._features_of(pair.src_img, pair.trg_img)
+        src, trg = model.features_of(pair.src_img, pair.trg_img)
         match = torch.compile(model.match, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(match(src, trg).flow, model.match(src, trg).flow, atol=1e-3, rtol=1e-3)
 

@@ -469,6 +469,6 @@ class GSF(Matcher):
         of_pruning = {id(p) for p in self.pruning.parameters()} if self.pruning else set()
         return [p for p in self.parameters() if p.requires_grad and id(p) not in of_pruning]
 
-    def _features_of(self, src_img: Tensor, trg_img: Tensor, ids: Tensor | None = None) -> tuple[Features, Features]:
+    def features_of(self, src_img: Tensor, trg_img: Tensor, ids: Tensor | None = None) -> tuple[Features, Features]:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.pruning_only):
-            return super()._features_of(src_img, trg_img, ids)
+            return super().features_of(src_img, trg_img, ids)
