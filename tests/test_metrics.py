@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from corrzoo.metrics import PCK, MaskTransfer, correct_points, pck, polygon_mask, score, warp_mask
+from corrzoo.metrics import PCK, LabelTransfer, correct_points, pck, polygon_mask, score, warp_mask
 from corrzoo.protocols import get_protocol, list_protocols
 from corrzoo.types import DIFFICULTIES, Pair, Record, ZooError
 
@@ -630,15 +630,27 @@ def test_warping_a_mask_moves_it_by_whole_pixels() -> None:
 
 
 def test_label_transfer_by_hand() -> None:
-    """A 6 x 5 rectangle that lands two columns too far right in a 12 x 9 image, and one that is right."""
-    gt = polygon_mask(torch.tensor([[3, 2], [8, 2], [8, 6], [3, 6]]), (12, 9))
-    off = polygon_mask(torch.tensor([[5, 2], [10, 2], [10, 6], [5, 6]]), (12, 9))
-    metric = MaskTransfer()
-    for index, pred in ((7, off), (2, gt), (7, off)):  # the repeat counts once
-        metric.update(pred, gt, index)
+    """A 6 x 5 rectangle that lands two columns too far right in a 12 x 9 image, or one, or where it should."""
+    gt, two, one = (
+        polygon_mask(torch.tensor([[3 + off, 2], [8 + off, 2], [8 + off, 6], [3 + off, 6]]), (12, 9))
+        for off in (0, 2, 1)
+    )
+    metric = LabelTransfer(["cup", "lamp"])
+    for index, polygon, mask, category in ((7, two, one, 1), (2, gt, gt, 0), (7, two, one, 1)):  # a repeat counts once
+        metric.update(polygon, mask, gt, index, category)
     got = metric.compute()
-    assert got["lt_acc"].item() == pytest.approx(100 * ((108 - 20) / 108 + 1) / 2)
-    assert got["iou"].item() == pytest.approx(100 * (20 / 40 + 1) / 2)
-    for pred, target in ((gt, gt[:5]), (gt, torch.zeros_like(gt))):
+    assert {key: value.item() for key, value in got.items()} == pytest.approx(
+        {
+            "lt_acc_polygon": 100 * ((108 - 20) / 108 + 1) / 2,
+            "iou_polygon": 100 * (20 / 40 + 1) / 2,
+            "lt_acc_mask": 100 * ((108 - 10) / 108 + 1) / 2,
+            "iou_mask": 100 * (25 / 35 + 1) / 2,
+        }
+    )
+    first, second = metric.rows()
+    assert first == {"index": 2, "category": "cup"} | dict.fromkeys(got, 100.0)
+    assert (second["index"], second["category"], second["iou_polygon"]) == (7, "lamp", 50.0)
+    assert metric.breakdown()["category"]["lamp"] == {"pairs": 1} | {key: second[key] for key in got}
+    for polygon, mask, target in ((gt, gt, gt[:5]), (gt, gt[:5], gt), (gt, gt, torch.zeros_like(gt))):
         with pytest.raises(ZooError, match="expected masks of one shape"):
-            metric.update(pred, target, 0)
+            metric.update(polygon, mask, target, 0)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from corrzoo.metrics import PCK, MaskTransfer
+from corrzoo.metrics import PCK, LabelTransfer
 from corrzoo.types import Pair, ZooError
 
 COUNTS = (9, 1, 0)
@@ -31,13 +31,14 @@ def pairs(count: int) -> tuple[torch.Tensor, Pair]:
 def results(count: int, mine: list[int]) -> dict[str, object] | str:
     """Everything that the metrics say after this process has seen the pairs `mine`, one at a time."""
     pred, pair = pairs(count)
-    metric, masks = PCK(), MaskTransfer()
+    metric, masks = PCK(), LabelTransfer()
     for i in mine:
         metric.update(pred[i : i + 1], Pair(*(field[i : i + 1] for field in pair)))
-        masks.update(torch.eye(9).roll(i, 1).bool(), torch.ones(9, 9).tril().bool(), i)
+        masks.update(torch.eye(9).roll(i, 1).bool(), torch.eye(9).bool(), torch.ones(9, 9).tril().bool(), i, i % 3)
     try:
         out = {"averages": metric.compute(), "masks": masks.compute()}
         out |= {"rows": metric.rows(), "breakdown": metric.breakdown()}
+        out |= {"mask rows": masks.rows(), "mask breakdown": masks.breakdown()}
         metric.update(*(x[:1] if isinstance(x, torch.Tensor) else Pair(*(f[:1] for f in x)) for x in (pred, pair)))
         return out | {"and again": metric.compute()}  # gathering leaves each process its own rows
     except ZooError as error:

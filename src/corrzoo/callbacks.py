@@ -1,4 +1,4 @@
-"""What a run leaves behind: result files, a table of PCK, pictures of matches."""
+"""What a run leaves behind: result files, a table of scores, pictures of matches."""
 
 import csv
 import hashlib
@@ -26,7 +26,7 @@ from torch import Tensor
 
 import corrzoo
 from corrzoo import visualize
-from corrzoo.metrics import PCK, correct_points
+from corrzoo.metrics import PCK, LabelTransfer, correct_points
 from corrzoo.ops.functional import resolve_backend
 from corrzoo.registry import nearest
 from corrzoo.types import Pair, ZooError
@@ -46,7 +46,7 @@ class ResultsWriter(Callback):
 
     Args:
         folder: Where to write; the run's own folder when not given.
-        table: Print PCK by category.
+        table: Print the scores by category.
         label: What the leaderboard calls this run beside its head and backbone, such as an ablation's name.
     """
 
@@ -98,7 +98,8 @@ class ResultsWriter(Callback):
                 "ms_per_pair": 1000 * self._seconds[which] / max(self._pairs[which], 1),  # features are reused
                 "peak_memory_mb": _peak_memory_mb(),
             }
-            result |= {"pairs": len(rows), "pck": values, "breakdown": breakdown}
+            scored = "pck" if isinstance(metric, PCK) else "label_transfer"
+            result |= {"pairs": len(rows), scored: values, "breakdown": breakdown}
             write_json(folder / f"{name}.json", result)
             write_csv(folder / f"{name}.csv", rows)
             if self.table:
@@ -121,6 +122,7 @@ class ResultsWriter(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: "Matcher") -> None:  # type: ignore[override]
         folder = self._folder(trainer).parent / "predictions"
         for which, (name, metric) in enumerate(pl_module.metrics_by_dataset()):
+            assert isinstance(metric, PCK)  # datasets without keypoints were refused
             parts: list[Any] = [self._predictions.get(which, [])]
             if trainer.world_size > 1:
                 parts = [None] * trainer.world_size
@@ -212,6 +214,8 @@ class MatchImages(Callback):
             return
         loaders = loaders if isinstance(loaders, list) else [loaders]
         for loader, (name, metric) in zip(loaders, module.metrics_by_dataset(), strict=True):
+            if not isinstance(metric, PCK):  # outlines have no points that one could draw
+                continue
             place = stage if len(loaders) == 1 else f"{stage}-{name}"
             for kind, figure in self.draw(module, loader.dataset, metric).items():
                 path = visualize.save_figure(figure, folder / f"{kind}-{place}{step}.png")
@@ -268,7 +272,7 @@ def log_image(trainer: Trainer, name: str, path: Path, figure: Figure) -> None:
             logger.experiment.add_image(name, visualize.to_array(figure), trainer.global_step, dataformats="HWC")
 
 
-def describe_run(trainer: Trainer, module: "Matcher", dataset: str, metric: PCK) -> dict[str, Any]:
+def describe_run(trainer: Trainer, module: "Matcher", dataset: str, metric: PCK | LabelTransfer) -> dict[str, Any]:
     """Everything a number needs to be compared with another: who, on what, scored how, from which code and weights.
 
     For the first process alone: nothing in here may wait for the others.
@@ -285,10 +289,7 @@ def describe_run(trainer: Trainer, module: "Matcher", dataset: str, metric: PCK)
         "split": "test",
         "dataset_options": (data.hparams.options or {}).get(dataset, {}) if data else {},
         "resolution": data.hparams.size if data else None,
-        "protocol": str(metric.protocol),
-        "flaw": metric.protocol.flaw,
-        "alphas": list(metric.alphas),
-        "average": metric.protocol.averages[0],
+        **metric.describe(),
         "params_backbone": backbone,
         "params_head": sum(p.numel() for p in module.parameters()) - backbone,
         "checkpoint": str(checkpoint) if checkpoint else None,
@@ -320,18 +321,25 @@ def describe_training(trainer: Trainer) -> dict[str, Any] | None:
     }
 
 
-def breakdown_table(name: str, metric: PCK, values: dict[str, float], breakdown: dict[str, Any]) -> Table:
-    """PCK by category and over all pairs, for a terminal."""
-    average = metric.protocol.averages[0]
-    table = Table(title=f"PCK on {name} (%), {metric.protocol}, average per {average}")
-    for column in ("category", "pairs", *(f"@{alpha:g}" for alpha in metric.alphas)):
+def breakdown_table(
+    name: str, metric: PCK | LabelTransfer, values: dict[str, float], breakdown: dict[str, Any]
+) -> Table:
+    """Scores by category and over all pairs, for a terminal."""
+    if isinstance(metric, PCK):
+        average = metric.protocol.averages[0]
+        title = f"PCK on {name} (%), {metric.protocol}, average per {average}"
+        within = "point" if "point" in average else "image"
+        columns = [(f"@{a:g}", f"pck@{a:g}/{within}", f"pck@{a:g}") for a in metric.alphas]
+    else:
+        title, columns = f"Label transfer on {name} (%)", [(key.replace("_", " "), key, key) for key in values]
+    table = Table(title=title)
+    for column in ("category", "pairs", *(heading for heading, _, _ in columns)):
         table.add_column(column, justify="left" if column == "category" else "right")
-    within = "point" if "point" in average else "image"
     for category, row in breakdown["category"].items():
-        table.add_row(category, str(row["pairs"]), *(f"{row[f'pck@{a:g}/{within}']:.1f}" for a in metric.alphas))
+        table.add_row(category, str(row["pairs"]), *(f"{row[key]:.1f}" for _, key, _ in columns))
     table.add_section()
     pairs = sum(row["pairs"] for row in breakdown["category"].values())
-    table.add_row("all", str(pairs), *(f"{values[f'pck@{a:g}']:.1f}" for a in metric.alphas))
+    table.add_row("all", str(pairs), *(f"{values[key]:.1f}" for _, _, key in columns))
     return table
 
 

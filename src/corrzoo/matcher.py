@@ -11,15 +11,16 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from corrzoo.backbones import Backbone
 from corrzoo.callbacks import PICTURES, MatchImages, ResultsWriter
 from corrzoo.feature_cache import FeatureCache
-from corrzoo.geometry import Size, pseudo_flow, resize_points, sample, size_of, transfer
+from corrzoo.geometry import Size, cell_centres, pseudo_flow, resize_points, sample, size_of, transfer
 from corrzoo.imagepair import ImageMatches, ImagePair
 from corrzoo.images import ImageSource, as_rgb, to_tensor
 from corrzoo.losses import endpoint_error, over_processes, processes
-from corrzoo.metrics import PCK
+from corrzoo.metrics import PCK, LabelTransfer, polygon_mask, warp_mask
 from corrzoo.protocols import check_protocol
 from corrzoo.types import Features, Match, Pair, ZooError
 
@@ -106,7 +107,7 @@ class Matcher(LightningModule, ABC):
         self.backend = backend
         self._cache: FeatureCache | None = None  # lives while one dataset is evaluated with one set of weights
         self._training_cache: FeatureCache | None = None  # what a frozen backbone made of the training images
-        self._metrics: list[PCK] = []
+        self._metrics: list[PCK | LabelTransfer] = []
         self.scores: dict[str, float] = {}
         """The last epoch's PCK, by the name it was logged under; also those of a sanity check, which logs nothing."""
 
@@ -325,6 +326,9 @@ class Matcher(LightningModule, ABC):
     def on_predict_start(self) -> None:
         self.load_weights()
         self._start_scoring(self.trainer.predict_dataloaders)
+        for name, metric in self.metrics_by_dataset():
+            if not isinstance(metric, PCK):
+                raise ZooError(f"{name} has no keypoints whose matches could be predicted: `lightning test` scores it")
 
     def on_predict_epoch_end(self) -> None:
         self._cache = None
@@ -332,28 +336,26 @@ class Matcher(LightningModule, ABC):
     def predict_step(self, pair: Pair, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Matches of the keypoints in original pixels of the image that the protocol evaluates, and whose they are."""
         self._enter(dataloader_idx)
-        query = self._metrics[dataloader_idx].protocol.query
+        metric = self._metrics[dataloader_idx]
+        assert isinstance(metric, PCK)
+        query = metric.protocol.query
         return {"index": pair.index, "points": self.predict_points(pair, query), "kps_mask": pair.kps_mask}
 
-    def metrics_by_dataset(self) -> list[tuple[str, PCK]]:
+    def metrics_by_dataset(self) -> list[tuple[str, PCK | LabelTransfer]]:
         """The names of the datasets that were scored last, and their metrics."""
         return list(zip(self._dataset_names, self._metrics, strict=True))
 
     def _start_scoring(self, loaders: Any) -> None:
         loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
         datasets = [loader.dataset for loader in loaders]
-        for dataset in datasets:
-            if getattr(dataset, "polygons", False):
-                raise ZooError(
-                    f"{dataset.name} has outlines and no keypoints, so it has no PCK: read it with create_dataset() "
-                    "and score transferred masks with corrzoo.metrics.MaskTransfer"
-                )
-        self._dataset_names = [dataset.name for dataset in datasets]
-        self._metrics = [
-            PCK(self._protocol_for(dataset.threshold), self.hparams.alphas, dataset.categories).to(self.device)
-            for dataset in datasets
-        ]
+        self._datasets, self._dataset_names = datasets, [dataset.name for dataset in datasets]
+        self._metrics = [self._metric_for(dataset).to(self.device) for dataset in datasets]
         self._dataset = -1
+
+    def _metric_for(self, dataset: Any) -> PCK | LabelTransfer:
+        if getattr(dataset, "outlines", False):
+            return LabelTransfer(dataset.categories)
+        return PCK(self._protocol_for(dataset.threshold), self.hparams.alphas, dataset.categories)
 
     def _enter(self, dataset: int) -> None:
         """Begin a new cache with each dataset: every dataset numbers its images anew."""
@@ -368,7 +370,28 @@ class Matcher(LightningModule, ABC):
     def _score(self, pair: Pair, which: int) -> None:
         self._enter(which)
         metric = self._metrics[which]
-        metric.update(self.predict_points(pair, query=metric.protocol.query), pair)
+        if isinstance(metric, PCK):
+            metric.update(self.predict_points(pair, query=metric.protocol.query), pair)
+        else:
+            self._score_outlines(pair, self._datasets[which], metric)
+
+    @torch.no_grad()
+    def _score_outlines(self, pair: Pair, dataset: Any, metric: LabelTransfer) -> None:
+        """Carry outlines over in both readings: vertices go to the target, and target pixels look into the source."""
+        src, trg = self._cached_features_of(pair)
+        image = size_of(src.image)
+        records = [dataset.record(index) for index in pair.index.tolist()]
+        vertices = [resize_points(r.src_polygon, _wh(r.src_size), _wh(image[::-1])).float() for r in records]
+        carried = self.match_points(src, trg, pad_sequence(vertices, batch_first=True).to(self.device)).cpu().double()
+        back = self.match(trg, src).flow.cpu().float()
+        for k, r in enumerate(records):
+            polygon = resize_points(carried[k, : len(vertices[k])], _wh(image[::-1]), _wh(r.trg_size))
+            (w, h) = r.trg_size
+            seen = transfer(cell_centres((h, w), image)[None], back[k : k + 1], image)[0].double()
+            seen = resize_points(seen, _wh(image[::-1]), _wh(r.src_size)).unflatten(0, (h, w))
+            mask = warp_mask(polygon_mask(r.src_polygon, r.src_size), seen)
+            gt, where = polygon_mask(r.trg_polygon, r.trg_size), (int(pair.index[k]), int(pair.category[k]))
+            metric.update(polygon_mask(polygon, r.trg_size), mask, gt, *where)
 
     def _log_scores(self, stage: str) -> None:
         self.scores = {}
@@ -433,6 +456,11 @@ def _grid_of(cells: int, features: Features) -> Size:
     h, w = size_of(features.maps[0])
     finer = round((cells / (h * w)) ** 0.5)
     return h * finer, w * finer
+
+
+def _wh(size: tuple[int, int]) -> Tensor:
+    """A size (w, h) as points are resized by."""
+    return torch.tensor(size, dtype=torch.float64)
 
 
 def _halves(both: Features) -> tuple[Features, Features]:

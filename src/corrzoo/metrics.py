@@ -3,6 +3,7 @@
 Everything is scored in float64 on the CPU: it is little work, and the numbers do not depend on the accelerator.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -266,8 +267,18 @@ class PCK(_Rows):
     def _by_alpha(self, values: Tensor) -> list[tuple[str, Tensor]]:
         return [(f"pck@{alpha:g}", value) for alpha, value in zip(self.alphas, values, strict=True)]
 
+    def describe(self) -> dict[str, Any]:
+        """How it scores, for a result file."""
+        protocol = self.protocol
+        how = {"protocol": str(protocol), "flaw": protocol.flaw}
+        return how | {"alphas": list(self.alphas), "average": protocol.averages[0]}
+
     def _category(self, number: int) -> str:
-        return self.categories[number] if self.categories else str(number)
+        return _name(number, self.categories)
+
+
+def _name(category: int, names: Sequence[str]) -> str:
+    return names[category] if names else str(category)
 
 
 def _percent(table: Tensor) -> Tensor:
@@ -305,12 +316,13 @@ def polygon_mask(polygon: Tensor, size: tuple[int, int]) -> Tensor:
     if len(vertices) < 3 or not vertices.isfinite().all():
         raise ZooError(f"a polygon needs three or more vertices with finite x and y, got {vertices.tolist()}")
     x, y = torch.arange(size[0], dtype=torch.float64), torch.arange(size[1], dtype=torch.float64).unsqueeze(1)
-    inside = on_edge = torch.zeros(size[1], size[0], dtype=torch.bool)
+    inside, on_edge = torch.zeros(2, size[1], size[0], dtype=torch.bool)
     for (x0, y0), (x1, y1) in zip(vertices.tolist(), vertices.roll(-1, 0).tolist(), strict=True):
-        side = (x1 - x0) * (y - y0) - (y1 - y0) * (x - x0)  # (h, w), zero on the edge's line
-        crossed_right = ((y0 <= y) != (y1 <= y)) & ((side > 0) == (y1 > y0))
-        within = (x >= min(x0, x1)) & (x <= max(x0, x1)) & (y >= min(y0, y1)) & (y <= max(y0, y1))
-        inside, on_edge = inside ^ crossed_right, on_edge | ((side == 0) & within)
+        level = slice(max(math.ceil(min(y0, y1)), 0), max(math.floor(max(y0, y1)) + 1, 0))  # rows that the edge is in
+        rows = y[level]
+        side = (x1 - x0) * (rows - y0) - (y1 - y0) * (x - x0)  # zero on the edge's line
+        inside[level] ^= ((y0 <= rows) != (y1 <= rows)) & ((side > 0) == (y1 > y0))  # crossed on the right
+        on_edge[level] |= (side == 0) & (x >= min(x0, x1)) & (x <= max(x0, x1))
     return inside | on_edge
 
 
@@ -329,35 +341,84 @@ def warp_mask(mask: Tensor, points: Tensor) -> Tensor:
     return read[0, 0] > 0.5
 
 
-class MaskTransfer(_Rows):
-    """LT-ACC and IoU of transferred object outlines (Caltech-101): means over pairs, in percent.
+class LabelTransfer(_Rows):
+    """LT-ACC and IoU of object outlines that are carried from source to target (Caltech-101), in percent.
 
-    The field has two readings of the transferred mask, with different numbers: `polygon_mask` of the source outline's
-    transferred vertices (HPF with images of at most 300 px, DHPF at 240 x 240), and `warp_mask` of the source
-    outline's mask (WeakAlign and the papers that follow it). `compute()` returns `lt_acc`, the fraction of the target
-    image's pixels that are labelled rightly, and `iou`.
+    The field has two readings of the carried mask, with different numbers, and both are scored: `polygon`, which is
+    `polygon_mask` of the source outline's carried vertices (HPF with images of at most 300 px, DHPF at 240 x 240), and
+    `mask`, which is `warp_mask` of the source outline's mask (WeakAlign and the papers that follow it).
+
+    `compute()` returns means over pairs, 0-d float64, for each reading (of which `polygon` stands here):
+    `lt_acc_polygon`, the fraction of the target image's pixels that are labelled rightly, and `iou_polygon`. `rows()`
+    and `breakdown()` are as `PCK` has them, and like there every process calls all three.
+
+    Args:
+        categories: The dataset's names for `Pair.category`; it stays a number when empty.
+        **kwargs: For torchmetrics.Metric.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(width=5, **kwargs)  # index, pixels labelled rightly, all, in both masks, in either
+    readings = ("polygon", "mask")
 
-    def update(self, pred: Tensor, gt: Tensor, index: int) -> None:
+    def __init__(self, categories: Sequence[str] = (), **kwargs: Any) -> None:
+        super().__init__(width=9, **kwargs)  # index, category, pixels, and by reading: right, in both, in either mask
+        self.categories = tuple(categories)
+
+    def update(self, polygon: Tensor, mask: Tensor, gt: Tensor, index: int, category: int = 0) -> None:
         """Score one pair.
 
         Args:
-            pred: (h, w) bool, the source object's mask transferred to the target image.
+            polygon: (h, w) bool, what is inside the outline that was carried to the target image.
+            mask: (h, w) bool, the source object's mask as the target image sees it.
             gt: (h, w) bool, the target object's mask.
             index: The pair's position in the benchmark.
+            category: As in `Pair.category`.
 
         Raises:
             ZooError: when the shapes differ, or the target mask is empty.
         """
-        if pred.shape != gt.shape or not gt.any():
-            raise ZooError(f"expected masks of one shape, the target's not empty: got {pred.shape} for {gt.shape}")
-        counts = (pred == gt).sum(), torch.tensor(gt.numel()), (pred & gt).sum(), (pred | gt).sum()
-        self._append(torch.tensor([[index, *map(int, counts)]]))
+        counts = [index, category, gt.numel()]
+        for pred in (polygon, mask):
+            if pred.shape != gt.shape or not gt.any():
+                raise ZooError(f"expected masks of one shape, the target's not empty: got {pred.shape} for {gt.shape}")
+            counts += [int((pred == gt).sum()), int((pred & gt).sum()), int((pred | gt).sum())]
+        self._append(torch.tensor([counts]))
 
     def compute(self) -> dict[str, Tensor]:
-        """`lt_acc` and `iou`, 0-d float64."""
-        right, pixels, both, either = self._distinct()[:, 1:].double().unbind(1)
-        return {"lt_acc": 100 * (right / pixels).mean(), "iou": 100 * (both / either).mean()}
+        """The four means, see the class."""
+        return {name: values.mean() for name, values in self._percent(self._distinct()).items()}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a pair, ordered by index: `index`, `category`, and what `compute` has means of."""
+        with self.sync_context():
+            table = self._distinct()
+        values = {name: column.tolist() for name, column in self._percent(table).items()}
+        return [
+            {"index": index, "category": _name(category, self.categories)}
+            | {name: column[k] for name, column in values.items()}
+            for k, (index, category) in enumerate(table[:, :2].tolist())
+        ]
+
+    def breakdown(self) -> dict[str, dict[str, dict[str, float]]]:
+        """`{"category": {name: row}}`, where a row has `pairs` (how many) and their means."""
+        with self.sync_context():
+            table = self._distinct()
+        groups = {c: table[table[:, 1] == c] for c in table[:, 1].unique().tolist()}
+        return {
+            "category": {
+                _name(c, self.categories): {"pairs": len(group)}
+                | {name: values.mean().item() for name, values in self._percent(group).items()}
+                for c, group in groups.items()
+            }
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """How it scores, for a result file."""
+        return {"protocol": "label-transfer", "flaw": None, "alphas": [], "average": "image"}
+
+    def _percent(self, table: Tensor) -> dict[str, Tensor]:
+        """(N,) columns of values."""
+        pixels, *counts = table[:, 2:].double().unbind(1)
+        out: dict[str, Tensor] = {}
+        for reading, right, both, either in zip(self.readings, counts[::3], counts[1::3], counts[2::3], strict=True):
+            out |= {f"lt_acc_{reading}": 100 * right / pixels, f"iou_{reading}": 100 * both / either}
+        return out

@@ -26,12 +26,16 @@ CATEGORIES = """
 
 @DATASETS.register("caltech101")
 class Caltech101(FolderDataset):
-    """Caltech-101: no keypoints but outlines, in `Record.src_polygon` and `trg_polygon`; samples have K = 0."""
+    """Caltech-101: no keypoints but outlines, in `Record.src_polygon` and `trg_polygon`; samples have K = 0.
+
+    `lightning test` scores it by label transfer in original pixels, see `metrics.LabelTransfer`.
+    """
 
     name = "caltech101"
     folder = "Caltech-101"
     holds = "101_ObjectCategories and test_pairs_caltech_with_category.csv"
     splits = ("test",)
+    outlines = True
     categories = CATEGORIES
 
     def sources(self) -> list[Path]:

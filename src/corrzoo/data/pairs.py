@@ -49,6 +49,8 @@ class PairDataset(Dataset[Pair], ABC):
     splits: ClassVar[tuple[str, ...]]
     threshold: ClassVar[str] = "bbox"
     """The kind of PCK threshold that is customary for the dataset."""
+    outlines: ClassVar[bool] = False
+    """Whether records have outlines of objects, which are scored by label transfer, and no keypoints."""
     categories: list[str]
     images: list[Path]
     """The image files by image number; empty when images are rendered."""
