@@ -146,7 +146,7 @@ def to_html(rankings: Sequence[Ranking]) -> str:
         for ranking in rankings
     ]
     tables = "\n".join(_section(i, ranking) for i, ranking in enumerate(rankings))
-    content = {"tables": tables, "costs": json.dumps(COSTS), "data": json.dumps(data).replace("</", "<\\/")}
+    content = {"tables": tables, "costs": json.dumps(COSTS), "data": json.dumps(data).replace("<", "\\u003c")}
     return re.sub(r"\{\{(\w+)\}\}", lambda found: content[found[1]], page)
 
 

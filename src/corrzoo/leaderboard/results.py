@@ -109,7 +109,7 @@ def read_results(files: Iterable[Path], warn: Callable[[str], None]) -> list[dic
         try:
             result = json.loads(path.read_text())
             _check(result)
-        except (ValueError, OSError) as error:
+        except (ValueError, TypeError, AttributeError, LookupError, OSError) as error:
             warn(f"{path} is skipped, it is no result file: {error}")
         else:
             results.append(result | {"path": str(path), "study": path.resolve().parent.name})
@@ -123,8 +123,9 @@ def _check(result: Any) -> None:
         if not isinstance(result.get(name), kind):
             raise ValueError(f"it has no {name!r}")
     for name in (f"pck@{alpha:g}" for alpha in result["alphas"]):
-        if not isinstance(result["pck"].get(name), float):
+        if not isinstance(result["pck"].get(name), int | float):
             raise ValueError(f"it has no {name!r}")
+    _groups([result])
 
 
 def rank(results: Iterable[dict[str, Any]], papers: Sequence[dict[str, str]] = ()) -> list[Ranking]:
@@ -202,7 +203,7 @@ def _row(seeds: Sequence[dict[str, Any]], variant: str, papers: Sequence[dict[st
         _side(resize if type(resize) is int else first.get("resolution")),  # True says: to what the head needs
         len(seeds),
         first.get("device", ""),
-        {k: fmean(r[k] for r in seeds) for k in ("ms_per_pair", "peak_memory_mb") if all(k in r for r in seeds)},
+        {k: fmean(r[k] for r in seeds) for k in ("ms_per_pair", "peak_memory_mb") if all(r.get(k) for r in seeds)},
         {alpha: _spread([r["pck"][f"pck@{alpha:g}"] for r in seeds]) for alpha in alphas},
         groups=_groups(seeds),
     )

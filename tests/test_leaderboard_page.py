@@ -1,0 +1,236 @@
+"""The leaderboard's page as a reader has it: opened from a file, in a real browser."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from corrzoo.leaderboard import main
+
+ROOT = Path(__file__).resolve().parents[1]
+HEADS = ("Baseline", "ACTR", "ViTSC", "GSF", "LPMFlow")
+
+
+def results():
+    """A study of every head on two backbones, three seeds each, and one ablation with one seed."""
+    for h, head in enumerate(HEADS):
+        for b, backbone in enumerate(("resnet18", "dinov2_s14")):
+            for seed in range(3):
+                yield result(
+                    head, backbone, 40 + 9 * h + 4 * b + seed, seed, ms=5.0 * (h + 1) + b, params=10 ** (4 + h // 2)
+                )
+    yield result("ACTR", "resnet18", 41.0, 0, label="actr_no_source_pe", ms=9.0, params=10_000)
+
+
+def result(head, backbone, pck, seed, ms, params, label=""):
+    def row(shift):
+        return {f"pck@{a:g}/image": (pck + shift) * a * 10 for a in (0.05, 0.1)}
+
+    difficulty = {"0": row(6.0), "1": row(0.0), "2": row(-7.0)}
+    return {
+        **{"label": label, "head": head, "backbone": backbone, "dataset": "synthetic", "split": "test", "pairs": 400},
+        **{
+            "protocol": "default:bbox",
+            "alphas": [0.05, 0.1],
+            "seed": seed,
+            "checkpoint": "best.ckpt",
+            "resolution": 128,
+        },
+        **{"trained": {"dataset": "synthetic", "seed": seed}, "versions": {"corrzoo": "0.1.0"}, "options": {}},
+        **{"ms_per_pair": ms, "peak_memory_mb": 800.0 + ms, "params_head": params, "params_backbone": 11_000_000},
+        "pck": {"pck@0.05": pck / 2, "pck@0.1": float(pck)},
+        "breakdown": {"category": {c: row(i - 2) for i, c in enumerate(("fish", "bird", "car", "house"))}}
+        | {"viewpoint": difficulty, "scale": difficulty, "truncation": {}, "occlusion": {}},
+    }
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The page of a made-up study and of the repository's own results."""
+    folder = tmp_path_factory.mktemp("leaderboard")
+    (folder / "study").mkdir()
+    for i, content in enumerate(results()):
+        (folder / "study" / f"{i}.json").write_text(json.dumps(content))
+    papers = ROOT / "benchmarks" / "papers.csv"
+    main(
+        [
+            str(folder / "study"),
+            str(ROOT / "benchmarks" / "results" / "pfwillow"),
+            f"--papers={papers}",
+            f"--out={folder}",
+        ]
+    )
+    return folder / "leaderboard.html"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("needs chromium and chromedriver on the PATH")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium (extra `dev`)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1400,2600"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def opened(browser, page):
+    """The page just opened; afterwards, nothing may have been complained of in the console."""
+    browser.get(page.as_uri())
+    yield browser
+    assert browser.get_log("browser") == []
+
+
+def column(browser, title, section=1):
+    """The visible cells of a ranking's column."""
+    return browser.execute_script(
+        """
+        const table = document.querySelectorAll("main section")[arguments[1]].querySelector("table");
+        const place = [...table.tHead.rows[0].cells].findIndex(cell => cell.textContent === arguments[0]);
+        return [...table.tBodies[0].rows].filter(row => !row.hidden).map(row => row.cells[place].textContent);
+        """,
+        title,
+        section,
+    )
+
+
+def button(browser, title, section=1):
+    found = browser.find_elements("css selector", "main section")[section].find_elements("css selector", "thead button")
+    return next(one for one in found if one.text == title)
+
+
+def sorted_by(browser, section=1):
+    """Columns of a ranking that say that they sort it, and how."""
+    heads = browser.find_elements("css selector", "main section")[section].find_elements(
+        "css selector", "th[aria-sort]"
+    )
+    return {th.text: th.get_attribute("aria-sort") for th in heads if th.get_attribute("aria-sort") != "none"}
+
+
+def test_it_sorts_by_mouse_and_by_keyboard(opened):
+    from selenium.webdriver.common.keys import Keys
+
+    assert sorted_by(opened) == {"#": "ascending"} and column(opened, "#") == [str(i) for i in range(1, 12)]
+    button(opened, "ms / pair").click()
+    assert sorted_by(opened) == {"ms / pair": "descending"}
+    assert [float(ms) for ms in column(opened, "ms / pair")] == [26, 25, 21, 20, 16, 15, 11, 10, 9, 6, 5]
+    button(opened, "ms / pair").send_keys(Keys.ENTER)
+    assert sorted_by(opened) == {"ms / pair": "ascending"} and column(opened, "ms / pair")[0] == "5.0"
+    button(opened, "head").send_keys(Keys.SPACE)
+    assert sorted_by(opened) == {"head": "ascending"} and column(opened, "head")[:3] == ["ACTR"] * 3
+    assert "Sorted by head, ascending" in opened.find_element("css selector", "[role=status]").text
+    assert sorted_by(opened, 0) == {"#": "ascending"}  # the other rankings stay as they were
+
+
+def test_empty_cells_come_last_either_way(opened):
+    for _ in range(2):
+        button(opened, "published @0.01", 2).click()
+        cells = column(opened, "published @0.01", 2)
+        assert "" in cells and cells == sorted(cells, key=lambda cell: cell == "")
+
+
+def test_it_filters(opened):
+    def choose(name, value):
+        opened.find_element("css selector", f"#{name} option[value='{value}']").click()
+
+    def visible():
+        return [
+            s.find_element("css selector", "h2").text
+            for s in opened.find_elements("css selector", "section")
+            if s.is_displayed()
+        ]
+
+    everything = opened.find_element("id", "shown").text
+    choose("dataset", "synthetic")
+    assert visible() == ["synthetic test 400 pairs, default:bbox"]
+    choose("backbone", "resnet18")
+    assert len(column(opened, "head")) == 6
+    choose("head", "ACTR")
+    assert column(opened, "variant") == ["", "actr_no_source_pe"] and opened.find_element(
+        "id", "shown"
+    ).text.startswith("2 of")
+    opened.find_element("id", "word").send_keys("source_pe")
+    assert column(opened, "variant") == ["actr_no_source_pe"]
+    opened.find_element("id", "word").clear()
+    for name in ("head", "backbone", "dataset"):
+        choose(name, "")
+    opened.find_element("id", "word").send_keys("x\b")
+    assert opened.find_element("id", "shown").text == everything
+    choose("protocol", "published:bbox-kp")
+    assert visible() == ["pfwillow test published:bbox-kp"]
+
+
+def test_plots_follow_the_rows_and_say_their_numbers(opened):
+    def figures():
+        section = opened.find_elements("css selector", "main section")[1]
+        return {
+            f.find_element("css selector", "figcaption").text: f
+            for f in section.find_elements("css selector", "figure")
+        }
+
+    titles = ["PCK @0.1 by category", "PCK @0.1 by difficulty", "PCK @0.1 against cost (ms / pair)"]
+    assert list(figures()) == titles
+    bars = figures()[titles[0]]
+    assert len(bars.find_elements("css selector", "svg[role=img] rect")) == 4 * 4  # four rows are ticked at first
+    assert bars.find_element("css selector", "svg[role=img]").get_attribute("aria-label")
+    opened.find_elements("css selector", "main section")[1].find_elements("css selector", "tbody input")[0].click()
+    bars = figures()[titles[0]]
+    assert len(bars.find_elements("css selector", "svg[role=img] rect")) == 3 * 4
+    bars.find_element("css selector", "summary").click()
+    cells = [td.text for td in bars.find_elements("css selector", "tbody tr:first-child td")]
+    assert cells == ["75.0", "70.0", "66.0"]  # fish, two below the mean over three seeds
+    points = figures()[titles[2]].find_elements("css selector", "svg[role=img] > path")
+    assert len(points) == 11
+    opened.find_element("css selector", "#cost option[value=params_head]").click()
+    opened.find_element("css selector", "#alpha option[value='0.05']").click()
+    assert list(figures())[2] == "PCK @0.05 against cost (head, M)"
+
+
+UNNAMED = """
+const all = what => [...document.querySelectorAll(what)], none = (e, what) => !e.getAttribute(what);
+const tables = "main section > .scroll";
+return {
+  controls: all("select, input").filter(e => !e.labels.length && none(e, "aria-label")).length,
+  tables: all(`${tables} > table`).filter(e => none(e, "aria-labelledby")).length,
+  heads: all(`${tables} thead th`).filter(e => e.scope !== "col").length,
+  rows: all(`${tables} tbody tr`).filter(e => !e.querySelector("th[scope=row]")).length,
+  pictures: all("figure > .scroll > svg").filter(e => e.role !== "img" || none(e, "aria-label")).length,
+  outside: all("[src], link[rel=stylesheet]").length,
+};
+"""
+COLOURS = """
+const of = (what, kind) => getComputedStyle(document.querySelector(what))[kind].match(/[\\d.]+/g).map(Number);
+return [of("section", "backgroundColor"), ...arguments[0].map(what => of(what, "color"))];
+"""
+
+
+def luminance(rgb):
+    """WCAG's relative luminance of a colour of 0 to 255."""
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in (value / 255 for value in rgb)]
+    return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_it_can_be_read_without_looking(opened):
+    """Every control has a label, every table real heads of rows and columns, every picture words instead."""
+    assert set(opened.execute_script(UNNAMED).values()) == {0}
+    assert opened.execute_script("return document.documentElement.lang") == "en"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_has_a_light_and_a_dark_face_that_can_be_read(opened, scheme, tmp_path):
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    texts = ["h2", "tbody td", "thead button", ".study", ".legend li", "summary"]
+    card, *inks = map(luminance, opened.execute_script(COLOURS, texts))
+    assert (card > 0.5) == (scheme == "light")
+    for text, ink in zip(texts, inks, strict=True):
+        assert (max(ink, card) + 0.05) / (min(ink, card) + 0.05) >= 4.5, f"{text} is too pale to be read"
+    assert opened.save_screenshot(str(tmp_path / f"{scheme}.png"))
+    assert (tmp_path / f"{scheme}.png").stat().st_size > 50_000
