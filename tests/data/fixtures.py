@@ -94,6 +94,58 @@ def write_spair(root: Path, colon: str = ":") -> dict[str, list[dict]]:
     return written
 
 
+def write_spair_u(root: Path, inside: str = "SPair-U/PairAnnotation") -> list[dict]:
+    """SPair-U beside the images of `write_spair`: 3 pairs, the second of which shares no keypoint."""
+    planes, cats = list(SPAIR_KPS)[:3], list(SPAIR_KPS)[3:]
+    written = [
+        spair_annotation(planes[1], planes[2], 1, 2) | {"src_kps": [[3, 4], [5, 6]], "trg_kps": [[7, 8], [9, 10]]},
+        spair_annotation(planes[2], planes[0], 2, 0),
+        spair_annotation(*cats, 4, 1) | {"src_kps": [[11, 12]], "trg_kps": [[13, 14]]},
+    ]
+    folder = root / inside / "test"
+    folder.mkdir(parents=True)
+    for pair in reversed(written):
+        (folder / f"{pair['filename']}.json").write_text(json.dumps(pair))
+    return written
+
+
+AP10K_ANIMALS = {  # image -> (size, box as left, top, width, height)
+    "Bovidae/antelope/000000000007": ((60, 40), [5, 4, 50, 30]),
+    "Bovidae/antelope/000000000012": ((50, 50), [0, 0, 49.5, 40]),
+    "Bovidae/bison/000000000101": ((40, 64), [2.5, 3, 30, 60]),
+    "Canidae/dog/000000000205": ((48, 48), [1, 1, 20, 40]),
+}
+
+
+def write_ap10k(root: Path) -> dict[str, list[list[int]]]:
+    """AP-10K as GeoAware-SC's notebook leaves it: a pair for each subset. Returns the keypoints (x, y, v) by image."""
+    home, random, kps = root / "ap-10k", np.random.default_rng(0), {}
+    for image, ((w, h), box) in AP10K_ANIMALS.items():
+        points = np.column_stack([random.integers(0, w, 17), random.integers(0, h, 17), random.choice([0, 2], 17)])
+        points[points[:, 2] == 0] = 0
+        points[:3, 2] = 2  # three are seen everywhere
+        kps[image] = points.tolist()
+        draw(home / "JPEGImages" / f"{image}.jpg", (w, h))
+        note = {"id": int(image[-12:]), "width": w, "height": h, "bbox": box, "keypoints": points.ravel().tolist()}
+        path = home / "ImageAnnotation" / f"{image}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(note | {"num_keypoints": int((points[:, 2] > 0).sum())}))
+    images = list(AP10K_ANIMALS)
+    for folder, (src, trg), category in (
+        ("trn", (images[1], images[0]), "antelope"),
+        ("test", (images[0], images[1]), "antelope"),
+        ("test_cross_species", (images[1], images[2]), "Bovidae"),
+        ("test_cross_family", (images[3], images[2]), "all"),
+    ):
+        name = f"{src.rpartition('/')[2]}-{trg.rpartition('/')[2]}:{category}.json"
+        paths = {
+            f"{side}_json_path": f"data/ap-10k/ImageAnnotation/{i}.json" for side, i in (("src", src), ("trg", trg))
+        }
+        (home / "PairAnnotation" / folder).mkdir(parents=True)
+        (home / "PairAnnotation" / folder / name).write_text(json.dumps(paths, indent=4))
+    return kps
+
+
 NAN = float("nan")
 PASCAL_KPS = {  # image -> (category, size, keypoints of which some are absent, box)
     "2008_000010": ("car", (60, 40), [[10, 10], [NAN, NAN], [30, 20], [50, 30]], [5, 5, 55, 35]),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures import write_spair
+from fixtures import write_spair, write_spair_u
 
 from corrzoo.data import create_dataset
 from corrzoo.types import ZooError
@@ -141,3 +141,30 @@ def test_missing_image_is_found_at_the_start_and_after_caching(tmp_path: Path) -
     (tmp_path / "SPair-71k" / "JPEGImages" / "cat" / "2009_000005.jpg").unlink()
     with pytest.raises(ZooError, match=r"no image .*cat.2009_000005\.jpg"):
         create_dataset("spair71k", tmp_path, "trn")
+
+
+@pytest.mark.parametrize(
+    "inside", ["SPair-U/PairAnnotation", "SPair-71k/ExtraPairAnnotation", "SPair-U/ExtraPairAnnotation"]
+)
+def test_spair_u_has_spairs_images_and_its_own_keypoints(tmp_path: Path, inside: str) -> None:
+    write_spair(tmp_path)
+    first, _, third = write_spair_u(tmp_path, inside)
+    dataset = create_dataset("spair71k_u", tmp_path, "test", size=32)
+    assert len(dataset) == 2  # a pair without a keypoint in common has no PCK
+    for i, pair in enumerate((first, third)):
+        record = dataset.record(i)
+        assert record.src_kps.tolist() == pair["src_kps"] and record.trg_kps.tolist() == pair["trg_kps"]
+        assert record.src_path == tmp_path / "SPair-71k" / "JPEGImages" / pair["category"] / pair["src_imname"]
+        assert (
+            record.trg_box.tolist() == pair["trg_bndbox"] and record.flags["viewpoint"] == pair["viewpoint_variation"]
+        )
+    assert torch.equal(dataset[1].src_img, create_dataset("spair71k", tmp_path, "test", size=32)[2].src_img)
+
+
+def test_spair_u_is_a_test_set_whose_absence_is_one_line(tmp_path: Path) -> None:
+    write_spair(tmp_path)
+    with pytest.raises(ZooError, match=r"no .*SPair-U/PairAnnotation/test .*SPair-U\.zip") as error:
+        create_dataset("spair71k_u", tmp_path, "test")
+    assert "\n" not in str(error.value)
+    with pytest.raises(ZooError, match="spair71k_u has no split 'trn'"):
+        create_dataset("spair71k_u", tmp_path, "trn")

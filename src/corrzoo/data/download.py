@@ -89,6 +89,7 @@ SOURCES: dict[str, tuple[str, list[Part]]] = {
     "voc_warps": ("VOC2012", [Part(_VOC, _VOC.rpartition("/")[2], prefix="VOCdevkit/VOC2012/", checksum=_VOC_MD5)]),
 }
 """Dataset -> its folder under `root`, and the files that make it up."""
+SOURCES["spair71k_u"] = SOURCES["spair71k"]  # its images; the annotations' archive is not one that we have seen
 
 
 def download(name: str, root: str | Path) -> Path:

@@ -22,7 +22,7 @@ class PairsDataModule(LightningDataModule):
         train: Dataset whose training split is learnt from, a name of `list_datasets()`.
         val: Dataset whose validation split is scored while training; the training dataset when not given.
         test: Datasets whose test splits are scored by `lightning test` and matched by `lightning predict`.
-        root: Folder that holds `SPair-71k/`, `PF-PASCAL/`, `PF-WILLOW/` and `Caltech-101/`.
+        root: Folder that holds `SPair-71k/`, `PF-PASCAL/`, `PF-WILLOW/`, `Caltech-101/`, `ap-10k/`, as far as needed.
         size: Side of the square network image in pixels, or [H, W].
         batch_size: Pairs in a step, over all processes together.
         workers: Processes that read images, for each training process.
@@ -70,7 +70,7 @@ class PairsDataModule(LightningDataModule):
         """Fetch the datasets that the coming stage reads and that are not there."""
         for name, _ in self._wanted(None):
             folder = DATASETS[name].folder
-            if self.hparams.download and folder and not (Path(self.hparams.root) / folder).exists():
+            if self.hparams.download and name in downloads.SOURCES and not (Path(self.hparams.root) / folder).exists():
                 downloads.download(name, self.hparams.root)
 
     def setup(self, stage: str) -> None:

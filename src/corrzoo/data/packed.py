@@ -35,11 +35,12 @@ class PackedImages:
 
     def __init__(self, path: Path, count: int, size: Size) -> None:
         self.path, self.count, self.size = path, count, size
-        self._pixels = np.memmap(path, np.uint8, "r", shape=(count, 3, *size))
+        # np.asarray: a memmap's own indexing takes longer than to copy an image
+        self._pixels = np.asarray(np.memmap(path, np.uint8, "r", shape=(count, 3, *size)))
 
     def __getitem__(self, number: int) -> Tensor:
         """A copy of image `number`, (3, H, W) uint8."""
-        return torch.from_numpy(np.array(self._pixels[number]))
+        return torch.from_numpy(self._pixels[number].copy())
 
     def __reduce__(self) -> tuple[object, ...]:
         """A worker that is started with a copy of the dataset maps the file, and is not sent the pixels."""

@@ -1,6 +1,7 @@
 """Datasets of annotated image pairs: records in original pixels, samples at network size."""
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -203,6 +204,8 @@ class FolderDataset(PairDataset):
 
     holds: ClassVar[str]
     """What the folder must hold, for the error that says so."""
+    origin: ClassVar[str] = "fetch the dataset with download=true (--data.download true) where there is a network"
+    """Where it comes from, for the same error."""
 
     def __init__(self, root: str | Path, split: str, size: int | Size = 224, **options: Any) -> None:
         super().__init__(root, split, size, **options)
@@ -230,11 +233,10 @@ class FolderDataset(PairDataset):
         for path in paths:
             if path.exists():
                 return path
-        others = f" (nor {', '.join(str(path.relative_to(self.home)) for path in paths[1:])})" if paths[1:] else ""
+        others = f" (nor {', '.join(os.path.relpath(path, self.home) for path in paths[1:])})" if paths[1:] else ""
         raise ZooError(
-            f"{self.name}: no {paths[0]}{others}: put {self.holds} into {self.home}, or fetch the dataset with "
-            "download=true (--data.download true) where there is a network, or run without data by adding "
-            "--config zoo_configs/demo.yaml"
+            f"{self.name}: no {paths[0]}{others}: put {self.holds} into {self.home}, or {self.origin}, or run without "
+            "data by adding --config zoo_configs/demo.yaml"
         )
 
     def __len__(self) -> int:

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from corrzoo.data.index import read_box, read_points
 from corrzoo.data.pairs import DATASETS, FolderDataset
@@ -30,7 +30,7 @@ class SPair71k(FolderDataset):
     name = "spair71k"
     folder = "SPair-71k"
     holds = "JPEGImages, PairAnnotation and Layout"
-    splits = ("trn", "val", "test")
+    splits: ClassVar[tuple[str, ...]] = ("trn", "val", "test")
     categories = CATEGORIES
 
     def __init__(
@@ -90,3 +90,30 @@ class SPair71k(FolderDataset):
             raise
         except (KeyError, TypeError, ValueError) as error:
             raise ZooError(f"{where}: not an annotation of SPair-71k ({error!r}): fetch it again") from error
+
+
+@DATASETS.register("spair71k_u")
+class SPairU(SPair71k):
+    """SPair-U (Mariotti et al., "Jamais Vu", 2025): SPair-71k's test pairs with keypoints that no training pair has.
+
+    Its annotations are SPair-71k's in form and name images of SPair-71k. They are found beside `SPair-71k/`, in
+    `SPair-U/PairAnnotation/test`, or in `SPair-71k/ExtraPairAnnotation/test`, where the authors' code looks for them.
+    There is no list: all files count, by name. Pairs whose images share no keypoint have no PCK and are left out.
+    """
+
+    name = "spair71k_u"
+    holds = "JPEGImages of SPair-71k, and SPair-U's annotations as ExtraPairAnnotation/test,"
+    origin = "unpack https://groups.inf.ed.ac.uk/hbilen-data/data/JamaisVuData/SPair-U.zip beside it"
+    splits = ("test",)
+
+    def sources(self) -> list[Path]:
+        images = self.need(self.home / "JPEGImages")
+        beside = [self.home.parent / "SPair-U" / name / "test" for name in ("PairAnnotation", "ExtraPairAnnotation")]
+        self._annotations = self.need(*beside, self.home / "ExtraPairAnnotation" / "test")
+        return [self._annotations, *filter(Path.is_dir, (images / name for name in CATEGORIES))]
+
+    def read(self) -> Iterator[tuple[str, Record]]:
+        for path in sorted(self._annotations.glob("*.json")):
+            record = self._read_pair(path)
+            if len(record.src_kps) or len(record.trg_kps):
+                yield str(path), record

@@ -1,0 +1,70 @@
+"""The AP-10K reader against the annotations as they were written."""
+
+from pathlib import Path
+
+import pytest
+from fixtures import AP10K_ANIMALS, write_ap10k
+
+from corrzoo.data import create_dataset
+from corrzoo.types import ZooError
+
+IMAGES = list(AP10K_ANIMALS)
+
+
+@pytest.mark.parametrize(
+    "split, subset, src, trg, category",
+    [
+        ("train", "intra-species", 1, 0, "antelope"),
+        ("test", "intra-species", 0, 1, "antelope"),
+        ("test", "cross-species", 1, 2, "Bovidae"),
+        ("test", "cross-family", 3, 2, "all"),
+    ],
+)
+def test_records_are_the_annotations(
+    tmp_path: Path, split: str, subset: str, src: int, trg: int, category: str
+) -> None:
+    kps = write_ap10k(tmp_path)
+    dataset = create_dataset("ap10k", tmp_path, split, size=32, subset=subset)
+    record = dataset.record(0)
+    assert len(dataset) == 1 and record.category == category and dataset.categories == [category]
+    both = [(a, b) for a, b in zip(kps[IMAGES[src]], kps[IMAGES[trg]], strict=True) if a[2] and b[2]]
+    assert 3 <= len(both) < 17
+    for side, number, points in (("src", src, [a[:2] for a, _ in both]), ("trg", trg, [b[:2] for _, b in both])):
+        size, (x, y, w, h) = AP10K_ANIMALS[IMAGES[number]]
+        assert getattr(record, f"{side}_kps").tolist() == points
+        assert getattr(record, f"{side}_box").tolist() == [x, y, x + w, y + h]
+        assert getattr(record, f"{side}_size") == size
+        assert getattr(record, f"{side}_path") == tmp_path / "ap-10k" / "JPEGImages" / f"{IMAGES[number]}.jpg"
+    assert dataset[0].src_img.shape == (3, 32, 32)
+
+
+def test_an_annotation_that_changes_is_read_again(tmp_path: Path) -> None:
+    write_ap10k(tmp_path)
+    before = create_dataset("ap10k", tmp_path, "test").record(0).trg_box
+    path = tmp_path / "ap-10k" / "ImageAnnotation" / f"{IMAGES[1]}.json"
+    path.write_text(path.read_text().replace("49.5", "44.25"))
+    after = create_dataset("ap10k", tmp_path, "test").record(0).trg_box
+    assert (before[2], after[2]) == (49.5, 44.25)
+
+
+def test_what_is_wrong_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ZooError, match=r"put JPEGImages, ImageAnnotation and PairAnnotation into .*prepare_ap10k"):
+        create_dataset("ap10k", tmp_path, "test")
+    write_ap10k(tmp_path)
+    with pytest.raises(ZooError, match="no subset 'cross-specie': did you mean 'cross-species'"):
+        create_dataset("ap10k", tmp_path, "test", subset="cross-specie")
+    with pytest.raises(ZooError, match="cross-family has no training pairs"):
+        create_dataset("ap10k", tmp_path, "trn", subset="cross-family")
+    path = tmp_path / "ap-10k" / "ImageAnnotation" / f"{IMAGES[1]}.json"
+    whole = path.read_text()
+    for text, message in (
+        (whole.replace("bbox", "box"), r"000000000012\.json: not an annotation of AP-10K \(KeyError\('bbox'\)\)"),
+        (whole.replace("49.5", "59.5"), r"target box \[0\.0, 0\.0, 59\.5, 40\.0\] is not .* in its 50x50 image"),
+        (whole[:40], r"000000000012\.json: not an annotation"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ZooError, match=message):
+            create_dataset("ap10k", tmp_path, "test")
+    path.unlink()
+    with pytest.raises(ZooError, match=r"no annotation .*000000000012\.json"):
+        create_dataset("ap10k", tmp_path, "test")
