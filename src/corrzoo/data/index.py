@@ -220,28 +220,39 @@ def fingerprint(sources: list[Path], salt: str = "") -> str:
     digest = hashlib.blake2b(f"{FORMAT}{salt}".encode(), digest_size=16)
     for source in sources:
         try:
-            states = _folder_states(source) if source.is_dir() else [("", source.stat())]
+            names, numbers = _states(source)
         except FileNotFoundError as error:
             raise ZooError(
                 f"no file {error.filename} in {source.parent}: restore it, or fetch the dataset again"
             ) from None
-        files = [(name, state.st_size, state.st_mtime_ns) for name, state in states if stat.S_ISREG(state.st_mode)]
-        digest.update(f"{source}{files}\n".encode(errors="surrogateescape"))
+        digest.update("/".join([str(source), *names]).encode(errors="surrogateescape"))
+        digest.update(np.array(numbers, dtype=np.int64).tobytes())
     return digest.hexdigest()
 
 
-def _folder_states(folder: Path) -> list[tuple[str, os.stat_result]]:
-    """By name. Asked relative to the opened folder, which takes half the time for SPair-71k's 53,340 annotations."""
-    opened, states = os.open(folder, os.O_RDONLY), []
+def _states(source: Path) -> tuple[list[str], list[int]]:
+    """Names, and sizes and times one after the other, of a file or of the files in a folder.
+
+    Those in a folder are asked relative to it, once opened: for SPair-71k's 53,340 annotations in half the time.
+    """
+    if not source.is_dir():
+        state = source.stat()
+        return [], [state.st_size, state.st_mtime_ns]
+    names: list[str] = []
+    numbers: list[int] = []
+    opened = os.open(source, os.O_RDONLY)
     try:
         for name in sorted(os.listdir(opened)):
             try:
-                states.append((name, os.stat(name, dir_fd=opened)))
+                state = os.stat(name, dir_fd=opened)
             except FileNotFoundError:  # a link to nowhere, such as editors leave, is not a file
                 continue
+            if stat.S_ISREG(state.st_mode):
+                names.append(name)
+                numbers += (state.st_size, state.st_mtime_ns)
     finally:
         os.close(opened)
-    return states
+    return names, numbers
 
 
 def _load(path: Path, state: str) -> Table | None:
