@@ -254,7 +254,9 @@ class MatchImages(Callback):
                 src_img, trg_img, *points, kept(right), kept(asked.trg_kps), titles
             ),
             "warp": lambda: visualize.draw_warps(src_img, trg_img, *points, titles),
-            "flow": lambda: visualize.draw_flow(src_img, list(module(asked.src_img, asked.trg_img).flow.cpu()), titles),
+            "flow": lambda: visualize.draw_flow(
+                src_img, list(module(asked.src_img, asked.trg_img).flow.float().cpu()), titles
+            ),
             "heat": heat,
             "foreground": lambda: visualize.draw_foreground(
                 src_img, list(module.foreground_maps(asked.src_img, asked.trg_img)), titles
@@ -331,7 +333,7 @@ def breakdown_table(
         within = "point" if "point" in average else "image"
         columns = [(f"@{a:g}", f"pck@{a:g}/{within}", f"pck@{a:g}") for a in metric.alphas]
     else:
-        title, columns = f"Label transfer on {name} (%)", [(key.replace("_", " "), key, key) for key in values]
+        title, columns = f"Label transfer on {name} (%)", [(_heading(key), key, key) for key in values]
     table = Table(title=title)
     for column in ("category", "pairs", *(heading for heading, _, _ in columns)):
         table.add_column(column, justify="left" if column == "category" else "right")
@@ -341,6 +343,11 @@ def breakdown_table(
     pairs = sum(row["pairs"] for row in breakdown["category"].values())
     table.add_row("all", str(pairs), *(f"{values[key]:.1f}" for _, _, key in columns))
     return table
+
+
+def _heading(key: str) -> str:
+    """`lt_acc_polygon` as the field writes it."""
+    return key.replace("lt_acc_", "LT-ACC ").replace("iou_", "IoU ")
 
 
 def writable(folder: Path) -> Path:

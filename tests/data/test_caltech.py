@@ -113,6 +113,6 @@ def test_lightning_test_scores_label_transfer_in_both_readings(tmp_path: Path, c
         assert result["breakdown"]["category"][category] == pytest.approx({"pairs": 1} | want)
     assert model.scores == pytest.approx({f"test/{key}": value for key, value in means.items()})
     printed = capsys.readouterr().out
-    assert "Label transfer on caltech101" in printed and f"{means['iou_mask']:.1f}" in printed
+    assert "Label transfer on caltech101" in printed and "IoU mask" in printed and f"{means['iou_mask']:.1f}" in printed
     with pytest.raises(ZooError, match="caltech101 has no keypoints"):
         trainer.predict(model, data)
