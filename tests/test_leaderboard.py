@@ -92,6 +92,13 @@ def test_a_row_is_called_by_its_label_or_by_what_is_unusual_about_it(board):
     assert [row.variant for row in ranking.rows] == ["", "", "stride=4", "floor"]
 
 
+def test_two_budgets_are_told_apart(board):
+    learnt = {"dataset": "spair71k", "batch_size": 16, "max_epochs": 20, "steps": 200, "seed": 0}
+    (ranking,) = board(result(60), result(70, trained=learnt, device="a GPU"))
+    assert [row.variant for row in ranking.rows] == ["max_epochs=20", "max_epochs=10"]
+    assert columns(ranking)[-1].title == "device"
+
+
 def test_what_was_learnt_from(board):
     (ranking,) = board(
         result(60),

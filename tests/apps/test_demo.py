@@ -18,13 +18,19 @@ from corrzoo.types import ZooError
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
-@pytest.fixture
-def server():
-    """A page on a free port, whose matcher answers the same relative position or what looks alike."""
+@pytest.fixture(scope="module")
+def parts():
+    """A small matcher and a drawn image."""
     torch.manual_seed(0)
     matcher = corrzoo.create_matcher("Baseline", "timm/test_vit.r160_in1k", "random", stride=8, query="features")
     matcher.image_size = 96
-    image = demo.drawn_pair()[0]
+    return matcher, demo.drawn_pair()[0]
+
+
+@pytest.fixture
+def server(parts):
+    """A page on a free port, with an image and its enlargement."""
+    matcher, image = parts
     with demo.Server(matcher, image, image.resize((240, 200))) as running:
         thread = threading.Thread(target=running.serve_forever, args=[0.02])
         thread.start()

@@ -13,8 +13,13 @@ from typing import Any, Literal, NamedTuple
 
 from corrzoo.leaderboard.results import Ranking, Row, Spread
 
-COSTS = {"ms_per_pair": "ms / pair", "params_head": "head, M", "params_backbone": "backbone, M", "peak_memory_mb": "MB"}
-FORMS = {"ms": ",.1f", "pa": ",.2f", "pe": ",.0f"}
+COSTS = {
+    "ms_per_pair": ("ms / pair", ",.1f"),
+    "params_head": ("head, M", ",.2f"),
+    "params_backbone": ("backbone, M", ",.2f"),
+    "peak_memory_mb": ("MB", ",.0f"),
+}
+"""A row's costs: their column's title, and how a number is written."""
 
 
 class Column(NamedTuple):
@@ -45,8 +50,10 @@ def columns(ranking: Ranking) -> list[Column]:
     for what, title, form in (("pck", "PCK", ""), ("published", "published", ".1f")):
         out += [Column(f"{title} @{a:.2f}", _item(what, a), "pck", form) for a in ranking.alphas]
     out += [Column(f"difference @{a:.2f}", _difference(a), "number", "+.1f") for a in ranking.alphas]
-    out += [Column(title, _item("costs", key), "number", FORMS[key[:2]]) for key, title in COSTS.items()]
+    out += [Column(title, _item("costs", key), "number", form) for key, (title, form) in COSTS.items()]
     out += [Column("source", attrgetter("source"))]
+    if len({row.device for row in ranking.rows}) > 1:  # then no time compares with another
+        out.append(Column("device", attrgetter("device")))
     return [column for column in out if any(column.text(row) for row in ranking.rows)]
 
 
@@ -70,7 +77,7 @@ def to_markdown(rankings: Sequence[Ranking]) -> str:
     for ranking in rankings:
         lines += [f"### {ranking.study}", ""] if ranking.study != study else []
         study, shown = ranking.study, [c for c in columns(ranking) if c.title not in ("backbone, M", "MB")]
-        lines += [f"{title_of(ranking)}" + (f" (flaw: {ranking.flaw})" if ranking.flaw else ""), ""]
+        lines += [title_of(ranking) + (f" (flaw: {ranking.flaw})" if ranking.flaw else ""), ""]
         lines += ["| # | " + " | ".join(column.title for column in shown) + " |"]
         lines += ["|--:|" + "|".join("---" if column.kind == "text" else "--:" for column in shown) + "|"]
         for place, row in enumerate(ranking.rows, 1):
@@ -146,7 +153,8 @@ def to_html(rankings: Sequence[Ranking]) -> str:
         for ranking in rankings
     ]
     tables = "\n".join(_section(i, ranking) for i, ranking in enumerate(rankings))
-    content = {"tables": tables, "costs": json.dumps(COSTS), "data": json.dumps(data).replace("<", "\\u003c")}
+    titles = json.dumps({key: title for key, (title, _) in COSTS.items()})
+    content = {"tables": tables, "costs": titles, "data": json.dumps(data).replace("<", "\\u003c")}
     return re.sub(r"\{\{(\w+)\}\}", lambda found: content[found[1]], page)
 
 

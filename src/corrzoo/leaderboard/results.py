@@ -174,7 +174,7 @@ def _identity(result: dict[str, Any]) -> str:
 
 
 def _variants(runs: Sequence[dict[str, Any]]) -> list[str]:
-    """A run's label; without one, those of its options that most unlabelled runs of its head and backbone have not."""
+    """A run's label; without one, what of it is not so in most unlabelled runs of its head and backbone."""
     usual: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
     for run in runs:
         for name, value in _options(run) if not run.get("label") else ():
@@ -188,8 +188,9 @@ def _variants(runs: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _options(run: dict[str, Any]) -> list[tuple[str, str]]:
-    apart = ("backbone", "protocol", "alphas")  # have columns of their own
-    return [(name, str(value)) for name, value in run.get("options", {}).items() if name not in apart]
+    apart = ("backbone", "protocol", "alphas", "dataset", "seed", "steps")  # are shown otherwise, or say nothing
+    said = {"precision": run.get("precision")} | (run.get("trained") or {}) | run.get("options", {})
+    return [(name, str(value)) for name, value in said.items() if name not in apart]
 
 
 def _row(seeds: Sequence[dict[str, Any]], variant: str, papers: Sequence[dict[str, str]]) -> Row:
