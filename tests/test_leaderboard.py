@@ -51,9 +51,13 @@ def board(tmp_path):
 def test_runs_that_differ_in_their_seed_alone_are_one_row(board):
     (ranking,) = board(result(50, 0), result(54, 1), result(58, 2), result(70, 0, head="ACTR"))
     first, second = ranking.rows
-    assert (first.head, first.runs, first.pck[0.1]) == ("ACTR", 1, Spread(70.0, None))
-    assert (second.runs, second.pck[0.1].mean, second.pck[0.1].deviation) == (3, 54.0, pytest.approx(sqrt(32 / 2)))
-    assert second.pck[0.05].mean == 27.0 and str(second.pck[0.05]) == "27.0 ± 2.0"
+    assert (first.head, first.runs, first.measured["PCK @0.1"]) == ("ACTR", 1, Spread(70.0, None))
+    assert (second.runs, second.measured["PCK @0.1"].mean, second.measured["PCK @0.1"].deviation) == (
+        3,
+        54.0,
+        pytest.approx(sqrt(32 / 2)),
+    )
+    assert second.measured["PCK @0.05"].mean == 27.0 and str(second.measured["PCK @0.05"]) == "27.0 ± 2.0"
     assert second.costs == {"ms_per_pair": 11.0, "peak_memory_mb": 900, "params_head": 1e-6, "params_backbone": 86.6}
 
 
@@ -158,15 +162,27 @@ def test_the_headline_ranks(board):
     one, other = result(head="A"), result(head="B")
     one["pck"], other["pck"] = {"pck@0.05": 30.0, "pck@0.1": 40.0}, {"pck@0.05": 10.0, "pck@0.1": 60.0}
     (ranking,) = board(one, other)
-    assert ranking.headline == 0.1 and [row.head for row in ranking.rows] == ["B", "A"]
+    assert ranking.headline == "PCK @0.1" and [row.head for row in ranking.rows] == ["B", "A"]
 
 
 def test_groups_are_averaged_over_the_seeds(board):
     (ranking,) = board(result(50, 0), result(60, 1))
     assert ranking.rows[0].groups == {
-        group: {0.05: 27.5, 0.1: 55.0}
+        group: {"PCK @0.05": 27.5, "PCK @0.1": 55.0}
         for group in (("category", "bus"), ("category", "cat"), ("scale", "easy"), ("scale", "hard"))
     }
+
+
+def test_label_transfer_is_ranked_by_its_own_measures(board):
+    scores = {"lt_acc_polygon": 88.0, "iou_polygon": 60.0, "lt_acc_mask": 87.0, "iou_mask": 61.0}
+    how = {"protocol": "label-transfer", "alphas": [], "flaw": None, "dataset": "caltech101", "label_transfer": scores}
+    one = result(breakdown={"category": {"ant": {"pairs": 15} | scores}}, **how)
+    del one["pck"]
+    pck, transfer = sorted(board(one, result()), key=lambda ranking: ranking.dataset, reverse=True)
+    assert transfer.measures == ["LT-ACC polygon", "IoU polygon", "LT-ACC mask", "IoU mask"]
+    assert transfer.headline == "IoU mask" and transfer.rows[0].measured["IoU mask"].mean == 61.0
+    assert transfer.rows[0].groups["category", "ant"]["LT-ACC polygon"] == 88.0
+    assert "| IoU mask |" in to_markdown([transfer]) and "IoU" not in to_markdown([pck])
 
 
 # ---------------------------------------------------------------- published numbers
@@ -175,11 +191,11 @@ def test_groups_are_averaged_over_the_seeds(board):
 def test_a_published_number_stands_beside_the_measured_one_of_the_same_thing(board):
     (ranking,) = board(result(80.0), papers=read_papers(PAPERS))
     (row,) = ranking.rows
-    assert row.published == {0.01: 7.0, 0.05: 58.6, 0.1: 78.2} and row.source == "vitsc, Table 1"
-    assert row.difference(0.1) == pytest.approx(1.8) and row.difference(0.05) == pytest.approx(40 - 58.6)
-    assert row.difference(0.01) is None
+    assert row.published == {"PCK @0.01": 7.0, "PCK @0.05": 58.6, "PCK @0.1": 78.2} and row.source == "vitsc, Table 1"
+    assert row.difference("PCK @0.1") == pytest.approx(1.8) and row.difference("PCK @0.05") == pytest.approx(40 - 58.6)
+    assert row.difference("PCK @0.01") is None
     titles = [column.title for column in columns(ranking)]
-    assert {"PCK @0.10", "published @0.10", "difference @0.10"} <= set(titles)
+    assert {"PCK @0.1", "published @0.1", "difference @0.1"} <= set(titles)
 
 
 @pytest.mark.parametrize(
@@ -199,13 +215,13 @@ def test_a_published_number_stands_beside_the_measured_one_of_the_same_thing(boa
 )
 def test_of_another_thing_none_does(board, change):
     (ranking,) = board(result(80.0, **change), papers=read_papers(PAPERS))
-    assert ranking.rows[0].published == {} and ranking.rows[0].difference(0.1) is None
+    assert ranking.rows[0].published == {} and ranking.rows[0].difference("PCK @0.1") is None
     assert not any(column.title.startswith(("published", "difference")) for column in columns(ranking))
 
 
 def test_an_untrained_model_is_compared_with_an_untrained_one(board):
     (ranking,) = board(result(40.0, trained=None, checkpoint=None), papers=read_papers(PAPERS))
-    assert ranking.rows[0].published == {0.01: 1.3, 0.05: 20.2, 0.1: 40.6}
+    assert ranking.rows[0].published == {"PCK @0.01": 1.3, "PCK @0.05": 20.2, "PCK @0.1": 40.6}
 
 
 def test_an_ablation_is_known_by_the_name_of_its_config(board):
@@ -214,21 +230,25 @@ def test_an_ablation_is_known_by_the_name_of_its_config(board):
         result(81.0, head="ViTSC"),
         papers=read_papers(PAPERS),
     )
-    assert [row.published[0.1] for row in ranking.rows] == [81.8, 80.5]
+    assert [row.published["PCK @0.1"] for row in ranking.rows] == [81.8, 80.5]
 
 
 def test_published_rankings_hold_nothing_measured():
     rankings = {(ranking.dataset, ranking.protocol): ranking for ranking in rank_papers(read_papers(PAPERS))}
     spair = rankings["spair71k", "published:bbox"]
-    assert not any(row.pck or row.runs for ranking in rankings.values() for row in ranking.rows)
+    assert not any(row.measured or row.runs for ranking in rankings.values() for row in ranking.rows)
     assert not any(column.title.startswith("PCK") for column in columns(spair))
     best = spair.rows[0]
-    assert (best.head, best.resolution, best.published) == ("ViTSC", "448", {0.01: 19.6, 0.05: 76.0, 0.1: 86.6})
-    assert best.groups["category", "bus"] == {0.1: 92.0} and best.costs["params_head"] == 3.9
+    assert (best.head, best.resolution, best.published) == (
+        "ViTSC",
+        "448",
+        {"PCK @0.01": 19.6, "PCK @0.05": 76.0, "PCK @0.1": 86.6},
+    )
+    assert best.groups["category", "bus"] == {"PCK @0.1": 92.0} and best.costs["params_head"] == 3.9
     (actr,) = [r for r in spair.rows if (r.head, r.backbone, r.resolution) == ("ACTR", "ibot_b16", "256")]
-    assert actr.published == {0.01: 4.3, 0.05: 42.0, 0.1: 62.1}  # three papers print parts of it
+    assert actr.published == {"PCK @0.01": 4.3, "PCK @0.05": 42.0, "PCK @0.1": 62.1}  # three papers print parts of it
     (sfnet,) = [r for r in spair.rows if r.backbone == "SFNet"]
-    assert sfnet.groups["occlusion", "both"] == {0.1: 26.9}
+    assert sfnet.groups["occlusion", "both"] == {"PCK @0.1": 26.9}
     assert len(rankings["pfwillow", "published:bbox"].rows) and len(rankings["pfwillow", "published:bbox-kp"].rows)
 
 
@@ -242,16 +262,16 @@ def test_markdown_leaves_empty_what_was_not_measured(board):
     ]
     names, _, first, second = table
     assert text.startswith("### study\n\nspair71k test, 10 pairs, default:bbox\n")
-    assert dict(zip(names, first, strict=True))["PCK @0.10"] == "82.0 ± 2.8"
+    assert dict(zip(names, first, strict=True))["PCK @0.1"] == "82.0 ± 2.8"
     assert dict(zip(names, second, strict=True)) == {
         **{"#": "2", "head": "GSF", "backbone": "dinov2_b14", "trained on": "spair71k", "px": "224", "runs": "1"},
-        **{"PCK @0.05": "30.0", "PCK @0.10": "60.0", "ms / pair": "", "head, M": "0.00"},
+        **{"PCK @0.05": "30.0", "PCK @0.1": "60.0", "ms / pair": "", "head, M": "0.00"},
     }
 
 
 def test_csv_has_every_number_once(board):
     rows = list(csv.DictReader(to_csv(board(result(80.0), papers=read_papers(PAPERS))).splitlines()))
-    (whole,) = [row for row in rows if row["alpha"] == "0.1" and not row["group"]]
+    (whole,) = [row for row in rows if row["measure"] == "PCK @0.1" and not row["group"]]
     assert (whole["measured"], whole["deviation"], whole["published"], whole["place"]) == ("80.0", "", "78.2", "1")
     assert float(whole["difference"]) == pytest.approx(1.8)
     assert {(row["group"], row["level"]) for row in rows} == {
@@ -315,7 +335,8 @@ def test_it_writes_and_checks(project, capsys):
         ("{", "Expecting property name"),
         ("[1]", "it holds a list"),
         ("{}", "it has no 'head'"),
-        (json.dumps(result() | {"pck": {"pck@0.05": 1.0}}), "it has no 'pck@0.1'"),
+        (json.dumps(result() | {"pck": {"pck@0.05": 1.0}}), "pck@0.1"),
+        (json.dumps(result() | {"pck": {"pck@0.05": "", "pck@0.1": 1.0}}), "its scores are no numbers"),
         (json.dumps(result() | {"breakdown": {"category": {"bus": {"pairs": 5}}}}), "pck@0.05/image"),
         (json.dumps(result() | {"breakdown": {"scale": {"9": {}}}}), "out of range"),
         (b"\xff\xfe", "codec can't decode"),

@@ -189,7 +189,7 @@ def test_plots_follow_the_rows_and_say_their_numbers(opened):
     points = figures()[titles[2]].find_elements("css selector", "svg[role=img] > path")
     assert len(points) == 11
     opened.find_element("css selector", "#cost option[value=params_head]").click()
-    opened.find_element("css selector", "#alpha option[value='0.05']").click()
+    opened.find_element("css selector", "#measure option[value='PCK @0.05']").click()
     assert list(figures())[2] == "PCK @0.05 against cost (head, M)"
 
 

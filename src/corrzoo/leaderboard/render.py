@@ -28,7 +28,7 @@ class Column(NamedTuple):
     title: str
     value: Callable[[Row], Any]
     """None, or an empty string, where nothing was measured or published."""
-    kind: Literal["text", "number", "pck"] = "text"
+    kind: Literal["text", "number", "score"] = "text"
     form: str = ""
 
     def text(self, row: Row) -> str:
@@ -47,9 +47,10 @@ def columns(ranking: Ranking) -> list[Column]:
     titles = {"head": "head", "backbone": "backbone", "variant": "variant", "trained": "trained on", "resolution": "px"}
     out = [Column(title, attrgetter(name)) for name, title in titles.items()]
     out += [Column("runs", lambda row: row.runs or None, "number")]
-    for what, title, form in (("pck", "PCK", ""), ("published", "published", ".1f")):
-        out += [Column(f"{title} @{a:.2f}", _item(what, a), "pck", form) for a in ranking.alphas]
-    out += [Column(f"difference @{a:.2f}", _difference(a), "number", "+.1f") for a in ranking.alphas]
+    short = {measure: measure.removeprefix("PCK ") for measure in ranking.measures}
+    out += [Column(measure, _item("measured", measure), "score") for measure in short]
+    out += [Column(f"published {name}", _item("published", m), "score", ".1f") for m, name in short.items()]
+    out += [Column(f"difference {name}", _difference(m), "number", "+.1f") for m, name in short.items()]
     out += [Column(title, _item("costs", key), "number", form) for key, (title, form) in COSTS.items()]
     out += [Column("source", attrgetter("source"))]
     if len({row.device for row in ranking.rows}) > 1:  # then no time compares with another
@@ -61,8 +62,8 @@ def _item(name: str, key: Any) -> Callable[[Row], Any]:
     return lambda row: getattr(row, name).get(key)
 
 
-def _difference(alpha: float) -> Callable[[Row], float | None]:
-    return lambda row: row.difference(alpha)
+def _difference(measure: str) -> Callable[[Row], float | None]:
+    return lambda row: row.difference(measure)
 
 
 def title_of(ranking: Ranking) -> str:
@@ -88,11 +89,11 @@ def to_markdown(rankings: Sequence[Ranking]) -> str:
 
 
 def to_latex(rankings: Sequence[Ranking]) -> str:
-    """A table for each ranking, the best PCK of a column in bold."""
+    """A table for each ranking, the best score of a column in bold."""
     lines = ["% \\usepackage{booktabs}"]
     for ranking in rankings:
         shown = columns(ranking)
-        best = {c.title: max(map(c.key, ranking.rows)) for c in shown if c.kind == "pck"}
+        best = {c.title: max(map(c.key, ranking.rows)) for c in shown if c.kind == "score"}
 
         def cell(column: Column, row: Row, best: dict[str, float] = best) -> str:
             text = re.sub(r"([&%$#_{}])", r"\\\1", column.text(row)).replace("±", "$\\pm$")
@@ -109,21 +110,19 @@ def to_latex(rankings: Sequence[Ranking]) -> str:
 
 
 def to_csv(rankings: Sequence[Ranking]) -> str:
-    """A line for each row of a ranking, tolerance and group of pairs: all, then each category and difficulty."""
+    """A line for each measured row, measure and group of pairs: all, then each category and difficulty."""
     lines = []
     for ranking in rankings:
         shared = {k: getattr(ranking, k) for k in "study dataset split protocol pairs options".split()}
         for place, row in enumerate(ranking.rows, 1):
             who = {k: getattr(row, k) for k in "head backbone variant trained resolution device".split()}
             who |= {"runs": row.runs or None} | {key: row.costs.get(key) for key in COSTS}
-            for alpha in ranking.alphas:
-                line = shared | {"place": place} | who | {"alpha": alpha, "group": "", "level": ""}
-                mean, deviation = row.pck.get(alpha, (None, None))
-                numbers = {"measured": mean, "deviation": deviation, "published": row.published.get(alpha)}
-                lines.append(line | numbers | {"difference": row.difference(alpha), "source": row.source})
+            for measure, (mean, deviation) in row.measured.items():
+                line = shared | {"place": place} | who | {"measure": measure, "group": "", "level": ""}
+                numbers = {"measured": mean, "deviation": deviation, "published": row.published.get(measure)}
+                lines.append(line | numbers | {"difference": row.difference(measure), "source": row.source})
                 for (group, level), found in row.groups.items():
-                    numbers = {"measured" if row.runs else "published": found.get(alpha)}
-                    lines.append(line | {"group": group, "level": level} | numbers)
+                    lines.append(line | {"group": group, "level": level, "measured": found[measure]})
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, lines[0], lineterminator="\n")
     writer.writeheader()
@@ -136,15 +135,12 @@ def to_html(rankings: Sequence[Ranking]) -> str:
     page = (files("corrzoo.leaderboard") / "page.html").read_text()
     data = [
         {
-            "headline": f"{ranking.headline:g}",
+            "headline": ranking.headline,
             "rows": [
                 {
-                    "variant": row.variant or row.source.split(",")[0] * (not row.pck),
-                    "pck": {f"{a:g}": v.mean for a, v in row.pck.items()}
-                    or {f"{a:g}": v for a, v in row.published.items()},
-                    "groups": [
-                        [*group, {f"{a:g}": v for a, v in found.items()}] for group, found in row.groups.items()
-                    ],
+                    "variant": row.variant or row.source.split(",")[0] * (not row.runs),
+                    "scores": {measure: spread.mean for measure, spread in row.measured.items()} or row.published,
+                    "groups": [[*group, found] for group, found in row.groups.items()],
                     "costs": row.costs,
                 }
                 for row in ranking.rows
@@ -187,5 +183,5 @@ def _cell(column: Column, row: Row) -> str:
         return f'<th scope="row">{text}</th>' if column.title == "head" else f"<td>{text}</td>"
     if not text:
         return '<td class="n" data-key=""></td>'
-    bar = f' bar" style="--v:{column.key(row):.1f}' if column.kind == "pck" else ""
+    bar = f' bar" style="--v:{column.key(row):.1f}' if column.kind == "score" else ""
     return f'<td class="n{bar}" data-key="{column.key(row)}">{text}</td>'

@@ -18,14 +18,20 @@ LEVELS = {
     "occlusion": ("none", "source", "target", "both"),
 }
 """What SPair-71k calls its difficulty flags 0, 1, ..."""
-NEEDED = {"head": str, "backbone": str, "dataset": str, "split": str, "protocol": str, "alphas": list, "pck": dict}
-"""What makes a JSON file a result."""
+NEEDED = {"head": str, "backbone": str, "dataset": str, "split": str, "protocol": str, "alphas": list}
+"""What makes a JSON file a result, beside its scores."""
+TRANSFER = {
+    "LT-ACC polygon": "lt_acc_polygon",
+    "IoU polygon": "iou_polygon",
+    "LT-ACC mask": "lt_acc_mask",
+    "IoU mask": "iou_mask",
+}
+"""Caltech-101's measures, and their keys in a result."""
 SHARED = "study dataset split protocol alphas pairs dataset_options flaw".split()
 """What the runs of a ranking have in common."""
 RUN = "label head options backbone weights resolution precision device params_head params_backbone".split()
 """What tells one configuration from another within a ranking, beside what was learnt from; no seed, no date."""
 PAPERS = "paper table method head variant config backbone resolution train dataset split threshold metric".split()
-WHOLE = {"metric": "PCK", "category": "", "difficulty": ""}
 
 
 class Spread(NamedTuple):
@@ -51,29 +57,29 @@ class Row:
     runs: int = 0
     device: str = ""
     costs: dict[str, float] = field(default_factory=dict)
-    pck: dict[float, Spread] = field(default_factory=dict)
-    """By alpha."""
-    published: dict[float, float] = field(default_factory=dict)
+    measured: dict[str, Spread] = field(default_factory=dict)
+    """In percent, by measure: "PCK @0.1", ..."""
+    published: dict[str, float] = field(default_factory=dict)
     source: str = ""
     """Of what was published: paper and table."""
-    groups: dict[tuple[str, str], dict[float, float]] = field(default_factory=dict)
-    """PCK by alpha for ("category", "bus"), ("scale", "hard"), ...; measured where the row is."""
+    groups: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
+    """By measure for ("category", "bus"), ("scale", "hard"), ...; measured where the row is."""
 
-    def difference(self, alpha: float) -> float | None:
+    def difference(self, measure: str) -> float | None:
         """Measured - published, where there are both."""
-        both = alpha in self.pck and alpha in self.published
-        return self.pck[alpha].mean - self.published[alpha] if both else None
+        both = measure in self.measured and measure in self.published
+        return self.measured[measure].mean - self.published[measure] if both else None
 
 
 class Ranking(NamedTuple):
-    """Rows that can be compared: one dataset, one protocol, the same pairs and tolerances."""
+    """Rows that can be compared: one dataset, one protocol, the same pairs and measures."""
 
     study: str
     """The folder of its files; "published" for the papers' tables."""
     dataset: str
     split: str
     protocol: str
-    alphas: tuple[float, ...]
+    measures: list[str]
     pairs: int | None
     options: str
     """The dataset's own, as JSON."""
@@ -82,9 +88,9 @@ class Ranking(NamedTuple):
     rows: list[Row]
 
     @property
-    def headline(self) -> float:
-        """The tolerance that ranks: the field's 0.1, or else the largest."""
-        return 0.1 if 0.1 in self.alphas else max(self.alphas)
+    def headline(self) -> str:
+        """The measure that ranks: the field's PCK @0.1, or else the last, which has the largest tolerance."""
+        return "PCK @0.1" if "PCK @0.1" in self.measures else self.measures[-1]
 
 
 def find_results(paths: Sequence[Path]) -> list[Path]:
@@ -122,10 +128,16 @@ def _check(result: Any) -> None:
     for name, kind in NEEDED.items():
         if not isinstance(result.get(name), kind):
             raise ValueError(f"it has no {name!r}")
-    for name in (f"pck@{alpha:g}" for alpha in result["alphas"]):
-        if not isinstance(result["pck"].get(name), int | float):
-            raise ValueError(f"it has no {name!r}")
+    if not all(isinstance(value, int | float) for value in scores(result).values()):
+        raise ValueError("its scores are no numbers")
     _groups([result])
+
+
+def scores(result: dict[str, Any]) -> dict[str, float]:
+    """A result's numbers by measure."""
+    if "label_transfer" in result:
+        return {measure: result["label_transfer"][key] for measure, key in TRANSFER.items()}
+    return {f"PCK @{alpha:g}": result["pck"][f"pck@{alpha:g}"] for alpha in sorted(result["alphas"])}
 
 
 def rank(results: Iterable[dict[str, Any]], papers: Sequence[dict[str, str]] = ()) -> list[Ranking]:
@@ -146,9 +158,9 @@ def rank(results: Iterable[dict[str, Any]], papers: Sequence[dict[str, str]] = (
         one, rows = found[0], _rows(found, papers)
         options = json.dumps(one["dataset_options"], sort_keys=True) if one.get("dataset_options") else ""
         names = one["study"], one["dataset"], one["split"], one["protocol"]
-        out.append(Ranking(*names, tuple(one["alphas"]), one.get("pairs"), options, one.get("flaw", ""), rows))
+        out.append(Ranking(*names, list(scores(one)), one.get("pairs"), options, one.get("flaw") or "", rows))
     for ranking in out:
-        ranking.rows.sort(key=lambda row: (-row.pck[ranking.headline].mean, row.head, row.backbone, row.variant))
+        ranking.rows.sort(key=lambda row: (-row.measured[ranking.headline].mean, row.head, row.backbone, row.variant))
     return sorted(out, key=lambda ranking: (ranking.study, ranking.dataset, ranking.protocol, ranking.options))
 
 
@@ -195,7 +207,7 @@ def _options(run: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _row(seeds: Sequence[dict[str, Any]], variant: str, papers: Sequence[dict[str, str]]) -> Row:
     first = seeds[0]
-    trained, alphas, resize = first.get("trained"), first["alphas"], first.get("options", {}).get("resize")
+    trained, resize = first.get("trained"), first.get("options", {}).get("resize")
     row = Row(
         first["head"],
         first["backbone"],
@@ -205,35 +217,35 @@ def _row(seeds: Sequence[dict[str, Any]], variant: str, papers: Sequence[dict[st
         len(seeds),
         first.get("device", ""),
         {k: fmean(r[k] for r in seeds) for k in ("ms_per_pair", "peak_memory_mb") if all(r.get(k) for r in seeds)},
-        {alpha: _spread([r["pck"][f"pck@{alpha:g}"] for r in seeds]) for alpha in alphas},
+        {measure: _spread([scores(r)[measure] for r in seeds]) for measure in scores(first)},
         groups=_groups(seeds),
     )
     row.costs |= {k: first[k] / 1e6 for k in ("params_head", "params_backbone") if k in first}
     label, kind = first.get("label", ""), first["protocol"].rpartition(":")[2]
     same = {"head": row.head, "backbone": row.backbone, "dataset": first["dataset"], "split": first["split"]}
-    same |= {"threshold": kind, "train": row.trained} | WHOLE
+    same |= {"threshold": kind, "train": row.trained, "metric": "PCK", "category": "", "difficulty": ""}
     for paper in papers if row.trained else ():
         # an ablation is known by the name of the file in zoo_configs that asks for it
         it = label == paper["config"] if label else not (variant or paper["variant"])
         if it and paper["resolution"] in ("", row.resolution) and all(paper[k] == v for k, v in same.items()):
-            row.published.setdefault(float(paper["alpha"]), float(paper["value"]))
+            row.published.setdefault(f"PCK @{paper['alpha']}", float(paper["value"]))
             row.source = row.source or f"{paper['paper']}, {paper['table']}"
     return row
 
 
-def _groups(seeds: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[float, float]]:
-    """PCK by category and by difficulty, averaged within a group as it is over all pairs."""
+def _groups(seeds: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[str, float]]:
+    """The measures by category and by difficulty, averaged within a group as they are over all pairs."""
     within = "point" if "point" in seeds[0].get("average", "image") else "image"
-    values: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    keys = {measure: TRANSFER.get(measure, f"pck@{measure[5:]}/{within}") for measure in scores(seeds[0])}
+    values: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for result in seeds:
         for kind, groups in result.get("breakdown", {}).items():
             levels = LEVELS.get(kind)
             for name, found in groups.items():
                 if levels is None or name.isdigit():  # ">0" holds the same pairs once more
-                    for alpha in result["alphas"]:
-                        level = levels[int(name)] if levels else name
-                        values[kind, level][alpha].append(found[f"pck@{alpha:g}/{within}"])
-    return {group: {a: fmean(v) for a, v in by_alpha.items()} for group, by_alpha in values.items()}
+                    for measure, key in keys.items():
+                        values[kind, levels[int(name)] if levels else name][measure].append(found[key])
+    return {group: {m: fmean(v) for m, v in by_measure.items()} for group, by_measure in values.items()}
 
 
 def read_papers(path: Path) -> list[dict[str, str]]:
@@ -270,19 +282,19 @@ def rank_papers(papers: Iterable[dict[str, str]]) -> list[Ranking]:
         name = paper["head"] or paper["method"].rstrip("‡*" if "_" in paper["backbone"] else "")
         new = Row(name, paper["backbone"], "", paper["train"], paper["resolution"], costs=parameters[who])
         row = tables[paper["dataset"], paper["threshold"]].setdefault((*who, paper["train"]), new)
-        alpha, (kind, _, level) = float(paper["alpha"]), paper["difficulty"].partition(" ")
+        measure, (kind, _, level) = f"PCK @{paper['alpha']}", paper["difficulty"].partition(" ")
         if paper["category"]:
             kind, level = "category", paper["category"]
         if kind:
-            row.groups.setdefault((kind, level), {}).setdefault(alpha, value)
+            row.groups.setdefault((kind, level), {}).setdefault(measure, value)
         else:
-            row.published.setdefault(alpha, value)
+            row.published.setdefault(measure, value)
             row.source = row.source or f"{paper['paper']}, {paper['table']}"
     out = []
     for (dataset, threshold), found in tables.items():
         rows = _merged(found.values())
-        alphas = tuple(sorted({alpha for row in rows for alpha in row.published}))
-        ranking = Ranking("published", dataset, "test", f"published:{threshold}", alphas, None, "", "", rows)
+        measures = sorted({measure for row in rows for measure in row.published})
+        ranking = Ranking("published", dataset, "test", f"published:{threshold}", measures, None, "", "", rows)
         at = ranking.headline
         rows.sort(key=lambda row: (-row.published.get(at, 0.0), row.head, row.backbone))
         out.append(ranking)
@@ -297,7 +309,7 @@ def _merged(rows: Iterable[Row]) -> list[Row]:
         for other in out:
             same = all(getattr(row, k) == getattr(other, k) or "" in (getattr(row, k), getattr(other, k)) for k in said)
             both = row.published.keys() & other.published.keys()
-            if row.head == other.head and same and both and all(row.published[a] == other.published[a] for a in both):
+            if row.head == other.head and same and both and all(row.published[m] == other.published[m] for m in both):
                 other.published, other.groups = row.published | other.published, row.groups | other.groups
                 other.costs = row.costs | other.costs
                 for k in said:
