@@ -78,7 +78,8 @@ def score(
         raise ZooError(f"expected a prediction for each of the record's {n} keypoints (one or more), got {len(points)}")
     src = _record_side(record.src_kps, record.src_size, record.src_box)
     trg = _record_side(record.trg_kps, record.trg_size, record.trg_box)
-    hits = _hits(points[None], src, trg, torch.ones(1, n, dtype=torch.bool), protocol, alphas)
+    evaluated, query = (trg, src) if protocol.evaluated == "trg" else (src, trg)
+    hits = _hits(points[None], evaluated, query, torch.ones(1, n, dtype=torch.bool), protocol, alphas)
     return hits[0].double().mean(0)
 
 
@@ -91,14 +92,15 @@ def _pair_hits(pred: Tensor, pair: Pair, protocol: Protocol, alphas: Sequence[fl
     """(B, K, A) bool, for predictions (B, K, 2) in original pixels of the evaluated image."""
     if pred.ndim != 3 or pred.shape != pair.trg_kps.shape:
         raise ZooError(f"expected predictions of shape {tuple(pair.trg_kps.shape)}, got {tuple(pred.shape)}")
-    src = _pair_side(pair.src_img, pair.src_kps, pair.src_size, pair.src_box)
-    trg = _pair_side(pair.trg_img, pair.trg_kps, pair.trg_size, pair.trg_box)
-    return _hits(pred.detach().cpu().double(), src, trg, pair.kps_mask.cpu(), protocol, alphas)
+    evaluated = _pair_side(pair, protocol.evaluated)
+    query = _pair_side(pair, protocol.query) if protocol.asks_query else evaluated  # which then nobody looks at
+    return _hits(pred.detach().cpu().double(), evaluated, query, pair.kps_mask.cpu(), protocol, alphas)
 
 
-def _hits(pred: Tensor, src: Side, trg: Side, mask: Tensor, protocol: Protocol, alphas: Sequence[float]) -> Tensor:
+def _hits(
+    pred: Tensor, evaluated: Side, query: Side, mask: Tensor, protocol: Protocol, alphas: Sequence[float]
+) -> Tensor:
     """(B, K, A) bool, for points in original pixels."""
-    evaluated, query = (trg, src) if protocol.evaluated == "trg" else (src, trg)
     gt = protocol.frame.points(evaluated.kps, evaluated.size, annotated=True)
     pred = protocol.frame.points(pred, evaluated.size, annotated=False)
     return _within(pred, gt, protocol.thresholds(evaluated, query, mask), alphas, mask, protocol.compare)
@@ -122,10 +124,11 @@ def _record_side(kps: Tensor, size: tuple[int, int], box: Tensor | None) -> Side
     return Side(*(torch.as_tensor(part, dtype=torch.float64)[None] for part in (kps, size, box)))
 
 
-def _pair_side(img: Tensor, kps: Tensor, size: Tensor, box: Tensor) -> Side:
+def _pair_side(pair: Pair, side: str) -> Side:
     """One image of each pair of a batch, its keypoints back in original pixels."""
-    kps, size, box = kps.cpu().double(), size.cpu().double(), box.cpu().double()
-    points = resize_points(kps, size.new_tensor([img.shape[-1], img.shape[-2]]), size)
+    kps, size, box = (getattr(pair, f"{side}_{what}").cpu().double() for what in ("kps", "size", "box"))
+    H, W = getattr(pair, f"{side}_img").shape[-2:]
+    points = resize_points(kps, size.new_tensor([W, H]), size)
     # The way to float32 network pixels and back moves an annotated integer by up to 1e-4 px, which would decide ties
     # with integer predictions, and what VisualAI rounds down to: undo it.
     whole = points.round()
@@ -158,7 +161,10 @@ class _Rows(torchmetrics.Metric):
         parts = [self.table] if isinstance(self.table, Tensor) else self.table
         if not sum(map(len, parts)):
             raise ZooError(f"{type(self).__name__} has scored nothing yet: update() it with pairs that have keypoints")
-        rows = torch.cat([part.cpu() for part in parts]).unique(dim=0)
+        rows = torch.cat([part.cpu() for part in parts])
+        rows = rows[rows[:, 0].argsort()]
+        if (rows[:, 0].diff() == 0).any():
+            rows = rows.unique(dim=0)  # slow
         return rows[rows[:, 0].diff(prepend=rows[:1, 0] - 1) != 0]
 
 

@@ -83,6 +83,8 @@ class Frame:
 
         VisualAI, the one with align-corners, rounds annotated points down first and clamps them into the frame last.
         """
+        if self.fit == "original":
+            return kps
         scale = self.scale(size).unsqueeze(1)
         if annotated and self.fit == "align-corners":
             return (kps.floor() * scale).clamp(1e-4, self.side - 1 - 1e-4)
@@ -133,6 +135,11 @@ class Protocol:
     def query(self) -> str:
         """The image whose points are given."""
         return "src" if self.evaluated == "trg" else "trg"
+
+    @property
+    def asks_query(self) -> bool:
+        """Whether a threshold may come from the query image."""
+        return "query" in (self.threshold_side, self.kps_side)
 
     @property
     def meaning(self) -> str:
