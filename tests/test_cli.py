@@ -131,11 +131,15 @@ def test_fit_validate_test_predict_and_reload(tmp_path, capsys):
         torch.testing.assert_close(value, content["state_dict"][name])
 
 
-def test_predictions_come_with_every_picture(tmp_path):
+def test_predictions_come_with_every_picture(tmp_path, capsys):
     args = ["predict", *BASELINE, *DEMO, *TINY, *FEW, "--trainer.callbacks=null", "--data.test=[synthetic]"]
     main(args)
     (folder,) = tmp_path.glob("runs/*/version_0")
     assert {p.name for p in folder.glob("*.png")} == {f"{kind}-predict.png" for kind in PICTURES}
+    main([*args, "--model.backbone=timm/test_resnet.r160_in1k"])
+    (folder,) = tmp_path.glob("runs/*resnet*/version_0")
+    assert len(list(folder.glob("*.png"))) == len(PICTURES) - 1
+    assert "foreground: not drawn, timm/test_resnet.r160_in1k has no class token" in capsys.readouterr().out
 
 
 def test_pictures_while_training_and_a_result_writer_of_ones_own(tmp_path):

@@ -112,7 +112,8 @@ def test_foreground_is_what_resembles_both_class_tokens():
         cosines = (cosines - cosines.min()) / (cosines.max() - cosines.min())
         torch.testing.assert_close(maps[b].flatten(), cosines)
     cnn = corrzoo.create_matcher("Baseline", backbone="timm/test_resnet.r160_in1k", weights="random").eval()
-    assert cnn.foreground_maps(src, trg).amax((1, 2)).tolist() == [1, 1]
+    with pytest.raises(ZooError, match="no class token"):
+        cnn.foreground_maps(src, trg)
 
 
 def test_paths_images_and_pixels_are_the_same(images, tmp_path):

@@ -251,8 +251,7 @@ class Matcher(LightningModule, ABC):
     def foreground_maps(self, src_img: Tensor, trg_img: Tensor) -> Tensor:
         """How much each cell of the source looks like what both images show (LPMFlow's supplement, 1.2).
 
-        The cosine of the last level with the mean of the two class tokens, from 0 to 1 in each image. our choice:
-        where a backbone has no class token, the mean of the cells stands for it.
+        The cosine of the last level with the mean of the two class tokens, from 0 to 1 in each image.
 
         Args:
             src_img: (B, 3, H, W), like trg_img: see `forward`.
@@ -260,12 +259,15 @@ class Matcher(LightningModule, ABC):
 
         Returns:
             (B, h, w).
+
+        Raises:
+            ZooError: when the backbone has no class token. The mean of the cells would be that of the background.
         """
         seen = self.backbone(torch.cat([src_img, trg_img]))
-        cells = F.normalize(seen.maps[-1][: len(src_img)], dim=1)
-        cls = seen.maps[-1].mean((2, 3)) if seen.cls is None else seen.cls
-        shared = F.normalize(sum(cls.chunk(2)), dim=1)
-        heat = torch.einsum("bchw,bc->bhw", cells, shared)
+        if seen.cls is None:
+            raise ZooError(f"{self.backbone.spec.key} has no class token to tell the foreground by: take a ViT")
+        shared = F.normalize(sum(seen.cls.chunk(2)), dim=1)
+        heat = torch.einsum("bchw,bc->bhw", F.normalize(seen.maps[-1][: len(src_img)], dim=1), shared)
         low, high = heat.amin((1, 2), keepdim=True), heat.amax((1, 2), keepdim=True)
         return (heat - low) / (high - low).clamp(min=1e-12)
 

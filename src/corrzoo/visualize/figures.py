@@ -46,6 +46,12 @@ def panels(
     return figure, axes
 
 
+def head(axes: Any, *names: str) -> None:
+    """Name the columns behind the first, whose titles are the rows'."""
+    for ax, name in zip(axes[0, 1:], names, strict=False):
+        ax.set_title(name, fontsize=8)
+
+
 def show(ax: Axes, image: Tensor) -> None:
     """An image (3, H, W) uint8 in a panel whose coordinates are the zoo's: its top-left corner is (0, 0)."""
     H, W = image.shape[-2:]

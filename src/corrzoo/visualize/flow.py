@@ -11,7 +11,7 @@ from torch import Tensor
 
 from corrzoo.geometry import cell_centres, size_of
 from corrzoo.types import ZooError
-from corrzoo.visualize.figures import Images, panels, show
+from corrzoo.visualize.figures import Images, head, panels, show
 
 WHEEL = (
     [0, 15, 21, 25, 36, 49, 55],
@@ -55,6 +55,7 @@ def draw_flow(src_img: Images, flows: Sequence[Tensor], titles: Sequence[str] | 
         titles: A title for each row.
     """
     figure, axes = panels([1, 1, 0.6], src_img, titles=titles)
+    head(axes, "flow")
     for row, image, flow in zip(axes, src_img, flows, strict=True):
         limit = float(np.quantile(flow.norm(dim=0).cpu().numpy(), SATURATED))
         show(row[0], image)

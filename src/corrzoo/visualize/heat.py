@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from corrzoo.visualize.figures import OUTLINE, Images, overlay, panels, show
+from corrzoo.visualize.figures import OUTLINE, Images, head, overlay, panels, show
 
 
 def draw_heat(
@@ -34,6 +34,8 @@ def draw_heat(
         show(row[0], src_img[b])
         _ring(row[0], points[b])
         heat_panel(row[1], trg_img[b], heat[b], *(None if p is None else p[b] for p in (pred, truth)))
+    marks = {"cross: match": pred, "ring: truth": truth}
+    head(axes, ", ".join(name for name, given in marks.items() if given is not None))
     return figure
 
 
@@ -49,6 +51,7 @@ def draw_foreground(images: Images, weights: Sequence[Tensor], titles: Sequence[
     for row, image, values in zip(axes, images, weights, strict=True):
         show(row[0], image)
         overlay(row[1], image, values)
+    head(axes, "foreground weight")
     return figure
 
 

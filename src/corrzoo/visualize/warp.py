@@ -10,7 +10,7 @@ from torch import Tensor
 
 from corrzoo.geometry import Size, cell_centres, sample, size_of
 from corrzoo.types import ZooError
-from corrzoo.visualize.figures import Images, panels, show
+from corrzoo.visualize.figures import Images, head, panels, show
 
 PAPER = 255
 """What is shown where there is no image to be read."""
@@ -76,6 +76,7 @@ def draw_warps(
         titles: A title for each row.
     """
     figure, axes = panels([1, 1, 1], src_img, trg_img, titles=titles)
+    head(axes, "warped by its matches", "target")
     for b, row in enumerate(axes):
         show(row[0], src_img[b])
         show(row[2], trg_img[b])
