@@ -24,10 +24,11 @@ ALLOWED = {
     "data": {"types", "registry", "geometry", "images"},
     "visualize": {"types", "geometry"},
     "callbacks": {"__init__", "registry", "protocols", "ops", "types", "visualize", "metrics", "geometry"},
+    "resume": {"types"},
     "imagepair": {"types", "geometry"},
     "matcher": {
         *("types", "geometry", "backbones", "protocols", "metrics", "losses", "feature_cache", "callbacks"),
-        *("images", "imagepair"),
+        *("images", "imagepair", "resume"),
     },
     "heads": {"types", "registry", "geometry", "ops", "losses", "backbones", "matcher"},
     "modelcard": {"types", "backbones"},
@@ -38,7 +39,7 @@ ALLOWED = {
     "official": {"types", "registry", "backbones", "heads", "matcher"},
     "leaderboard": {"errors"},
     "commands": {"errors", "cli"},
-    "cli": {"types", "commands", "registry", "checkpoints", "data", "heads", "matcher"},
+    "cli": {"types", "commands", "registry", "checkpoints", "data", "heads", "matcher", "resume"},
     "__init__": {"types", "backbones", "heads", "data", "metrics", "matcher", "checkpoints", "official"},
     "__main__": {"commands"},
 }

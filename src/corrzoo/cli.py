@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -16,6 +16,7 @@ from corrzoo.data.module import PairsDataModule
 from corrzoo.heads import list_heads, options_of
 from corrzoo.matcher import Matcher
 from corrzoo.registry import nearest
+from corrzoo.resume import Checkpoints, Stopped, WholeFiles
 from corrzoo.types import ZooError
 
 
@@ -64,7 +65,7 @@ class ZooCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The checkpoint callback, whose options are `--checkpoint.*`: the best by validation PCK, and the last."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.set_defaults(
             {
                 "checkpoint.monitor": "val/pck@0.1",
@@ -103,6 +104,12 @@ class ZooCLI(LightningCLI):
         for name, value in saved.items():
             if name in config.model.init_args and not (name in free and name in said):
                 config.model.init_args[name] = value
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A trainer whose checkpoints are whole or not there."""
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.strategy.checkpoint_io = WholeFiles()
+        return trainer
 
     def before_test(self) -> None:
         """The result writer prints its own table; Lightning's would repeat every number for every dataset."""
@@ -180,16 +187,28 @@ def main(args: ArgsType = None) -> None:
     """What `commands.main` runs when it is none of its own commands."""
     try:
         ZooCLI(args)
-    except (ValueError, TypeError) as error:
-        cause = _zoo_error(error)
-        if cause is None:
-            raise
+    except Stopped as stopped:
+        sys.stderr.write(f"{stopped}\n")
+        sys.exit(128 + stopped.number)
+    except Exception as error:
+        sys.exit(f"error: {_one_line(error)}")
+
+
+def _one_line(error: Exception) -> str:
+    """What a user can do something about; what is a fault of the code is raised again, with its traceback."""
+    if cause := _zoo_error(error):
         # A reading process wraps its error into a page of traceback; the last line is the error.
-        sys.exit(f"error: {str(cause).rsplit('ZooError: ', 1)[-1].strip()}")
-    except MisconfigurationException as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    except OSError as error:  # a read-only folder, a full disk
-        sys.exit(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
+        return str(cause).rsplit("ZooError: ", 1)[-1].strip()
+    if isinstance(error, MisconfigurationException):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError):  # a read-only folder, a full disk
+        return f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
+    if "DataLoader worker" in str(error):
+        return (
+            f"{str(error).splitlines()[0]} Mostly that is memory: give fewer --data.workers or less --data.cache_mb, "
+            "and go on with --ckpt_path last"
+        )
+    raise error
 
 
 def _zoo_error(error: BaseException | None) -> ZooError | None:

@@ -22,6 +22,7 @@ from corrzoo.images import ImageSource, as_rgb, to_tensor
 from corrzoo.losses import endpoint_error, over_processes, processes
 from corrzoo.metrics import PCK, LabelTransfer, polygon_mask, warp_mask
 from corrzoo.protocols import check_protocol
+from corrzoo.resume import StopSignals
 from corrzoo.types import Features, Match, Pair, ZooError
 
 CATS_RADIUS = 17
@@ -108,6 +109,7 @@ class Matcher(LightningModule, ABC):
         self._cache: FeatureCache | None = None  # lives while one dataset is evaluated with one set of weights
         self._training_cache: FeatureCache | None = None  # what a frozen backbone made of the training images
         self._metrics: list[PCK | LabelTransfer] = []
+        self._random: dict[str, Tensor] = {}  # of a checkpoint, until training begins
         self.scores: dict[str, float] = {}
         """The last epoch's PCK, by the name it was logged under; also those of a sanity check, which logs nothing."""
 
@@ -291,6 +293,14 @@ class Matcher(LightningModule, ABC):
         self.log_dict(shown, prog_bar=True, batch_size=len(pair.index))
         return terms["loss"]
 
+    def on_train_start(self) -> None:
+        """Go on with the random numbers of the run that is resumed."""
+        if self._random:
+            torch.set_rng_state(self._random["cpu"])
+            if torch.cuda.is_available() and "cuda" in self._random:
+                torch.cuda.set_rng_state(self._random["cuda"])
+            self._random = {}
+
     def on_train_epoch_start(self) -> None:
         """Tell the pairs which epoch it is: augmentation and rendering go on from it."""
         dataset: Any = getattr(self.trainer.train_dataloader, "dataset", None)
@@ -436,15 +446,22 @@ class Matcher(LightningModule, ABC):
         return optimizer
 
     def configure_callbacks(self) -> list[Callback]:
-        """Every run writes its results, and predictions come with pictures.
+        """Every run writes its results, predictions come with pictures, and signals stop a run well.
 
         A callback of the same kind in `--trainer.callbacks` stands instead: Lightning would drop that one.
         """
-        own = [ResultsWriter(), MatchImages(kinds=list(PICTURES), stages=["predict"])]
+        own = [ResultsWriter(), MatchImages(kinds=list(PICTURES), stages=["predict"]), StopSignals()]
         return [c for c in own if not any(isinstance(given, type(c)) for given in self.trainer.callbacks)]  # type: ignore[attr-defined]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["head"] = type(self).__name__
+        # One process's: all draw alike. What data and augmentation draw depends on seed, epoch and pair alone.
+        checkpoint["random"] = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            checkpoint["random"]["cuda"] = torch.cuda.get_rng_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._random = {name: state.cpu() for name, state in checkpoint.get("random", {}).items()}
 
 
 def cosine_maps(src: Tensor, trg: Tensor, points: Tensor, image: Size) -> Tensor:

@@ -1,18 +1,37 @@
 """PairsDataModule: any dataset of the zoo for training, validation and test."""
 
+import os
+import warnings
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from lightning.pytorch import LightningDataModule, Trainer
+from torch.utils.data import DataLoader, DistributedSampler
 
 from corrzoo.data import create_dataset
 from corrzoo.data import download as downloads
 from corrzoo.data.augment import create_augment
 from corrzoo.data.pairs import DATASETS, PairDataset
 from corrzoo.types import Pair, ZooError
+
+
+class Shuffled(DistributedSampler[int]):
+    """Training pairs in an order that depends on seed and epoch alone: not on who else draws random numbers, and so not
+    on the number of workers. Several processes share the batches that one process has.
+
+    Attributes:
+        had: How many pairs of the coming epoch a resumed run has had in this process.
+    """
+
+    had = 0
+
+    def __iter__(self) -> Iterator[int]:
+        had, self.had = self.had, 0
+        return islice(super().__iter__(), had, None)
 
 
 class PairsDataModule(LightningDataModule):
@@ -81,9 +100,16 @@ class PairsDataModule(LightningDataModule):
                 dataset.pack(None if self.hparams.packed is True else self.hparams.packed)
 
     def train_dataloader(self) -> DataLoader:
-        if self.trainer:  # a resumed run reads ahead before its epoch is announced
-            self.datasets[self.hparams.train, "trn"].set_epoch(self.trainer.current_epoch)
-        return self._loader(self.hparams.train, "trn")
+        loader = self._loader(self.hparams.train, "trn")
+        if self.trainer:
+            epoch, batches = _place(self.trainer)
+            sampler: Any = loader.sampler
+            self.datasets[self.hparams.train, "trn"].set_epoch(epoch)
+            sampler.set_epoch(epoch)
+            sampler.had = batches * (loader.batch_size or 1)
+            # Lightning cannot see that the sampler goes on where it was.
+            warnings.filterwarnings("ignore", ".*ended before the epoch ended and your dataloader is not resumable")
+        return loader
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(self.hparams.val or self.hparams.train, "val")
@@ -121,7 +147,7 @@ class PairsDataModule(LightningDataModule):
         )
 
     def _loader(self, name: str, split: str) -> DataLoader[Pair]:
-        processes = self.trainer.world_size if self.trainer else 1
+        processes, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         if self.hparams.batch_size % processes:
             raise ZooError(
                 f"data.batch_size {self.hparams.batch_size} is shared by {processes} processes and does not divide: "
@@ -133,17 +159,31 @@ class PairsDataModule(LightningDataModule):
                 f"{name} has {len(dataset)} training pairs, fewer than data.batch_size {self.hparams.batch_size}: "
                 "choose a smaller one"
             )
+        seed, train = int(os.environ.get("PL_GLOBAL_SEED", 0)), split == "trn"
+        shuffled = Shuffled(dataset, processes, rank, seed=seed, drop_last=True)
         return DataLoader(
             dataset,
             batch_size=self.hparams.batch_size // processes,
-            shuffle=split == "trn",
-            sampler=None if split == "trn" else dealt(dataset.order(), processes),
-            drop_last=split == "trn",
+            sampler=shuffled if train else dealt(dataset.order(), processes),
+            drop_last=train,
+            generator=torch.Generator(),  # its own, for what the model draws must not depend on how often loaders begin
             num_workers=self.hparams.workers,
             persistent_workers=self.hparams.workers > 0,
             pin_memory=torch.cuda.is_available(),
             collate_fn=PairDataset.collate,
         )
+
+
+def _place(trainer: Trainer) -> tuple[int, int]:
+    """The epoch in which training begins or goes on, and how many of its batches are done.
+
+    Lightning says it to loaders too late: workers read ahead as soon as they are there.
+    """
+    epoch: Any = trainer.fit_loop.epoch_progress.current
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    if epoch.ready == epoch.processed:  # not within an epoch
+        return epoch.processed, 0
+    return (epoch.processed + 1, 0) if batches.is_last_batch else (epoch.processed, batches.current.ready)
 
 
 def dealt(order: list[int], processes: int) -> list[int]:

@@ -444,6 +444,7 @@ class GSF(Matcher):
 
     def on_train_start(self) -> None:
         """Find the step at which stage 2 begins."""
+        super().on_train_start()
         steps = self.trainer.estimated_stepping_batches
         if steps == torch.inf and self.hparams.stage1:
             raise ZooError("stage1 is a share of the run, which has no end: set --trainer.max_epochs or max_steps")

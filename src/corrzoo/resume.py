@@ -1,0 +1,176 @@
+"""What lets a run go on after a crash: checkpoints that are whole, signals that wait for a step's end."""
+
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch.distributed import ReduceOp
+
+from corrzoo.types import ZooError
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Checkpoints that are there whole or not at all. Lightning's own pass through the system's folder for temporary
+    files, from which they are copied: a run that is killed meanwhile leaves half a `last.ckpt` and nothing else.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write beside the file, then take its place.
+
+        Raises:
+            ZooError: when it cannot be written; the file of before is still there.
+        """
+        if "://" in str(path):
+            return super().save_checkpoint(checkpoint, path, storage_options)
+        path = Path(path)
+        partial = path.with_name(path.name + ".part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except (OSError, RuntimeError) as error:  # torch's writer hides a full disk behind its own error
+            partial.unlink(missing_ok=True)
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            kept = f"{path} of before is whole" if path.is_file() else "nothing was kept here"
+            raise ZooError(
+                f"cannot write the checkpoint {path} ({getattr(cause, 'strerror', None) or cause}; {kept}): make room, "
+                "or choose another --checkpoint.dirpath, and go on with --ckpt_path last"
+            ) from error
+
+
+class Checkpoints(ModelCheckpoint):
+    """The best checkpoint by validation PCK, and the last: at every epoch's end, where Lightning's own keeps no other
+    than the best. A resumed run has a folder of its own, which begins with the best so far.
+
+    Args:
+        save_last: Keep `last.ckpt`, from which `--ckpt_path last` goes on.
+        last_every_n_steps: Write it in the middle of long epochs, too.
+        **options: Those of Lightning's ModelCheckpoint, for the best.
+    """
+
+    def __init__(self, save_last: bool = True, last_every_n_steps: int | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self._keeps_last, self._every = save_last, last_every_n_steps
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0  # gradients are in no checkpoint
+        if self._every and stepped and trainer.global_step % self._every == 0:
+            self._write_last(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        self._write_last(trainer)
+
+    def _write_last(self, trainer: Trainer) -> None:
+        if self._keeps_last and self.dirpath and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Bring along the best checkpoints of the run that is resumed."""
+        kept = {path: score for path, score in state_dict["best_k_models"].items() if Path(path).is_file()}
+        if (
+            self.dirpath
+            and str(self.dirpath) != state_dict["dirpath"]
+            and len(kept) == len(state_dict["best_k_models"])
+        ):
+            here = {path: str(Path(self.dirpath) / Path(path).name) for path in kept}
+            for old, new in here.items():
+                _copy(Path(old), Path(new))
+            state_dict = state_dict | {
+                "dirpath": self.dirpath,
+                "best_k_models": {here[path]: score for path, score in kept.items()},
+                "best_model_path": here.get(state_dict["best_model_path"], ""),
+                "kth_best_model_path": here.get(state_dict["kth_best_model_path"], ""),
+                "last_model_path": "",
+            }
+        super().load_state_dict(state_dict)
+
+
+@rank_zero_only
+def _copy(old: Path, new: Path) -> None:
+    new.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(old, partial := new.with_name(new.name + ".part"))
+    partial.replace(new)
+
+
+class Stopped(Exception):
+    """A signal ended training; what it says is for the user."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+class StopSignals(Callback):
+    """SIGTERM and Ctrl-C end training behind the running step, with a `last.ckpt` that goes on from there; a second one
+    ends it at once. SLURM's signal to requeue waits for the step, too: in its middle, weights and optimiser disagree.
+    """
+
+    def __init__(self) -> None:
+        self._asked, self._done = 0, 0
+        self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if callable(signal.getsignal(signal.SIGUSR1)):  # Lightning's, under SLURM
+                numbers.append(signal.SIGUSR1)
+            self._before = {number: signal.signal(number, self._note) for number in numbers}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:  # gradients are in no checkpoint
+            return
+        asked = self._asked
+        if trainer.world_size > 1:  # a signal reaches one process first, and all must leave behind the same step
+            torch.distributed.all_reduce(heard := torch.tensor(asked, device=pl_module.device), ReduceOp.MAX)
+            asked = int(heard)
+        if not asked or asked == self._done:
+            return
+        self._done = asked
+        if asked == signal.SIGUSR1 and callable(handler := self._before.get(asked)):
+            return handler(asked, None)
+        name = signal.Signals(asked).name
+        folder = getattr(trainer.checkpoint_callback, "dirpath", None)
+        where = "without a checkpoint"
+        if folder:
+            trainer.save_checkpoint(Path(folder) / "last.ckpt")
+            where = "go on with --ckpt_path last"
+        self._restore()
+        if not trainer.is_global_zero:
+            raise SystemExit(0)  # one process speaks for all
+        raise Stopped(f"stopped by {name} behind step {trainer.global_step}: {where}", asked)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._asked == number and number != signal.SIGUSR1:
+            self._restore()
+            raise KeyboardInterrupt
+        self._asked = number
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

@@ -1,0 +1,221 @@
+"""Runs that are killed, stopped or out of disk go on, and end as if nothing had happened."""
+
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from corrzoo.data.synthetic import write_spair
+
+VIT = "timm/test_vit.r160_in1k"
+FIT = [
+    *("fit", "--model=LPMFlow", f"--model.backbone={VIT}", "--model.weights=random", "--model.grid=4"),
+    *("--model.depth=1", "--model.pfsr=off", "--model.mmfi=false", "--model.lr=1e-3", "--model.schedule=cosine"),
+    *("--data.train=spair71k", "--data.root=data"),
+    *("--data.download=false", "--data.size=64", "--data.batch_size=4", "--data.workers=1", "--data.augment=cats"),
+    *("--trainer.max_epochs=5", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.logger.save_dir=runs"),
+    *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
+]
+STEPS = 5 * 2
+
+
+def run(folder: Path, args: list[str], trouble: Callable[[], None] | None = None, then: str = "") -> tuple[int, str]:
+    """The command line in a process of its own: its exit status, negative for a signal, and what it printed.
+
+    Args:
+        folder: Where it runs.
+        args: The command line.
+        trouble: Called in the process before the command begins.
+        then: Of a signal that this process sends once the run has taken a step.
+    """
+    context = multiprocessing.get_context("forkserver")  # which imports everything once, for all runs
+    context.set_forkserver_preload(["corrzoo.cli"])
+    log = folder / "log"
+    process = context.Process(target=command, args=(folder, args, trouble, dict(os.environ)))
+    process.start()
+    if then:
+        while not (folder / "steps").exists() and process.is_alive():
+            time.sleep(0.01)
+        os.kill(process.pid, getattr(signal, then))
+    process.join(timeout=120)
+    process.kill()
+    return process.exitcode, log.read_text()
+
+
+def command(folder: Path, args: list[str], trouble: Callable[[], None] | None, environment: dict[str, str]) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # of loaders, as in any other process
+    os.environ |= environment
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    with open("log", "w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    if trouble:
+        trouble()
+    from corrzoo.cli import main
+
+    main(args)
+    Path("seconds").write_text(str(time.process_time()))
+
+
+class KilledAfter:
+    """SIGKILL at a moment in the process' own time, which is the same on a machine that is busy."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __call__(self) -> None:
+        def watch() -> None:
+            while time.process_time() < self.seconds:
+                time.sleep(0.001)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        threading.Thread(target=watch, daemon=True).start()
+
+
+class KilledWriting:
+    """SIGKILL when half of a file is written: the n-th checkpoint, or a cache of annotations."""
+
+    def __init__(self, what: str, n: int = 1) -> None:
+        self.what, self.n = what, n
+
+    def __call__(self) -> None:
+        owner, name = {"checkpoint": (torch, "save"), "annotations": (np, "savez")}[self.what]
+        original, left = getattr(owner, name), self.n
+
+        def write(*args: object, **options: object) -> None:
+            nonlocal left
+            left -= 1
+            original(*args, **options)
+            if not left:
+                target = args[1] if self.what == "checkpoint" else args[0]
+                file = target if hasattr(target, "truncate") else open(target, "r+b")
+                file.truncate(file.seek(0, os.SEEK_END) // 2)
+                file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        setattr(owner, name, write)
+
+
+def newest(folder: Path, name: str = "last.ckpt") -> Path:
+    return max(folder.glob(f"runs/*/*/checkpoints/{name}"), key=lambda path: path.stat().st_mtime)
+
+
+def go_on(folder: Path) -> list[str]:
+    """What a user would type: go on where there is something to go on from."""
+    return [*FIT, "--ckpt_path=last"] if list(folder.glob("runs/*/*/checkpoints/last.ckpt")) else FIT
+
+
+def assert_same(a: object, b: object, at: str = "") -> None:
+    """Two checkpoints to the bit, but for the paths and times in them."""
+    assert type(a) is type(b), at
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), at
+        for key in a:
+            if key != "callbacks":
+                assert_same(a[key], b[key], f"{at}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), at
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{at}/{i}")
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, at
+
+
+def read(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a dataset, where an uninterrupted run has been."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_spair(folder / "data", pairs_per_split=8, images_per_category=3, size=64)
+    assert run(folder, FIT)[0] == 0
+    assert read(newest(folder))["global_step"] == STEPS
+    return folder
+
+
+@pytest.fixture
+def fresh(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the same dataset, an empty cache, and no runs."""
+    monkeypatch.setenv("CORRZOO_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "data").symlink_to(home / "data")
+    return tmp_path
+
+
+def test_a_run_that_is_killed_ten_times_ends_as_one_that_is_not(home: Path, fresh: Path) -> None:
+    whole, seconds = newest(home), float((home / "seconds").read_text())
+    moments, kills = random.Random(0), 0
+    troubles = {0: KilledWriting("annotations"), 3: KilledWriting("checkpoint"), 6: KilledWriting("checkpoint", 3)}
+    while kills < 10:  # whole sequences of kills and resumptions, of which the first may end too soon
+        status = -1
+        while status:
+            moment = KilledAfter(moments.uniform(0, 0.75 * seconds))
+            status, log = run(fresh, go_on(fresh), troubles.get(kills, moment) if kills < 10 else None)
+            assert status in (0, -signal.SIGKILL), log
+            kills += status != 0
+        assert_same(read(newest(fresh)), read(whole))
+        assert_same(read(newest(fresh, "best.ckpt"))["state_dict"], read(newest(home, "best.ckpt"))["state_dict"])
+        (fresh / "runs").rename(fresh / f"done{kills}")
+
+
+class InAStep:
+    """Lets `run` send its signal in the middle of the third step."""
+
+    def __call__(self) -> None:
+        from corrzoo.matcher import Matcher
+
+        original, left = Matcher.training_step, 3
+
+        def training_step(*args: object) -> object:
+            nonlocal left
+            left -= 1
+            if not left:
+                Path("steps").touch()
+                time.sleep(1)
+            return original(*args)
+
+        Matcher.training_step = training_step
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_ends_the_step_and_leaves_a_checkpoint_to_go_on_from(home: Path, fresh: Path, name: str) -> None:
+    status, log = run(fresh, FIT, InAStep(), then=name)
+    assert status == 128 + getattr(signal, name)
+    assert log.splitlines()[-1] == f"stopped by {name} behind step 3: go on with --ckpt_path last"
+    assert "Traceback" not in log and read(newest(fresh))["global_step"] == 3  # in the middle of an epoch
+    assert run(fresh, go_on(fresh))[0] == 0
+    assert_same(read(newest(fresh)), read(newest(home)))
+
+
+def test_slurm_requeues_a_job_that_goes_on_where_it_was(
+    home: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as it goes without SLURM: its variables, its signal, and a `scontrol` that notes what it is told."""
+    for name, value in {"JOB_ID": "123", "JOB_NAME": "zoo", "NTASKS": "1", "NTASKS_PER_NODE": "1", "NODELIST": "here",
+                        "PROCID": "0", "LOCALID": "0", "NODEID": "0", "NNODES": "1"}.items():  # fmt: skip
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    (fresh / "bin").mkdir()
+    scontrol = fresh / "bin" / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> "{fresh}/told"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fresh / 'bin'}:{os.environ['PATH']}")
+    config = Path(__file__).resolve().parents[1] / "zoo_configs" / "trainer" / "slurm.yaml"
+    job = [*FIT, f"--config={config}", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"]
+    job += ["--trainer.precision=32-true", "--trainer.default_root_dir=job"]
+    status, log = run(fresh, job, InAStep(), then="SIGUSR1")
+    assert status == 0 and (fresh / "told").read_text() == "requeue 123\n", log
+    saved = read(fresh / "job" / "hpc_ckpt_1.ckpt")
+    assert saved["global_step"] == 3
+    assert run(fresh, job)[0] == 0  # the same command: the job was requeued
+    assert "hpc_ckpt_1" in (fresh / "log").read_text()
+    assert_same(read(newest(fresh)), read(newest(home)))

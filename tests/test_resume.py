@@ -1,0 +1,129 @@
+"""A run goes on from any of its checkpoints to the same weights, whatever reads its pairs; files are whole or not."""
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+
+import corrzoo
+from corrzoo.data.module import PairsDataModule
+from corrzoo.resume import Checkpoints, WholeFiles
+from corrzoo.types import ZooError
+
+VIT = "timm/test_vit.r160_in1k"
+HEADS = {
+    "LPMFlow": {"grid": 4, "depth": 1, "pfsr": "off", "mmfi": False},  # dropout, hidden tokens, a falling lambda
+    "GSF": {"grid": 4, "stage1": 0.45},  # the second stage begins within the second epoch
+}
+
+
+class KeepAll(Callback):
+    """A checkpoint at each place where a run may leave one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def keep(self, trainer: Trainer, place: str) -> None:
+        trainer.save_checkpoint(self.folder / f"{place}{trainer.global_step}.ckpt")
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        self.keep(trainer, "batch")
+
+    def on_validation_end(self, trainer: Trainer, *_: object) -> None:
+        self.keep(trainer, "validation")
+
+    def on_train_epoch_end(self, trainer: Trainer, *_: object) -> None:
+        self.keep(trainer, "epoch")
+
+
+def fit(folder: Path, head: str, start: str | None = None, workers: int = 0) -> tuple[corrzoo.Matcher, Trainer]:
+    """Three epochs of three steps; the pairs of an epoch are not quite used up."""
+    seed_everything(3)
+    options = HEADS[head] | {"schedule": "cosine", "lr": 1e-3}
+    model = corrzoo.create_matcher(head, backbone=VIT, weights="random", **options)
+    data = PairsDataModule(
+        train="synthetic", size=64, batch_size=4, workers=workers, augment="cats",
+        options={"synthetic": {"length": {"trn": 14, "val": 5}}},
+    )  # fmt: skip
+    trainer = Trainer(
+        max_epochs=3, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+        devices=1, enable_checkpointing=False, callbacks=[] if start else [KeepAll(folder)], num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(model, data, ckpt_path=folder / f"{start}.ckpt" if start else None)
+    return model, trainer
+
+
+@pytest.fixture(scope="module", params=HEADS)
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    folder = tmp_path_factory.mktemp(request.param)
+    return folder, request.param, *fit(folder, request.param)
+
+
+@pytest.mark.parametrize(
+    "start, workers", [("batch2", 0), ("batch4", 2), ("batch6", 0), ("epoch3", 2), ("validation3", 0)]
+)
+def test_a_resumed_run_ends_with_the_same_weights_to_the_bit(whole: tuple, start: str, workers: int) -> None:
+    folder, head, model, trainer = whole
+    again, resumed = fit(folder, head, start, workers)
+    assert resumed.global_step == trainer.global_step == 9
+    for (name, value), other in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(value, other), name
+    assert torch.equal(torch.get_rng_state(), torch.load(folder / "epoch9.ckpt")["random"]["cpu"])
+
+
+def test_validation_afterwards_gives_the_number_that_was_logged(whole: tuple) -> None:
+    folder, _, _, trainer = whole
+    fresh = corrzoo.load(folder / "epoch9.ckpt")
+    quiet = Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", devices=1)
+    (scores,) = quiet.validate(fresh, trainer.datamodule, verbose=False)
+    assert scores == {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    assert len(scores) == 3
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, original = tmp_path / "deeper" / "last.ckpt", torch.save
+    WholeFiles().save_checkpoint({"step": 1}, path)
+
+    def full_disk(content: object, file: object) -> None:
+        original(content, file)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(
+        ZooError, match=r"cannot write .*last\.ckpt \(No space left.*of before is whole.*ckpt_path last"
+    ):
+        WholeFiles().save_checkpoint({"step": 2}, path)
+    assert torch.load(path) == {"step": 1} and [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_the_last_is_of_every_epoch_and_the_best_moves_along(tmp_path: Path) -> None:
+    class Model(corrzoo.Matcher):
+        """Its first epoch is its best."""
+
+        def match(self, src: object, trg: object) -> corrzoo.Match:
+            return corrzoo.Match(src.maps[0].sum() * torch.zeros(len(src.image), 2, 4, 4))
+
+        def on_validation_epoch_end(self) -> None:
+            self.log("val/pck@0.1", -float(self.current_epoch))
+
+    def run(name: str, epochs: int, start: Path | None = None) -> Path:
+        keep = Checkpoints(
+            dirpath=tmp_path / name, filename="best", monitor="val/pck@0.1", mode="max", enable_version_counter=False
+        )
+        trainer = Trainer(
+            max_epochs=epochs, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+            devices=1, callbacks=[keep], num_sanity_val_steps=0,
+        )  # fmt: skip
+        lengths = {"synthetic": {"length": {"trn": 4, "val": 1}}}
+        data = PairsDataModule(train="synthetic", size=64, batch_size=4, workers=0, options=lengths)
+        trainer.fit(Model(backbone=VIT, weights="random"), data, ckpt_path=start)
+        return tmp_path / name
+
+    first = run("first", 2)
+    assert [torch.load(first / f"{name}.ckpt")["global_step"] for name in ("best", "last")] == [1, 2]
+    second = run("second", 3, first / "last.ckpt")
+    assert [torch.load(second / f"{name}.ckpt")["global_step"] for name in ("best", "last")] == [1, 3]
