@@ -21,19 +21,15 @@ Images = Tensor | Sequence[Tensor]
 """(B, 3, H, W) uint8, or as many (3, H, W) of any sizes."""
 
 
-def panels(
-    widths: Sequence[float], *images: Images, titles: Sequence[str] | None = None, rows: int | None = None
-) -> tuple[Figure, Any]:
+def panels(widths: Sequence[float], *images: Images, titles: Sequence[str] | None = None) -> tuple[Figure, Any]:
     """A figure of panels, and its axes: a row for each of the images, as high as they need.
 
     Args:
         widths: Of the columns; an image is 1 wide.
         images: What a row is to hold: the b-th of each.
         titles: A title for each row.
-        rows: So many rows, each for the first of the images, instead of one for each.
     """
     ratios = [max(image.shape[-2] / image.shape[-1] for image in row) for row in zip(*images, strict=True)]
-    ratios = ratios[:1] * rows if rows else ratios
     inches = 3.2 if len(ratios) > 1 else 4.8
     size = (inches * sum(widths), inches * sum(ratios) + 0.25 * len(ratios) + 0.25)
     figure = Figure(figsize=size, dpi=150, layout="constrained")

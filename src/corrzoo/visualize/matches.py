@@ -73,8 +73,9 @@ def draw_comparison(
         heat: Model: scores (h, w) of the target for one source point; they make a third column.
         point: Which source point the heat is of.
     """
+    rows = len(pred_kps)
     titles = [f"{name}: {int(correct[name].sum())} of {len(src_kps)} right" for name in pred_kps]
-    figure, axes = panels([1, 1, 1] if heat else [1, 1], [src_img], [trg_img], titles=titles, rows=len(pred_kps))
+    figure, axes = panels([1, 1, 1] if heat else [1, 1], [src_img] * rows, [trg_img] * rows, titles=titles)
     for row, (name, matched) in zip(axes, pred_kps.items(), strict=True):
         show(row[0], src_img)
         show(row[1], trg_img)
