@@ -6,12 +6,12 @@
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from corrzoo import ops
 from corrzoo.geometry import bilinear_cells, cell_centres, points_to_flow, sample, size_of
+from corrzoo.heads.levels import stack_levels
 from corrzoo.heads.registry import register_head
 from corrzoo.matcher import Matcher
 from corrzoo.types import Features, Match, ZooError
@@ -82,10 +82,7 @@ class Baseline(Matcher):
         maps = features.maps
         if self.remove_mean:
             maps = [level - level.mean((2, 3), keepdim=True) for level in maps]
-        maps = [F.interpolate(level, grid, mode="bilinear", align_corners=False) for level in maps]
-        if len(maps) > 1:  # in every cell the levels weigh the same, whatever their scale
-            maps = [F.normalize(level, dim=1) for level in maps]
-        return features._replace(maps=[torch.cat(maps, dim=1)])
+        return features._replace(maps=[stack_levels(maps, grid)])
 
     def match(self, src: Features, trg: Features) -> Match:
         """Eqs. 1-4 for every cell of the source grid."""

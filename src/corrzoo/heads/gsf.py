@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from corrzoo import ops
 from corrzoo.geometry import Size, cell_centres, sample, size_of
+from corrzoo.heads.levels import resize
 from corrzoo.heads.registry import register_head
 from corrzoo.losses import mean_where
 from corrzoo.matcher import Matcher
@@ -213,19 +214,14 @@ class UNet(nn.Module):
         """(B, N, inputs) -> (B, N, outputs) in full precision."""
         whole = self.enter(rearrange(rows, "b (h w) m -> b m h w", h=grid[0]))
         half = self.down(whole)
-        x = self.up(torch.cat([half, _resize(self.bottom(half), size_of(half))], 1))
-        x = self.leave(self.top(torch.cat([whole, _resize(x, grid)], 1)))
+        x = self.up(torch.cat([half, resize(self.bottom(half), size_of(half))], 1))
+        x = self.leave(self.top(torch.cat([whole, resize(x, grid)], 1)))
         return full(rearrange(x, "b m h w -> b (h w) m"))
 
 
 def _block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
     return nn.Sequential(conv, nn.GroupNorm(GROUPS, outputs), nn.ReLU())
-
-
-def _resize(maps: Tensor, size: Size) -> Tensor:
-    """Maps at another size, between cell centres; as they are when it is theirs."""
-    return maps if size_of(maps) == size else F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
 class Conv4d(nn.Module):
@@ -368,7 +364,7 @@ class GSF(Matcher):
         """The adapted levels at one size, each cell of each level of unit length: (B, C, h, w) a level."""
         maps = [adapt(level) for adapt, level in zip(self.adaptation, features.maps, strict=True)]
         grid = self.grid or max(size_of(level) for level in maps)
-        return features._replace(maps=[F.normalize(full(_resize(level, grid)), dim=1) for level in maps])
+        return features._replace(maps=[F.normalize(full(resize(level, grid)), dim=1) for level in maps])
 
     def match(self, src: Features, trg: Features) -> Match:
         """Eqs. 1 to 9; the extras hold what the losses read."""

@@ -14,6 +14,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from corrzoo.geometry import Size, sample, transfer
+from corrzoo.heads.levels import resize
 from corrzoo.matcher import Matcher
 from corrzoo.ops.reference import full
 from corrzoo.types import Features, Match, ZooError
@@ -278,11 +279,7 @@ class TokenMatcher(Matcher):
         there is no class token, or not one for all levels, the mean of the cells stands for it.
         """
         size = (self.grid, self.grid)
-        maps = (
-            level if level.shape[-2:] == size else F.interpolate(level, size, mode="bilinear", align_corners=False)
-            for level in features.maps
-        )
-        levels = [rearrange(level, "b c h w -> b (h w) c") for level in maps]
+        levels = [rearrange(resize(level, size), "b c h w -> b (h w) c") for level in features.maps]
         if len(levels) > 1:
             levels = [F.layer_norm(level, level.shape[-1:]) for level in levels]
         tokens = torch.cat(levels, dim=-1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from corrzoo import ops
 from corrzoo.backbones import Backbone, BackboneSpec
 from corrzoo.geometry import Size, cell_centres, points_to_flow, sample, size_of
+from corrzoo.heads.levels import resize, stack_levels
 from corrzoo.heads.registry import register_head
 from corrzoo.losses import mean_where
 from corrzoo.matcher import Matcher, cosine_maps
@@ -98,10 +99,7 @@ class ViTSC(Matcher):
     def prepare(self, features: Features) -> Features:
         """The map that is matched, (B, C, h, w), and behind it the L-encoder's, (B, 256, H/4, W/4)."""
         grid = stride_grid(size_of(features.image)) if self.attend_at == "stride8" else size_of(features.maps[-1])
-        maps = [resize(level, grid) for level in features.maps]
-        if len(maps) > 1:  # in every cell the levels weigh the same, whatever their scale
-            maps = [F.normalize(level, dim=1) for level in maps]
-        maps = [full(self.project(torch.cat(maps, dim=1)))]
+        maps = [full(self.project(stack_levels(features.maps, grid)))]
         return features._replace(maps=maps if self.low is None else [*maps, self.low(features.image).maps[0]])
 
     def match(self, src: Features, trg: Features) -> Match:
@@ -179,11 +177,6 @@ def triplet_loss(src: Tensor, trg: Tensor, mask: Tensor, margin: float) -> Tenso
 def stride_grid(image: Size) -> Size:
     """The (h, w) that stride 8 comes nearest to on a (H, W) image."""
     return max(round(image[0] / STRIDE), 1), max(round(image[1] / STRIDE), 1)
-
-
-def resize(maps: Tensor, size: Size) -> Tensor:
-    """Maps (B, C, h, w) at another size, bilinearly."""
-    return maps if size_of(maps) == size else F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
 # ---------------------------------------------------------------------- 4.1: cross-perception
