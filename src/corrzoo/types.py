@@ -82,7 +82,8 @@ class Pair(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # the field hides tuple.index, which nobody calls on a batch
     """(B,) int64 position in the benchmark: what makes evaluation by many processes exact."""
     src_id: Tensor
-    """(B,) int64 image number in the dataset: what lets an image's features be computed once; -1 when augmented."""
+    """(B,) int64 image number in the dataset: what lets an image's features be computed once; -1 when augmented.
+    A mirrored image has another number than the image."""
     trg_id: Tensor
     """(B,) int64."""
     category: Tensor

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -110,8 +110,7 @@ class PairDataset(Dataset[Pair], ABC):
         """
         if not self.images:
             raise ZooError(f"{self.name} renders its images: there are none to pack")
-        place = hashlib.blake2b("|".join(map(str, self.images)).encode(errors="surrogateescape"), digest_size=8)
-        key, into = f"{self.name}-{self.split}-{place.hexdigest()}", Path(folder) if folder else None
+        key, into = f"{self.name}-{self.split}-{_digest(self.images)}", Path(folder) if folder else None
         self._packed = packed.pack(key, self.images, self.size, self._decode, into)
 
     def order(self) -> list[int]:
@@ -191,6 +190,11 @@ def z_order(x: NDArray, y: NDArray) -> NDArray:
     return sum((((x >> bit & 1) | (y >> bit & 1) << 1) << 2 * bit for bit in bits), np.zeros_like(x))
 
 
+def _digest(paths: Iterable[Path]) -> str:
+    """What tells these files from others, for the names of caches."""
+    return hashlib.blake2b("|".join(map(str, paths)).encode(errors="surrogateescape"), digest_size=8).hexdigest()
+
+
 class FolderDataset(PairDataset):
     """A benchmark on disk, whose annotations are parsed once and then come from a cache, see `index`.
 
@@ -211,8 +215,7 @@ class FolderDataset(PairDataset):
         super().__init__(root, split, size, **options)
         self.need(self.home)
         sources = self.sources()
-        place = hashlib.blake2b("|".join(str(path.resolve()) for path in sources).encode(), digest_size=8).hexdigest()
-        key = f"{self.name}-{self.split}-{place}"
+        key = f"{self.name}-{self.split}-{_digest(path.resolve() for path in sources)}"
         self._table = index.cached(key, sources, lambda: index.pack(self.read(), self.home, self.categories))
         self.images = [self.home / image for image in self._table.images.tolist()]
 
