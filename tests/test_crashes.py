@@ -3,6 +3,9 @@
 import multiprocessing
 import os
 import random
+import re
+import resource
+import shutil
 import signal
 import threading
 import time
@@ -169,7 +172,10 @@ def test_a_run_that_is_killed_ten_times_ends_as_one_that_is_not(home: Path, fres
 
 
 class InAStep:
-    """Lets `run` send its signal in the middle of the third step."""
+    """Something that happens in the middle of the third step."""
+
+    def __init__(self, happening: Callable[[], None]) -> None:
+        self.happening = happening
 
     def __call__(self) -> None:
         from corrzoo.matcher import Matcher
@@ -180,16 +186,60 @@ class InAStep:
             nonlocal left
             left -= 1
             if not left:
-                Path("steps").touch()
-                time.sleep(1)
+                self.happening()
             return original(*args)
 
         Matcher.training_step = training_step
 
 
+def wait_for_a_signal() -> None:
+    Path("steps").touch()
+    time.sleep(1)
+
+
+def fill_the_disk() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # which holds for root, too
+
+
+def take_the_images_away() -> None:
+    shutil.rmtree("data/SPair-71k/JPEGImages")
+
+
+def kill_a_worker() -> None:
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)  # as the kernel does when memory is short
+
+
+@pytest.mark.parametrize(
+    "happening, said",
+    [
+        (fill_the_disk, "error: cannot write the checkpoint .*last.ckpt \\(File too large; .*of before is whole"),
+        (take_the_images_away, "error: no image .*jpg: restore the file"),
+        (kill_a_worker, "error: DataLoader worker .* killed by signal.*fewer --data.workers"),
+    ],
+)
+def test_trouble_in_a_run_is_one_line_and_it_can_go_on(
+    home: Path, fresh: Path, happening: Callable[[], None], said: str
+) -> None:
+    images = ["--data.packed=false", "--data.cache_mb=0"]
+    (fresh / "data").unlink()
+    shutil.copytree(home / "data", fresh / "data")
+    status, log = run(fresh, [*FIT, *images], InAStep(happening))
+    assert status == 1 and re.fullmatch(said + ".*", log.splitlines()[-1]) and "Traceback" not in log, log
+    assert read(newest(fresh))["global_step"] == 2
+    shutil.copytree(home / "data", fresh / "data", dirs_exist_ok=True)
+    assert run(fresh, go_on(fresh))[0] == 0
+    assert_same(read(newest(fresh)), read(newest(home)))
+
+
+def test_a_folder_that_cannot_be_written_is_said_at_the_start(fresh: Path) -> None:
+    (fresh / "runs").touch()
+    status, log = run(fresh, FIT)
+    assert status == 1 and re.fullmatch("error: .*runs.*", log.splitlines()[-1]) and "Traceback" not in log, log
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_ends_the_step_and_leaves_a_checkpoint_to_go_on_from(home: Path, fresh: Path, name: str) -> None:
-    status, log = run(fresh, FIT, InAStep(), then=name)
+    status, log = run(fresh, FIT, InAStep(wait_for_a_signal), then=name)
     assert status == 128 + getattr(signal, name)
     assert log.splitlines()[-1] == f"stopped by {name} behind step 3: go on with --ckpt_path last"
     assert "Traceback" not in log and read(newest(fresh))["global_step"] == 3  # in the middle of an epoch
@@ -212,7 +262,7 @@ def test_slurm_requeues_a_job_that_goes_on_where_it_was(
     config = Path(__file__).resolve().parents[1] / "zoo_configs" / "trainer" / "slurm.yaml"
     job = [*FIT, f"--config={config}", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"]
     job += ["--trainer.precision=32-true", "--trainer.default_root_dir=job"]
-    status, log = run(fresh, job, InAStep(), then="SIGUSR1")
+    status, log = run(fresh, job, InAStep(wait_for_a_signal), then="SIGUSR1")
     assert status == 0 and (fresh / "told").read_text() == "requeue 123\n", log
     saved = read(fresh / "job" / "hpc_ckpt_1.ckpt")
     assert saved["global_step"] == 3
