@@ -197,6 +197,8 @@ def test_a_checkpoint_brings_its_weights_and_says_how_they_came_to_be(tmp_path):
         (["fit", *BASELINE, "--model.stride=0"], "stride 0: expected a number above 0"),
         (["test", *BASELINE, "--data.test=[pfwillow,pfwillow]"], "names pfwillow more than once"),
         (["fit"], "no head was given"),
+        (["fit", *BASELINE, "--trainer.strategy=dpp"], "unknown strategy 'dpp': did you mean 'ddp'"),
+        (["test", *BASELINE, "--trainer.limit_test_batches=0"], "limit_test_batches 0 leaves nothing to evaluate"),
         (["fit", *BASELINE, *DEMO, *TINY, "--model.alphas=[0.05]"], "--checkpoint.monitor one of ['val/pck@0.05']"),
         (["fit", *DEMO, *BASELINE], "put --config zoo_configs/<head>.yaml (or --model <head>) first"),
         (["test", *BASELINE, *DEMO, *TINY, "--ckpt_path=nowhere.ckpt"], "no checkpoint at nowhere.ckpt"),

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NoReturn
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from corrzoo import commands
@@ -119,10 +120,7 @@ class ZooCLI(LightningCLI):
         """Name the run's folder after its model, and keep wandb offline where nobody is logged in."""
         config = self.config[self.config.subcommand]
         logger, model = config.trainer.logger, config.model
-        scores = [f"val/pck@{alpha:g}" for alpha in model.init_args.alphas]
-        monitor = config.checkpoint.monitor or ""
-        if self.config.subcommand == "fit" and monitor.startswith("val/pck@") and monitor not in scores:
-            raise ZooError(f"no {monitor} is scored to keep the best by: give --checkpoint.monitor one of {scores}")
+        self._refuse_what_cannot_be(config)
         if hasattr(logger, "class_path"):
             head = model.class_path.rsplit(".", 1)[-1]
             if "name" in logger.init_args and logger.init_args.name == "":
@@ -130,6 +128,18 @@ class ZooCLI(LightningCLI):
             if logger.class_path.endswith("WandbLogger") and not _logged_in_to_wandb():
                 logger.init_args.offline = True
                 print("wandb: no account on this machine, the run is kept offline (`wandb sync` sends it later)")
+
+    def _refuse_what_cannot_be(self, config: Any) -> None:
+        """Before anything is built: Lightning finds these late, in many lines, or not at all."""
+        command, monitor, strategy = self.config.subcommand, config.checkpoint.monitor or "", config.trainer.strategy
+        scores = [f"val/pck@{alpha:g}" for alpha in config.model.init_args.alphas]
+        if command == "fit" and monitor.startswith("val/pck@") and monitor not in scores:
+            raise ZooError(f"no {monitor} is scored to keep the best by: give --checkpoint.monitor one of {scores}")
+        if isinstance(strategy, str) and strategy not in (known := ["auto", *StrategyRegistry]):
+            raise ZooError(f"unknown strategy {strategy!r}{nearest(strategy, known) or ': auto or ddp, for instance'}")
+        stage = {"test": "test", "validate": "val", "predict": "predict"}.get(command)
+        if stage and config.trainer[f"limit_{stage}_batches"] == 0:
+            raise ZooError(f"--trainer.limit_{stage}_batches 0 leaves nothing to evaluate: give a larger one, or none")
 
 
 def explain(message: str, parser: LightningArgumentParser) -> str:
