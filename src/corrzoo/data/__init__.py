@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from corrzoo.data import ap10k, caltech, pfpascal, pfwillow, spair, synthetic, warps  # noqa: F401 - registers them
-from corrzoo.data.pairs import DATASETS, Augment, PairDataset
+from corrzoo.data.pairs import DATASETS, Augment, FolderDataset, PairDataset
 from corrzoo.geometry import Size
 from corrzoo.registry import nearest
 from corrzoo.types import ZooError
 
-__all__ = ["Augment", "PairDataset", "create_dataset", "list_datasets"]
+__all__ = ["Augment", "FolderDataset", "PairDataset", "create_dataset", "list_datasets", "register_dataset"]
+
+register_dataset = DATASETS.register
 
 
 def create_dataset(name: str, root: str | Path, split: str, size: int | Size = 224, **options: Any) -> PairDataset:

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from corrzoo.data import index, packed
@@ -118,14 +118,17 @@ class PairDataset(Dataset[Pair], ABC):
         return list(range(len(self)))
 
     def __getitem__(self, i: int) -> Pair:
-        record = self.record(i)
-        src_id, trg_id = self.image_numbers(i)
-        new = torch.tensor([self.size[1], self.size[0]], dtype=torch.float64)
-        src_size, trg_size = (torch.tensor(size, dtype=torch.float64) for size in (record.src_size, record.trg_size))
+        record, (src, trg) = self.record(i), self.image_numbers(i)
+        flags = [record.flags.get(name, -1) for name in DIFFICULTIES]
+        # Few tensors with many numbers in them: making each of its own would take longer than reading the images.
+        numbers = torch.tensor([i, src, trg, self.categories.index(record.category), *flags])
+        index, src_id, trg_id, category = numbers[:4].unbind()
+        sizes = torch.tensor([record.src_size, record.trg_size, self.size[::-1]], dtype=torch.float64)
+        src_size, trg_size, new = sizes.unbind()
         no_box = torch.full((4,), torch.nan)
         sample = Pair(
-            src_img=self._image(src_id),
-            trg_img=self._image(trg_id),
+            src_img=self._image(src),
+            trg_img=self._image(trg),
             src_kps=resize_points(record.src_kps, src_size, new).float(),
             trg_kps=resize_points(record.trg_kps, trg_size, new).float(),
             kps_mask=torch.ones(len(record.src_kps), dtype=torch.bool),
@@ -133,11 +136,11 @@ class PairDataset(Dataset[Pair], ABC):
             trg_size=trg_size.float(),
             src_box=no_box if record.src_box is None else record.src_box.float(),
             trg_box=no_box if record.trg_box is None else record.trg_box.float(),
-            index=torch.tensor(i),
-            src_id=torch.tensor(src_id),
-            trg_id=torch.tensor(trg_id),
-            category=torch.tensor(self.categories.index(record.category)),
-            difficulty=torch.tensor([record.flags.get(name, -1) for name in DIFFICULTIES]),
+            index=index,
+            src_id=src_id,
+            trg_id=trg_id,
+            category=category,
+            difficulty=numbers[4:],
         )
         if record.flip:  # an image of its own, whose number goes on from those of the files
             sample = mirror(sample)._replace(
@@ -158,14 +161,9 @@ class PairDataset(Dataset[Pair], ABC):
     @staticmethod
     def collate(samples: Sequence[Pair]) -> Pair:
         """Samples to a batch, their keypoints padded to the most that one of them has."""
-        most = max(len(sample.kps_mask) for sample in samples)
-
-        def pad(name: str, value: Tensor) -> Tensor:
-            if name == "kps_mask":
-                return F.pad(value, (0, most - len(value)))
-            return F.pad(value, (0, 0, 0, most - len(value))) if name.endswith("kps") else value
-
-        return Pair(*(torch.stack([pad(name, getattr(sample, name)) for sample in samples]) for name in Pair._fields))
+        ragged = ("src_kps", "trg_kps", "kps_mask")
+        columns = zip(Pair._fields, map(list, zip(*samples, strict=True)), strict=True)
+        return Pair(*(pad_sequence(c, batch_first=True) if name in ragged else torch.stack(c) for name, c in columns))
 
 
 def mirror(sample: Pair) -> Pair:
