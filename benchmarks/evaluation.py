@@ -1,0 +1,159 @@
+"""Evaluating the Baseline on SPair-71k's number of test pairs, and PCK alone, against the way that released code does.
+
+The images are as large as SPair-71k's and are written to a temporary folder; what they show and what the weights know
+does not matter to the time. Writes benchmarks/results/evaluation.csv: CPU seconds of one process, the two ways by
+turns, ratios as medians over the rounds. The slow way is given a sample of the pairs, whose scores are compared.
+Run it as `python benchmarks/evaluation.py`.
+"""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader, Subset
+
+import corrzoo
+from corrzoo.data import PairDataset, create_dataset
+from corrzoo.data.module import PairsDataModule
+from corrzoo.data.spair import CATEGORIES
+from corrzoo.geometry import transfer
+from corrzoo.matcher import Matcher
+from corrzoo.metrics import PCK
+from corrzoo.types import Pair
+from data import BATCH, SIZE, PublishedWay, cpu, row, save, write
+
+ALPHAS = (0.05, 0.1, 0.15)
+
+
+def loops(pred: torch.Tensor, gt: torch.Tensor, boxes: torch.Tensor, counts: list[int]) -> list[list[float]]:
+    """BASELINE, not corrzoo: PCK of each pair by loops over keypoints and thresholds."""
+    scores = []
+    for b, n in enumerate(counts):
+        length = max(boxes[b][2] - boxes[b][0], boxes[b][3] - boxes[b][1])
+        correct = [0] * len(ALPHAS)
+        for k in range(n):
+            dx, dy = pred[b, k, 0] - gt[b, k, 0], pred[b, k, 1] - gt[b, k, 1]
+            distance = torch.sqrt(dx**2 + dy**2)
+            for a, alpha in enumerate(ALPHAS):
+                if distance <= alpha * length:
+                    correct[a] += 1
+        scores.append([c / n for c in correct])
+    return scores
+
+
+@torch.no_grad()
+def published(model: Matcher, dataset: PublishedWay, chosen: list[int]) -> list[list[float]]:
+    """BASELINE, not corrzoo: both images decoded and run for each pair, the whole flow computed, PCK by loops."""
+    scores = []
+    for sample in DataLoader(Subset(dataset, chosen), BATCH):
+        flow = model(sample["src_img"], sample["trg_img"]).flow
+        points = transfer(sample["src_kps"], flow, (SIZE, SIZE))
+        back = sample["trg_size"].unsqueeze(1) / SIZE
+        scores += loops(points * back, sample["trg_kps"] * back, sample["trg_box"], sample["n"].tolist())
+    return scores
+
+
+def part_of(root: Path, number: int, count: int) -> Path:
+    """The test pairs of some categories as a dataset of their own: an image recurs in as many pairs as in all."""
+    part = root / f"part{number}"
+    home = part / "SPair-71k"
+    (home / "Layout" / "large").mkdir(parents=True, exist_ok=True)
+    for name in ("JPEGImages", "PairAnnotation"):
+        if not (home / name).exists():
+            (home / name).symlink_to((root / "SPair-71k" / name).resolve())
+    wanted = [CATEGORIES[(number * count + k) % len(CATEGORIES)] for k in range(count)]
+    lines = (root / "SPair-71k" / "Layout" / "large" / "test.txt").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.strip().rsplit(":", 1)[1] in wanted]
+    (home / "Layout" / "large" / "test.txt").write_text("".join(kept))
+    return part
+
+
+def end_to_end(root: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """The row of `lightning test`, with images packed and annotations parsed, as in every run but the first."""
+    model = corrzoo.create_matcher("Baseline", args.backbone, weights="random", alphas=ALPHAS).eval()
+    rates: dict[str, list[float]] = {"published": [], "corrzoo": []}
+    pairs = differing = 0
+    for number in range(args.rounds):
+        part = part_of(root, number, args.categories)
+        create_dataset("spair71k", part, "test", size=SIZE).pack()
+        theirs = PublishedWay(part, "test")
+        chosen = torch.randperm(len(theirs), generator=torch.Generator().manual_seed(number))[: args.sample].tolist()
+        seconds, scores = cpu(published, model, theirs, chosen)
+        rates["published"].append(args.sample / seconds)
+        quiet = dict(enable_progress_bar=False, enable_model_summary=False, logger=False, accelerator="cpu", devices=1)
+        trainer = Trainer(default_root_dir=part, **quiet)
+        data = PairsDataModule(root=str(part), test=["spair71k"], size=SIZE, batch_size=BATCH, workers=0)
+        rates["corrzoo"].append(len(theirs) / cpu(trainer.test, model, data, None, False)[0])
+        rows = model.metrics_by_dataset()[0][1].rows()
+        for index, score in zip(chosen, scores, strict=True):
+            ours = [rows[index][f"pck@{alpha:g}"] / 100 for alpha in ALPHAS]
+            differing += max(abs(a - b) for a, b in zip(ours, score, strict=True)) > 1e-9
+        pairs += len(theirs)
+        print(
+            f"round {number}: {rates['published'][-1]:.2f} -> {rates['corrzoo'][-1]:.1f} pairs a CPU second", flush=True
+        )
+    how = f"{args.backbone}, {SIZE} px, batches of {BATCH}; {pairs} pairs, {args.categories} categories a round; the "
+    how += f"published way {args.sample} a round, of which {differing} are scored otherwise"
+    return row("lightning test, Baseline", "pairs/CPU s", rates["published"], rates["corrzoo"], True, how)
+
+
+def scored(parts: list[tuple[torch.Tensor, Pair]]) -> PCK:
+    """corrzoo's metric after it has seen the predictions and computed every average."""
+    metric = PCK("default:bbox", ALPHAS)
+    for pred, pair in parts:
+        metric.update(pred, pair)
+    metric.compute()
+    return metric
+
+
+def pck_alone(root: Path, rounds: int, sample: int = 500) -> list[dict[str, Any]]:
+    """The rows of PCK: of all test pairs at once, and in the batches of an evaluation."""
+    dataset = create_dataset("spair71k", root, "test", size=8)  # images of no size to speak of
+    samples = [dataset[i] for i in range(len(dataset))]
+    pair = PairDataset.collate(samples)
+    noise = 40 * torch.randn(pair.trg_kps.shape, generator=torch.Generator().manual_seed(0))
+    gt = pair.trg_kps * (pair.trg_size / 8).unsqueeze(1)
+    pred, counts = gt + noise, pair.kps_mask.sum(1).tolist()
+    batches = [range(i, min(i + BATCH, len(samples))) for i in range(0, len(samples), BATCH)]
+    batched = [(pred[list(b)], Pair(*(field[list(b)] for field in pair))) for b in batches]
+    rates: dict[str, list[float]] = {"loops": [], "at once": [], "batches": []}
+    for _ in range(rounds):
+        seconds, scores = cpu(loops, pred[:sample], gt[:sample], pair.trg_box[:sample], counts[:sample])
+        rates["loops"].append(sample / seconds)
+        for name, parts in (("at once", [(pred, pair)]), ("batches", batched)):
+            seconds, metric = cpu(scored, parts)
+            rates[name].append(len(samples) / seconds)
+            for ours, score in zip(metric.rows(), scores, strict=False):
+                assert max(abs(ours[f"pck@{a:g}"] / 100 - s) for a, s in zip(ALPHAS, score, strict=True)) < 1e-9
+    how = f"{len(samples)} pairs, the published way {sample} of them"
+    return [
+        row("PCK of all pairs at once", "pairs/CPU s", rates["loops"], rates["at once"], True, how),
+        row(f"PCK in batches of {BATCH}", "pairs/CPU s", rates["loops"], rates["batches"], True, how),
+    ]
+
+
+def main() -> None:
+    """Write the dataset, measure, keep the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sample", type=int, default=32, help="pairs that the published way is given in a round")
+    parser.add_argument("--categories", type=int, default=2, help="categories whose pairs are evaluated in a round")
+    parser.add_argument("--backbone", default="dinov2_s14")
+    parser.add_argument("--root", type=Path, help="keep the dataset here, or find it")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        root = args.root or Path(folder)
+        os.environ["CORRZOO_CACHE"] = str(root / "cache")
+        if not (root / "SPair-71k").exists():
+            write(root, ["test"])
+        save("evaluation.csv", [*pck_alone(root, args.rounds), end_to_end(root, args)])
+
+
+if __name__ == "__main__":
+    main()
