@@ -86,11 +86,13 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def record(model: nn.Module, names: str) -> Iterator[dict[str, tuple[tuple, object]]]:
-    """What each module whose name matches was last given and what it answered; of the others memory holds nothing."""
+def record(model: nn.Module, names: str) -> Iterator[dict[str, list[tuple[tuple, object]]]]:
+    """What each module whose name matches was given and what it answered, call by call; memory holds nothing else."""
     seen = {}
     handles = [
-        module.register_forward_hook(lambda m, given, answer, name=name: seen.update({name: (given, answer)}))
+        module.register_forward_hook(
+            lambda m, given, answer, name=name: seen.setdefault(name, []).append((given, answer))
+        )
         for name, module in model.named_modules()
         if re.fullmatch(names, name)
     ]

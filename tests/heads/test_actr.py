@@ -39,7 +39,7 @@ def test_flow(golden, released):
     _, single, flow, _, seen = released
     double = golden.arrays("actr_f64")
     assert_close(flow, double["flow"], 1e-8)
-    for i, coarse in enumerate(seen["soft_argmax"][1].chunk(6)):
+    for i, coarse in enumerate(seen["soft_argmax"][0][1].chunk(6)):
         assert_close(coarse, double[f"flow_coarse_{i}"], 1e-8)
     assert_close(single, golden.arrays("actr_f32")["flow"], 2e-3)
 
@@ -47,21 +47,21 @@ def test_flow(golden, released):
 def test_intermediates(golden, released):
     *_, seen = released
     single = golden.arrays("actr_f32")
-    for side, tokens in zip(("src", "trg"), seen["blocks.0"][0], strict=True):
+    for side, tokens in zip(("src", "trg"), seen["blocks.0"][0][0], strict=True):
         assert_close(tokens[:, ::8, ::4], single[f"bb_tokens_{side}"], 1e-4)
     for i in range(6):
-        s, t, correlation = seen[f"blocks.{i}"][1]
+        s, t, correlation = seen[f"blocks.{i}"][0][1]
         assert_close(s[:, ::16, ::8], single[f"dec_block{i}_src"], 1e-3)
         assert_close(t[:, ::16, ::8], single[f"dec_block{i}_trg"], 1e-3)
         assert_close(correlation[:, 1::4, 1::4], single[f"corr{i}"], 1e-4)
-        assert_close(seen["super_resolution.head"][1].chunk(6)[i], single[f"flow_refine{i}"], 1e-2)
+        assert_close(seen["super_resolution.head"][i][1], single[f"flow_refine{i}"], 1e-2)
     project = "super_resolution.project"
-    assert_close(seen[f"{project}.1"][1][:, ::6], single["refine_feat16"], 1e-4)
-    assert_close(seen[project][1][:, ::6, ::4, ::4], single["refine_feat64"], 1e-4)
+    assert_close(seen[f"{project}.1"][0][1][:, ::6], single["refine_feat16"], 1e-4)
+    assert_close(seen[project][0][1][:, ::6, ::4, ::4], single["refine_feat64"], 1e-4)
     for stage in (1, 2):
         for branch in (1, 2):
             name, key = f"super_resolution.stages.{stage - 1}.{branch - 1}", f"swin_{branch}_{stage}_it0"
-            answer, (before, *_) = seen[name][1], seen[f"{name}.channels"][0]
+            answer, (before, *_) = seen[name][0][1], seen[f"{name}.channels"][0][0]
             assert_close(answer[:2, ::6, ::4, ::4], single[key], 5e-2)  # values reach 500
             assert_close(before[:2, ::6, ::4, ::4], single[f"{key}_preCA"], 5e-2)
 

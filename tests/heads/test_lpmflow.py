@@ -63,7 +63,7 @@ def test_flow(golden, released):
     _, flows, seen, *_ = released
     double = golden.arrays("lpmflow_f64")
     assert_close(flows["double"], double["flow"], 1e-8)
-    for scales, coarse in zip(("11", "12", "21", "22"), seen["soft_argmax"][1].chunk(4), strict=True):
+    for scales, coarse in zip(("11", "12", "21", "22"), seen["soft_argmax"][-1][1].chunk(4), strict=True):
         assert_close(coarse, double[f"flow_coarse_{scales}"], 1e-8)
     assert_close(flows["single"], golden.arrays("lpmflow_f32")["flow"], 2e-2)
 
@@ -72,26 +72,26 @@ def test_intermediates(golden, released):
     _, _, seen, *_ = released
     single = golden.arrays("lpmflow_f32")
     for i in range(6):
-        assert_close(seen[f"encoder.blocks.{i}"][1][:, ::16, ::8], single[f"enc_block{i}"], 1e-3)
-    assert_close(seen["encoder.drop"][1][:, ::16, ::8], single["enc_in"], 1e-3)
-    assert_close(torch.cat(seen["encoder"][1], 1)[:, ::8, ::4], single["enc_out"], 1e-3)
+        assert_close(seen[f"encoder.blocks.{i}"][-1][1][:, ::16, ::8], single[f"enc_block{i}"], 1e-3)
+    assert_close(seen["encoder.drop"][-1][1][:, ::16, ::8], single["enc_in"], 1e-3)
+    assert_close(torch.cat(seen["encoder"][-1][1], 1)[:, ::8, ::4], single["enc_out"], 1e-3)
     for key, name in (("11", "pyramid.decoder1"), ("22", "pyramid.decoder3")):
-        s, t, correlation = seen[name][1]
+        s, t, correlation = seen[name][-1][1]
         assert_close(s[:, ::16, ::8], single[f"dec_{key}_src"], 1e-3)
         assert_close(t[:, ::16, ::8], single[f"dec_{key}_trg"], 1e-3)
         assert_close(correlation[:, ::8, ::8], single[f"corr_{key}"], 1e-4)
-    s, t, correlation = seen["pyramid.decoder2"][1]  # its second call
+    s, t, correlation = seen["pyramid.decoder2"][-1][1]  # its second call
     assert_close(s[:, ::16, ::8], single["dec_21_src"], 1e-3)
     assert_close(t[:, ::16, ::8], single["dec_21_trg"], 1e-3)
     assert_close(correlation[:, ::8, ::8], single["corr_21"], 1e-4)
-    for up, key in zip(seen["pyramid.up"][1].chunk(2), ("up_src12", "up_trg21"), strict=True):
+    for up, key in zip(seen["pyramid.up"][-1][1].chunk(2), ("up_src12", "up_trg21"), strict=True):
         assert_close(up[:, ::32, ::16], single[key], 1e-2)  # values reach 100
     project = "integration.project"
-    assert_close(seen[f"{project}.1"][1][:, ::8, ::4, ::4], single["refine_feat32"], 1e-3)
-    assert_close(seen[project][1][:, ::8, ::8, ::8], single["refine_feat128"], 1e-3)
+    assert_close(seen[f"{project}.1"][-1][1][:, ::8, ::4, ::4], single["refine_feat32"], 1e-3)
+    assert_close(seen[project][-1][1][:, ::8, ::8, ::8], single["refine_feat128"], 1e-3)
     for i, window in enumerate((16, 8, 4)):
-        assert_close(seen[f"integration.refine.{i}"][1][:, ::8, ::8, ::8], single[f"swin_{window}"], 0.5)
-    assert_close(seen["integration"][1], single["flow_refine"], 2e-2)
+        assert_close(seen[f"integration.refine.{i}"][-1][1][:, ::8, ::8, ::8], single[f"swin_{window}"], 0.5)
+    assert_close(seen["integration"][-1][1], single["flow_refine"], 2e-2)
 
 
 def test_as_the_authors_test_it(golden, released):

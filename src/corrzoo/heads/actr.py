@@ -150,7 +150,11 @@ class FlowSuperResolution(nn.Module):
     def forward(self, flows: Tensor, features: Tensor) -> Tensor:
         """Flows (P*B, 2, 4g, 4g), path by path, and features (B, C, g, g) -> refined flows (P*B, 2, 4g, 4g)."""
         features = self.project(features)
-        x = torch.cat([flows, features.repeat(len(flows) // len(features), 1, 1, 1)], dim=1)
+        paths = flows.split(len(features))  # one by one: all together leave a CPU's caches
+        return torch.cat([flow + self.head(self.refine(torch.cat([flow, features], dim=1))) for flow in paths])
+
+    def refine(self, x: Tensor) -> Tensor:
+        """(B, 96, 4g, 4g) -> the same: in each stage the sum of the windows' branches."""
         for branches in self.stages:
             x = reduce(torch.add, [branch(x) for branch in branches.children()])
-        return flows + self.head(x)
+        return x
