@@ -1,0 +1,210 @@
+"""ACTR and LPMFlow against a straightforward rendering of the same equations: what sharing and fused attention save.
+
+The rendering goes the papers' way line by line, with the same parameters: each image by itself, attention weights
+written out, all of q, k and v for both sides of a cross-attention, one path after the other, one replaced token after
+the other. Both answer the same flow and gradients (checked first), and are timed in turns; a ratio above 1 is what the
+heads of the zoo save. Float32, without dropout, head alone: tokens of iBOT's shape go in.
+
+    python benchmarks/rendering.py        # writes results/rendering_cpu.csv
+"""
+
+import argparse
+import csv
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import MethodType
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+import corrzoo
+from corrzoo.heads import ACTR, LPMFlow, actr, layers, lpmflow
+from corrzoo.matcher import Matcher
+from corrzoo.types import Features, Match
+
+HEADS = layers.HEADS
+
+
+def split_heads(x: Tensor) -> Tensor:
+    return rearrange(x, "b n (h d) -> b h n d", h=HEADS)
+
+
+def attention(self: layers.Attention, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    q, k, v = (split_heads(part) for part in self.qkv(x).chunk(3, -1))
+    logits = q @ k.mT * q.shape[-1] ** -0.5
+    weights = (logits if bias is None else logits + bias).softmax(-1)
+    return self.proj(rearrange(weights @ v, "b h n d -> b n (h d)"))
+
+
+def window_attention(self: layers.WindowAttention, x: Tensor, bias: None = None) -> Tensor:
+    side = self.index.shape[0]
+    table = self.bias_table[self.index.flatten()].view(side, side, HEADS)
+    return attention(self, x, table.permute(2, 0, 1).contiguous())
+
+
+def cross_attention(self: layers.CrossAttention, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    q = split_heads(self.qkv(s).chunk(3, -1)[0])
+    _, k, v = (split_heads(part) for part in self.qkv(t).chunk(3, -1))
+    weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+    return self.proj(rearrange(weights @ v, "b h n d -> b n (h d)")), weights.sum(1)
+
+
+def refinement(self: layers.WindowRefinement, maps: Tensor) -> Tensor:
+    """Windows are cut for the attention alone, and put together again behind it."""
+    rows, columns = (side // self.window for side in maps.shape[-2:])
+    x = rearrange(maps, "b c h w -> b h w c")
+    cut = rearrange(self.norm1(x), "b (r i) (s j) c -> (b r s) (i j) c", i=self.window, j=self.window)
+    found = self.attention(cut)
+    z = x + rearrange(found, "(b r s) (i j) c -> b (r i) (s j) c", r=rows, s=columns, i=self.window)
+    z = z + self.mlp(self.norm2(z))
+    return self.channels(rearrange(x + self.norm(z), "b h w c -> b c h w"))
+
+
+def alignment(self: actr.AsymmetricAlignment, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    s = s + self.pos_embed
+    s_update, t_update = self.self_attention(self.norm1(s)), self.self_attention(self.norm1(t))
+    s = s + s_update + self.mlp(self.norm2(s_update))
+    t = t + t_update + self.mlp(self.norm2(t_update))
+    update, correlation = self.cross_attention(self.norm1(s), self.norm1(t))
+    update = layers.arf(update)
+    s = s + update + self.mlp(self.norm2(update))
+    if self.target_weight is not None:
+        t = t + t * self.target_weight * correlation.detach().mean(1).unsqueeze(-1).sigmoid()
+    return s, t, correlation
+
+
+def match_actr(self: ACTR, src: Features, trg: Features) -> Match:
+    s, t = self.tokens(src), self.tokens(trg)
+    coarse = []
+    for block in self.blocks:
+        s, t, correlation = block(s, t)
+        coarse.append(self.soft_argmax(correlation[:, 1:, 1:]))
+    refined = [self.super_resolution(layers.upscale(flow), layers.as_map(s)) for flow in coarse]
+    return self.answer(torch.stack(refined).mean(0), src.image, correlation)
+
+
+def pyramid(self: lpmflow.FeatureSuperResolution, s: Tensor, t: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Each image is enlarged by itself."""
+    s1, t1, m11 = self.decoder1(s, t)
+    s2, t2 = self.up(s1), self.up(t1)
+    s12, t12, m12 = self.decoder2(s1, t2)
+    s21, t21, m21 = self.decoder2(s2, t1)
+    s2, _, m22 = self.decoder3(self.up(s12) + s21, t12 + self.up(t21))
+    return {"11": m11, "12": m12, "21": m21, "22": m22}, s2
+
+
+def region_bias(self: lpmflow.RegionBias) -> Tensor:
+    padded = torch.cat([self.table, torch.zeros_like(self.table[:, :1])], 1)
+    return padded[:, self.index.flatten()].unflatten(1, self.index.shape)
+
+
+def match_lpmflow(self: LPMFlow, src: Features, trg: Features) -> Match:
+    s, t = self.tokens(src), self.tokens(trg)
+    s, masked = self.hide_tokens(s, t)
+    s, t = self.encoder(s, t)
+    correlations, features = self.pyramid(s, t)
+    found = [self.soft_argmax(lpmflow.to_fine(correlations[scales], self.grid)) for scales in self.flows]
+    flows = [layers.upscale(flow) for flow in found]
+    flow = flows[-1] + self.integration(flows, layers.as_map(features))
+    return self.answer(flow, src.image, correlations["22"], masked=masked, tokens=s)
+
+
+def self_contrast(tokens: Tensor, masked: Tensor, neighbours: Tensor) -> Tensor:
+    losses = []
+    for x, hidden in zip(tokens, masked, strict=True):
+        terms = []
+        for i in hidden.tolist():
+            query = F.normalize(x[i], dim=0)
+            around = F.normalize(neighbours[i - 1] @ x[1:].detach(), dim=0)
+            others = [F.normalize(x[j], dim=0) for j in hidden.tolist() if j != i]
+            logits = torch.stack([query @ around, *(query @ other for other in others)]) / lpmflow.CONTRAST
+            terms.append(logits.logsumexp(0) - logits[0])
+        losses.append(torch.stack(terms).mean())
+    return torch.stack(losses)
+
+
+PLAIN: dict[type[nn.Module], Callable[..., object]] = {
+    layers.WindowAttention: window_attention,
+    layers.Attention: attention,
+    layers.CrossAttention: cross_attention,
+    layers.WindowRefinement: refinement,
+    actr.AsymmetricAlignment: alignment,
+    lpmflow.FeatureSuperResolution: pyramid,
+    lpmflow.RegionBias: region_bias,
+}
+
+
+def plain(model: Matcher) -> Matcher:
+    """The same parameters under the straightforward rendering."""
+    for module in model.modules():
+        if type(module) in PLAIN:
+            module.forward = MethodType(PLAIN[type(module)], module)
+    model.match = MethodType(match_actr if isinstance(model, ACTR) else match_lpmflow, model)
+    return model
+
+
+def build(head: str, rendering: bool) -> Matcher:
+    torch.manual_seed(0)
+    options = {"dropout": 0.0} if head == "LPMFlow" else {}
+    model = corrzoo.create_matcher(head, "ibot_b16", "random", resize=256, **options).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout | nn.Dropout2d):
+            module.p = 0.0
+    return plain(model) if rendering else model
+
+
+def step(model: Matcher, src: Features, trg: Features, rendering: bool) -> tuple[Tensor, Tensor]:
+    """Flow and the gradient of one loss, back to the source's features."""
+    torch.manual_seed(1)  # the same tokens are hidden
+    model.zero_grad()
+    maps = src.maps[0].detach().requires_grad_()
+    match = model.match(src._replace(maps=[maps]), trg)
+    loss = match.flow.square().mean().sqrt()
+    if "masked" in match.extras:
+        contrast = self_contrast if rendering else lpmflow.self_contrast
+        loss = loss + contrast(match.extras["tokens"], match.extras["masked"], model.neighbours).mean()
+    loss.backward()
+    return match.flow.detach(), maps.grad
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows = []
+    for head in ("ACTR", "LPMFlow"):
+        models = [build(head, rendering) for rendering in (False, True)]
+        image = torch.zeros(args.batch, 3, 256, 256)
+        maps = [torch.randn(args.batch, 768, 16, 16) for _ in range(2)]
+        src, trg = (Features(image, [x], x.mean((2, 3))) for x in maps)
+        (flow, grad), (flow2, grad2) = (step(m, src, trg, k == 1) for k, m in enumerate(models))
+        torch.testing.assert_close(flow, flow2, rtol=1e-3, atol=1e-2)  # pixels of 256
+        torch.testing.assert_close(grad, grad2, rtol=1e-2, atol=1e-3 * grad.abs().max().item())
+        ratios = []
+        for _ in range(args.rounds):
+            times = []
+            for k, model in enumerate(models):
+                start = time.process_time()  # which waiting for other users of the machine is not in
+                step(model, src, trg, k == 1)
+                times.append(time.process_time() - start)
+            ratios.append(times[1] / times[0])
+        row = {"head": head, "batch": args.batch, "ratio": f"{statistics.median(ratios):.3f}"}
+        row |= {"low": f"{min(ratios):.3f}", "high": f"{max(ratios):.3f}", "rounds": args.rounds}
+        rows.append(row | {"step_ms": round(1000 * times[0]), "threads": args.threads, "torch": torch.__version__})
+        print(rows[-1], flush=True)
+    with (args.out / "rendering_cpu.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, fieldnames=rows[0], lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
