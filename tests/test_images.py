@@ -1,5 +1,7 @@
 """Image files: read right, or refused by name."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +47,46 @@ def test_deep_images_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.full((20, 30), 40000, dtype=np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(ZooError, match=r"deep\.png has mode I.*more than 8 bits.*convert"):
         image_size(tmp_path / "deep.png")
+
+
+def test_a_png_in_disguise_is_read_as_what_it_is(tmp_path: Path, pixels: np.ndarray) -> None:
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", format="PNG")
+    assert np.array_equal(np.asarray(read_rgb(tmp_path / "a.jpg", (30, 20))), pixels)
+
+
+def test_sixteen_bits_a_colour_are_scaled_to_eight(tmp_path: Path, pixels: np.ndarray) -> None:
+    rows = b"".join(b"\0" + (row.astype(">u2") * 257).tobytes() for row in pixels)
+    (tmp_path / "a.png").write_bytes(png(30, 20, bits=16, data=zlib.compress(rows)))
+    assert np.array_equal(np.asarray(read_rgb(tmp_path / "a.png", (30, 20))), pixels)
+
+
+def test_one_pixel_fills_the_network_image(tmp_path: Path) -> None:
+    Image.new("RGB", (1, 1), (9, 8, 7)).save(tmp_path / "a.png")
+    assert (to_tensor(read_rgb(tmp_path / "a.png", (1, 1)), (4, 6)).permute(1, 2, 0) == torch.tensor([9, 8, 7])).all()
+
+
+def test_thirty_megapixels_are_read(tmp_path: Path) -> None:
+    image = Image.new("L", (6000, 5000), 50)
+    image.paste(200, (3000, 0, 6000, 5000))
+    image.save(tmp_path / "a.png")
+    small = to_tensor(read_rgb(tmp_path / "a.png", (6000, 5000)), (10, 12))
+    assert (small[..., :5] == 50).all() and (small[..., 7:] == 200).all()
+
+
+def test_a_bomb_of_an_image_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(50_000, 50_000, bits=8, data=zlib.compress(bytes(99))))
+    with pytest.raises(ZooError, match=r"a\.png \(Image size \(2500000000 pixels\) exceeds limit"):
+        image_size(tmp_path / "a.png")
+
+
+def png(w: int, h: int, bits: int, data: bytes) -> bytes:
+    """An RGB image, which PIL itself does not write with 16 bits."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = struct.pack(">IIBBBBB", w, h, bits, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
 def test_orientation_is_ignored(tmp_path: Path, pixels: np.ndarray) -> None:

@@ -69,7 +69,7 @@ class AP10K(FolderDataset):
                 src, trg = (
                     PurePosixPath(*PurePosixPath(pair[f"{side}_json_path"]).parts[-3:]) for side in ("src", "trg")
                 )
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
                 raise ZooError(f"{where}: not a pair of AP-10K ({error!r}): write it again") from error
             (src_kps, src_seen, src_size, src_box), (trg_kps, trg_seen, trg_size, trg_box) = animal(src), animal(trg)
             both = src_seen & trg_seen
@@ -109,5 +109,5 @@ class AP10K(FolderDataset):
             raise ZooError(f"no annotation {path}, which a pair names: restore it, or write the pairs again") from None
         except ZooError:
             raise
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ZooError(f"{path}: not an annotation of AP-10K ({error!r}): write it again") from error

@@ -26,6 +26,9 @@ from corrzoo.types import DIFFICULTIES, Record, ZooError
 FORMAT = 1
 """To be raised whenever `Table` or what a reader makes of its files changes, so that older caches are made anew."""
 
+LARGEST = 1 << 20
+"""our choice: pixels that an image's side may have, more than any format's decoder takes."""
+
 BORDER = 1.0
 """Pixels that a point may lie outside its image, because annotations count pixels from 1 as well as from 0."""
 
@@ -92,11 +95,17 @@ def pack(rows: Iterable[tuple[str, Record]], home: Path, categories: list[str]) 
         for path, size in ((r.src_path, r.src_size), (r.trg_path, r.trg_size)):
             number = numbers.setdefault(path, len(sizes))
             if number == len(sizes):
+                if path and not os.path.normpath(path).startswith(os.path.normpath(home) + os.sep):
+                    raise ZooError(f"{place}: the image {path} is not in {home}: correct the annotation")
+                if not all(isinstance(side, int) and 0 < side <= LARGEST for side in size):
+                    raise ZooError(f"{place}: {path} has size {size}, not a width and a height: correct the annotation")
                 sizes.append(size)
             elif sizes[number] != size:
                 raise ZooError(
                     f"{place}: {path} has size {size} here and {sizes[number]} elsewhere: correct the wrong one"
                 )
+        if not all(0 <= flag <= 3 for flag in r.flags.values()):
+            raise ZooError(f"{place}: difficulty flags {r.flags}: expected numbers from 0 to 3, correct the annotation")
         where.append(place)
         pairs.append([numbers[r.src_path], numbers[r.trg_path]])
         category.append(known[r.category])
@@ -109,7 +118,7 @@ def pack(rows: Iterable[tuple[str, Record]], home: Path, categories: list[str]) 
         raise ZooError(f"the split has no pairs in {home}: fill its list, or choose another split")
     images = [path for path in numbers if path is not None]
     for path in images:
-        if not path.is_file():
+        if not os.path.isfile(path):  # also of names that no file can have
             raise ZooError(f"no image {path}: restore the file, or take its pairs off the list")
     table = Table(
         images=np.array([path.relative_to(home).as_posix() for path in images]),
@@ -170,7 +179,7 @@ def read_points(points: Iterable, where: str) -> Tensor:
     """
     try:
         array = np.array(list(points), dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ZooError(f"{where}: these are no keypoints ({error}): correct the annotation") from error
     if not array.size:
         array = array.reshape(0, 2)
@@ -181,7 +190,10 @@ def read_points(points: Iterable, where: str) -> Tensor:
 
 def read_box(box: Iterable, where: str) -> Tensor:
     """(4,) float64 box; unsigned integers become floats before anybody subtracts them."""
-    array = np.array(box, dtype=np.float64)
+    try:
+        array = np.array(box, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        array = np.empty(0)
     if array.shape != (4,) or not np.isfinite(array).all():
         raise ZooError(f"{where}: expected a box x1, y1, x2, y2, found {box}: correct the annotation")
     return torch.from_numpy(array)

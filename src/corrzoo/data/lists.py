@@ -4,6 +4,7 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import scipy.io
 from numpy.typing import NDArray
 
@@ -39,13 +40,17 @@ def read_mat(path: Path, key: str) -> NDArray:
     """
     try:
         with open(path, "rb") as file:
-            return scipy.io.loadmat(file, variable_names=[key])[key]
+            found = scipy.io.loadmat(file, variable_names=[key])[key]
     except FileNotFoundError:
         raise ZooError(f"no annotation {path}: restore the file, or take its pairs off the list") from None
     except KeyError:
         raise ZooError(f"{path}: no variable {key!r}: fetch the dataset's own annotation") from None
     except Exception as error:  # a damaged file makes scipy raise nearly anything
-        raise ZooError(f"cannot read the annotation {path} ({error}): fetch it again") from error
+        reason = " ".join(str(error).split())
+        raise ZooError(f"cannot read the annotation {path} ({reason}): fetch it again, or save it with -v7") from error
+    if not isinstance(found, np.ndarray) or found.dtype.kind not in "biuf":
+        raise ZooError(f"{path}: {key!r} is no matrix of real numbers: fetch the dataset's own annotation")
+    return found
 
 
 def category_of(number: str, categories: list[str], where: str) -> str:

@@ -88,7 +88,7 @@ class SPair71k(FolderDataset):
             )
         except ZooError:
             raise
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ZooError(f"{where}: not an annotation of SPair-71k ({error!r}): fetch it again") from error
 
 
