@@ -53,6 +53,13 @@ def test_every_head_config_trains_on_synthetic_pairs(config, tmp_path):
     main(["fit", f"--config={config}", *DEMO, *TINY, *FEW, "--trainer.fast_dev_run=true"])
 
 
+@pytest.mark.parametrize("config", sorted((CONFIGS / "demo").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_head_s_own_demo_file_goes_on_top(config):
+    few = ['--data.options={"synthetic": {"length": {"trn": 8, "val": 5}}, "synthetic_warps": {"length": 8}}']
+    files = [f"--config={CONFIGS / config.name}", *DEMO, f"--config={config}"]
+    main(["fit", *files, *TINY, *few, "--trainer.fast_dev_run=true"])
+
+
 STACKED = [p for folder in ("backbone", "data", "trainer", "ablation") for p in (CONFIGS / folder).glob("*.yaml")]
 
 
