@@ -73,7 +73,7 @@ def pack(key: str, files: list[Path], size: Size, read: Callable[[int], Tensor],
         if not _whole(path, need):
             folder.mkdir(parents=True, exist_ok=True)
             with open(folder / f"{key}.lock", "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # held until the process ends, however it ends
+                fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the process ends, however it ends
                 if not _whole(path, need):
                     print(
                         f"packing {len(files):,} images at {H}x{W} into {path} ({need / 1e6:.0f} MB), once", flush=True
@@ -99,8 +99,9 @@ def _make_room(folder: Path, key: str, need: int) -> None:
     kept = sorted(folder.glob("*.u8"), key=lambda path: path.stat().st_mtime)
     while kept and sum(path.stat().st_size for path in kept) + need > LIMIT:
         kept.pop(0).unlink(missing_ok=True)
-    if need > min(LIMIT, shutil.disk_usage(folder).free):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    room = min(LIMIT, shutil.disk_usage(folder).free)
+    if need > room:
+        raise OSError(errno.ENOSPC, f"{room / 1e6:.0f} MB are free or allowed")
 
 
 def _write(path: Path, count: int, read: Callable[[int], Tensor]) -> None:
