@@ -35,6 +35,7 @@ ALLOWED = {
     "checkpoints": {"types", "registry", "heads", "matcher", "modelcard"},
     "apps": {
         *("types", "visualize", "images", "imagepair", "data", "callbacks", "matcher", "heads", "checkpoints"),
+        "registry",
     },
     "official": {"types", "registry", "backbones", "heads", "matcher"},
     "leaderboard": {"errors"},

@@ -34,7 +34,7 @@ def save(matcher: Matcher, folder: str | Path, results: Sequence[str | Path | di
     """
     folder = Path(folder)
     options = {name: value for name, value in dict(matcher.hparams).items() if not name.startswith("_")}
-    config: dict[str, Any] = {"head": type(matcher).__name__, "options": options}
+    config: dict[str, Any] = {"head": type(matcher).__name__, "module": type(matcher).__module__, "options": options}
     config |= {"image_size": matcher.image_size, "trained": matcher.trained}
     card = model_card(matcher, config, results)
     try:
@@ -110,6 +110,9 @@ def _read(path: Path) -> dict[str, Any]:
     head, options = content.get("head"), content.get("hyper_parameters")
     if not isinstance(head, str) or not isinstance(options, dict):
         raise ZooError(f"{path} is no checkpoint of corrzoo: it does not say which head it holds")
+    module = str(content.get("module", "corrzoo"))
+    if head not in HEADS and not module.startswith("corrzoo."):  # named, but not imported for a file's sake
+        raise ZooError(f"{path} holds a {head} of {module!r}: import that module first (--plugins {module})")
     HEADS[head]  # an unknown head names the nearest
     return content | {"hyper_parameters": dict(options)}
 

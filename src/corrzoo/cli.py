@@ -16,7 +16,7 @@ from corrzoo.checkpoints import read_checkpoint
 from corrzoo.data.module import PairsDataModule
 from corrzoo.heads import list_heads, options_of
 from corrzoo.matcher import Matcher
-from corrzoo.registry import nearest
+from corrzoo.registry import import_plugins, nearest
 from corrzoo.resume import Checkpoints, Stopped, WholeFiles
 from corrzoo.types import ZooError
 
@@ -25,8 +25,8 @@ class ZooParser(LightningArgumentParser):
     """A parser whose errors are one line, which names what was meant."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Leave with status 2."""
-        sys.stderr.write(f"error: {explain(message, self)}\n")
+        """Leave with status 2. argparse hides what the zoo's own error says behind one of its own."""
+        sys.stderr.write(f"error: {_zoo_error(ex) or explain(message, self)}\n")
         sys.exit(2)
 
 
@@ -63,6 +63,12 @@ class ZooCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """No abbreviations: `--trainer.max_epoch` is a typo, not `max_epochs`."""
         return super().init_parser(allow_abbrev=False, **kwargs)
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """`--plugins` before all others, so that saved configurations name modules above what these register."""
+        told = "modules that register heads, backbones or datasets, with commas between them; to be said first"
+        parser.add_argument("--plugins", type=import_plugins, help=told)
+        super().add_default_arguments_to_parser(parser)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The checkpoint callback, whose options are `--checkpoint.*`: the best by validation PCK, and the last."""
@@ -162,7 +168,8 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
         r"key \"(?:\w+\.)?model\".*Given value: (?:.*'class_path': '([^']+)'|(\S+))", message, re.DOTALL
     ):
         name = found[1] or found[2]
-        return f"unknown head {name!r}{nearest(name, list_heads()) or ': choose one of ' + ', '.join(list_heads())}"
+        known = f": choose one of {', '.join(list_heads())}, or say --plugins <module of your own> first"
+        return f"unknown head {name!r}{nearest(name, list_heads()) or known}"
     if "arguments are required" in message and "model" in message:
         return "no head was given: add --config zoo_configs/<head>.yaml, or --model <head>; heads: " + ", ".join(
             list_heads()

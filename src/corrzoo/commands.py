@@ -1,6 +1,7 @@
 """The entry point of the scripts `lightning` and `corrzoo`: commands that train nothing start without Lightning."""
 
 import importlib
+import os
 import sys
 
 from corrzoo.errors import ZooError
@@ -26,6 +27,10 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: The command line; that of the process when not given.
     """
+    if os.getcwd() not in sys.path:
+        sys.path.append(
+            os.getcwd()
+        )  # scripts do not look there for plugins; last, so that no file's name hides a module
     said = list(sys.argv[1:] if args is None else args)
     if not said or said[0] not in COMMANDS:
         from corrzoo.cli import main as lightning

@@ -454,7 +454,7 @@ class Matcher(LightningModule, ABC):
         return [c for c in own if not any(isinstance(given, type(c)) for given in self.trainer.callbacks)]  # type: ignore[attr-defined]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["head"] = type(self).__name__
+        checkpoint["head"], checkpoint["module"] = type(self).__name__, type(self).__module__
         # One process's: all draw alike. What data and augmentation draw depends on seed, epoch and pair alone.
         checkpoint["random"] = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():

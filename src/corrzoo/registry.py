@@ -1,6 +1,7 @@
 """Names to things: one decorator, one dict, and errors that say what was meant."""
 
 import difflib
+import importlib
 from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
@@ -55,3 +56,26 @@ class Registry(Generic[T]):
     def names(self) -> list[str]:
         """The registered names, sorted."""
         return sorted(self._things)
+
+
+def import_plugins(names: str | list[str]) -> str | list[str]:
+    """Import modules that register heads, backbones or datasets of their own.
+
+    Args:
+        names: One module, or several: with commas between them, or a list.
+
+    Returns:
+        The same names.
+
+    Raises:
+        ZooError: when a module, or another that it imports, is not found.
+    """
+    for name in map(str.strip, names.split(",") if isinstance(names, str) else names):
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if not f"{name}.".startswith(f"{error.name}."):
+                raise ZooError(f"plugin {name!r} needs the module {error.name!r}, which is not installed") from error
+            where = "in the working folder, on PYTHONPATH, or installed"
+            raise ZooError(f"there is no plugin {name!r}: expected the name of a module {where}") from error
+    return names

@@ -8,6 +8,7 @@ import torch
 from corrzoo.checkpoints import load
 from corrzoo.heads import HEADS, Baseline, create_matcher
 from corrzoo.matcher import Matcher
+from corrzoo.registry import import_plugins
 from corrzoo.types import ZooError
 
 BACKBONE, SIZE = "efficientnet_lite0", 320
@@ -39,6 +40,7 @@ class Parser(argparse.ArgumentParser):
         """The options that `matcher_of` reads."""
         model = self.add_argument_group("model")
         model.add_argument("--ckpt", help="a checkpoint, a folder of corrzoo.save(), or hf://user/model")
+        model.add_argument("--plugins", help="modules that register its head or backbone, with commas between them")
         model.add_argument("--head", help="without --ckpt: Baseline, which matches untrained")
         model.add_argument("--backbone", help=f"without --ckpt: any of list_backbones() ({BACKBONE})")
         model.add_argument("--weights", help="without --ckpt: pretrained, random, or a file of the backbone's weights")
@@ -53,6 +55,8 @@ def matcher_of(args: argparse.Namespace) -> Matcher:
     Raises:
         ZooError: for a checkpoint that is another model than the options say, and for heads that need training.
     """
+    if args.plugins:
+        import_plugins(args.plugins)
     if args.ckpt:
         matcher = load(args.ckpt)
         for name, found in (("head", type(matcher).__name__), ("backbone", matcher.hparams.backbone)):

