@@ -1,0 +1,258 @@
+"""Write docs/heads/, a page for each head, from docstrings, configurations and results; --check says if they are true.
+
+python benchmarks/head_pages.py [--check]
+"""
+
+import argparse
+import ast
+import inspect
+import io
+import re
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+
+from corrzoo.heads import HEADS, list_heads
+from corrzoo.leaderboard.render import to_markdown
+from corrzoo.leaderboard.results import Ranking, find_results, rank, rank_papers, read_papers, read_results
+from corrzoo.matcher import Matcher
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "zoo_configs"
+OURS = re.compile(r"(?<!`)\bour (choice|reading)\b", re.I)
+EMPTY = inspect.Parameter.empty
+
+
+class Entry(NamedTuple):
+    """An option in a docstring's Args."""
+
+    name: str
+    text: str
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def split_docstring(text: str | None) -> tuple[list[str], list[Entry]]:
+    """A docstring's paragraphs before its sections, and the entries of its Args."""
+    prose, *sections = re.split(
+        r"^(Args|Returns|Raises|Attributes|Yields):\n", inspect.cleandoc(text or ""), flags=re.M
+    )
+    args = dict(zip(sections[::2], sections[1::2], strict=True)).get("Args", "")
+    entries = [Entry(*map(one_line, m)) for m in re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", args, flags=re.M)]
+    return [paragraph for paragraph in prose.strip().split("\n\n") if paragraph], entries
+
+
+def family(head: type[Matcher]) -> list[type[Matcher]]:
+    """The head and what it is made of, Matcher last."""
+    return [cls for cls in head.__mro__ if issubclass(cls, Matcher)]
+
+
+def options(cls: type[Matcher]) -> str:
+    """A class's own options: their defaults, and what its docstring says of each."""
+    told = dict(split_docstring(cls.__doc__)[1])
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    rows = [(p.name, p.default, told[p.name]) for p in parameters if p.name in told and p.default is not EMPTY]
+    return table(["option", "default", "what it says"], [[f"`{n}`", f"`{shown(d)}`", text] for n, d, text in rows])
+
+
+def shown(value: Any) -> str:
+    """A value as YAML has it."""
+    return yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True).split("\n")[0]
+
+
+def table(titles: list[str], rows: list[list[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def choices(head: type[Matcher]) -> list[str]:
+    """What the papers leave open and the code says of it, in the head's file, and of its base classes in theirs."""
+    found = list(choices_in(Path(inspect.getfile(head))))
+    for base in family(head)[1:]:
+        for owner, text in choices_in(Path(inspect.getfile(base))):
+            cls, _, member = owner.partition(".")
+            method = getattr(head, member, None)
+            if cls == base.__name__ and getattr(method, "__qualname__", owner) == owner and base is not Matcher:
+                found.append((owner, text))
+    if head.loss is Matcher.loss:
+        found += [item for item in choices_in(Path(inspect.getfile(Matcher))) if item[0] == "Matcher.loss"]
+    return [f"- `{owner}`: {text}" if owner else f"- {text}" for owner, text in found]
+
+
+def choices_in(path: Path) -> Iterator[tuple[str, str]]:
+    """Whose docstring or comment speaks of a choice of ours, and what it says: the paragraph, or the option."""
+    text = path.read_text()
+    tree, owners = ast.parse(text), {}
+    for owner, node in named(tree):
+        owners |= dict.fromkeys(range(node.lineno, (node.end_lineno or node.lineno) + 1), owner)
+    said: list[tuple[int, str, str]] = []
+    for owner, line, docstring in docstrings(tree):
+        prose, entries = split_docstring(docstring)
+        said += [(line, owner, one_line(paragraph)) for paragraph in prose]
+        said += [(line, f"{owner}.{entry.name}", entry.text) for entry in entries]
+    said += [(line, owners.get(line, ""), comment) for line, comment in comments(text)]
+    for _, owner, what in sorted(said, key=lambda item: item[0]):
+        if OURS.search(what):
+            yield owner, what
+
+
+def named(tree: ast.AST, inside: str = "") -> Iterator[tuple[str, ast.stmt]]:
+    """Every class and function by its qualified name, the inner ones after the outer."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            yield inside + node.name, node
+            yield from named(node, f"{inside}{node.name}.")
+
+
+def docstrings(tree: ast.Module) -> Iterator[tuple[str, int, str]]:
+    """Owner, line and text of every docstring; of constants, too, which have theirs below them."""
+    for owner, node in [("", tree), *named(tree)]:
+        for before, statement in zip([None, *node.body], node.body, strict=False):  # type: ignore[attr-defined]
+            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+                target = ast.unparse(before).partition(" =")[0].partition(":")[0] if before else ""
+                yield ".".join(filter(None, [owner, target])), statement.lineno, str(statement.value.value)
+
+
+def comments(text: str) -> Iterator[tuple[int, str]]:
+    """Line and text of every comment; those on lines that follow each other are one."""
+    block: list[tuple[int, str]] = []
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT and token.line.lstrip().startswith("#"):
+            block.append((token.start[0], token.string.lstrip("# ")))
+        elif token.type == tokenize.COMMENT:
+            yield token.start[0], token.string.lstrip("# ")
+        elif token.type != tokenize.NL and block:
+            yield block[0][0], one_line(" ".join(line for _, line in block))
+            block = []
+
+
+def recipes(head: str) -> list[Path]:
+    """The head's configurations, the one that is called as it is first."""
+    paths = [p for p in sorted(CONFIGS.glob("*.yaml")) if f"class_path: {head}\n" in p.read_text()]
+    return sorted(paths, key=lambda path: path.stem != head.lower())
+
+
+def about(path: Path) -> str:
+    """The comment at the top of a configuration."""
+    lines = path.read_text().splitlines()
+    end = next(i for i, line in enumerate(lines) if not line.startswith("#"))
+    return one_line(" ".join(line.lstrip("#") for line in lines[:end]))
+
+
+def settings(path: Path) -> str:
+    """A configuration's values, and the comments behind them, which are their sources."""
+    rows = []
+    for line in path.read_text().splitlines():
+        if found := re.fullmatch(r" +([\w.]+): ([^#]+?)(?: +# (.*))?", line):
+            name, value, source = found.groups(default="")
+            rows.append([f"`{name}`", f"`{value}`", source])
+    return table(["option", "value", "source"], rows)
+
+
+def parameters(head: str) -> str:
+    """Parameters of each recipe's model, built without memory."""
+    rows = []
+    for path in recipes(head):
+        said = yaml.safe_load(path.read_text())["model"]["init_args"]
+        with torch.device("meta"):
+            matcher = HEADS[head](**said)
+        inside = sum(p.numel() for backbone in matcher.backbones() for p in backbone.parameters())
+        own = sum(p.numel() for p in matcher.parameters()) - inside
+        names = ", ".join(f"`{backbone.spec.key}`" for backbone in matcher.backbones())
+        rows.append([link(path), names, f"{own / 1e6:,.2f} M", f"{inside / 1e6:,.1f} M"])
+    return table(["recipe", "backbone", "head", "backbone"], rows)
+
+
+def link(path: Path) -> str:
+    return f"[{path.stem}](../../{path.relative_to(ROOT)})"
+
+
+def of_head(rankings: list[Ranking], head: str) -> list[Ranking]:
+    """Rankings with the rows of one head alone."""
+    found = [r._replace(rows=[row for row in r.rows if row.head == head]) for r in rankings]
+    return [ranking for ranking in found if ranking.rows]
+
+
+def page(head: str, measured: list[Ranking], published: list[Ranking]) -> str:
+    """A head's page."""
+    cls = HEADS[head]
+    module = inspect.getmodule(cls)
+    assert module is not None
+    source = Path(inspect.getfile(cls)).relative_to(ROOT)
+    ablations = [[link(path), about(path)] for path in sorted(CONFIGS.glob(f"ablation/{head.lower()}_*.yaml"))]
+    bases = [f"As of [`{base.__name__}`](../../{source_of(base)}):\n\n{options(base)}" for base in family(cls)[1:-1]]
+    first, *others = recipes(head)
+    parts = [
+        f"# {head}",
+        WRITTEN,
+        inspect.cleandoc(module.__doc__ or ""),
+        f"## What is implemented\n\n[`{source}`](../../{source})",
+        *split_docstring(cls.__doc__)[0],
+        "## Our choice\n\nWhat the paper leaves open, as the code says it.\n",
+        "\n".join(choices(cls)) or "Nothing.",
+        f"## Options\n\nAnd [those of every head](README.md#options-of-every-head).\n\n{options(cls)}",
+        *bases,
+        f"## Recipe: {link(first)}\n\n{about(first)}\n\n{settings(first)}",
+        *(f"Another, {link(path)}: {about(path)}" for path in others),
+        f"## Parameters\n\n{parameters(head)}",
+        *(
+            [f"## Ablations\n\nEach stacks on the recipe.\n\n{table(['file', 'what it is'], ablations)}"]
+            if ablations
+            else []
+        ),
+        "## Measured\n",
+        re.sub("^### ", "### benchmarks/results/", to_markdown(measured), flags=re.M) or "Nothing yet.",
+        "## Published\n",
+        re.sub("^### published\n", "", to_markdown(published), flags=re.M) or "Nothing.",
+    ]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+WRITTEN = "*Written by `python benchmarks/head_pages.py` from docstrings, configurations and result files.*"
+
+
+def source_of(cls: type) -> Path:
+    return Path(inspect.getfile(cls)).relative_to(ROOT)
+
+
+def index() -> str:
+    """The list of pages, and what every head takes."""
+    heads = [[f"[{name}]({name.lower()}.md)", split_docstring(HEADS[name].__doc__)[0][0]] for name in list_heads()]
+    return (
+        f"# Heads\n\n{WRITTEN}\n\n{table(['head', 'what it is'], [[a, one_line(b)] for a, b in heads])}\n"
+        f"## Options of every head\n\n{options(Matcher)}"
+    )
+
+
+def main() -> None:
+    """Write or check."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="exit with 1 when a page is not what would be written")
+    check = parser.parse_args().check
+    papers = read_papers(ROOT / "benchmarks" / "papers.csv")
+    measured = rank(read_results(find_results([ROOT / "benchmarks" / "results"]), sys.exit), papers)
+    published = rank_papers(papers)
+    pages = {
+        f"{name.lower()}.md": page(name, of_head(measured, name), of_head(published, name)) for name in list_heads()
+    }
+    folder = ROOT / "docs" / "heads"
+    stale = []
+    for name, text in (pages | {"README.md": index()}).items():
+        path = folder / name
+        if check and (not path.is_file() or path.read_text() != text):
+            stale.append(name)
+        elif not check:
+            folder.mkdir(exist_ok=True)
+            path.write_text(text)
+    sys.exit(f"{', '.join(stale)}: not what `python benchmarks/head_pages.py` writes" if stale else 0)
+
+
+if __name__ == "__main__":
+    main()
