@@ -73,16 +73,14 @@ def table(titles: list[str], rows: list[list[str]]) -> str:
 
 
 def choices(head: type[Matcher]) -> list[str]:
-    """What the papers leave open and the code says of it, in the head's file, and of its base classes in theirs."""
+    """What the code says of what the papers leave open: in the head's file, and in its base classes where it holds."""
     found = list(choices_in(Path(inspect.getfile(head))))
     for base in family(head)[1:]:
         for owner, text in choices_in(Path(inspect.getfile(base))):
             cls, _, member = owner.partition(".")
-            method = getattr(head, member, None)
-            if cls == base.__name__ and getattr(method, "__qualname__", owner) == owner and base is not Matcher:
+            overridden = getattr(getattr(head, member, None), "__qualname__", owner) != owner
+            if cls == base.__name__ and not overridden:
                 found.append((owner, text))
-    if head.loss is Matcher.loss:
-        found += [item for item in choices_in(Path(inspect.getfile(Matcher))) if item[0] == "Matcher.loss"]
     return [f"- `{owner}`: {text}" if owner else f"- {text}" for owner, text in found]
 
 
