@@ -1,17 +1,22 @@
-"""Two gloo processes train as one does on the joined batch: the loss that is logged, and every gradient."""
+"""Two gloo processes train as one does on the joined batch, and score as one: losses, gradients, weights, every row."""
 
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import corrzoo
 from corrzoo.data import PairDataset
+from corrzoo.data.module import PairsDataModule
+from corrzoo.data.synthetic import write_spair
 from corrzoo.types import Pair
 
 VIT, CNN = "timm/test_vit.r160_in1k", "timm/test_resnet.r160_in1k"
@@ -73,17 +78,48 @@ def gradients(case: str, pair: Pair) -> dict[str, Tensor]:
     return found | {f"logged {k}": torch.tensor(v, dtype=torch.float64) for k, v in step.logged.items()}
 
 
+def run(folder: str, processes: int) -> dict[str, Any]:
+    """Two epochs of training by Lightning, then two test sets, one of them with fewer pairs than processes."""
+    seed_everything(0)
+    lengths = {"synthetic": {"length": {"trn": 11, "val": 5, "test": 1}}}
+    data = PairsDataModule(
+        "synthetic", test=["synthetic", "spair71k"], root=folder, size=64, batch_size=4, workers=0, packed=False,
+        options=lengths,
+    )  # fmt: skip
+    several: dict[str, Any] = {"strategy": "ddp", "plugins": [TorchElasticEnvironment()]} if processes > 1 else {}
+    quiet: dict[str, Any] = dict(logger=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = Trainer(
+        max_epochs=2, accelerator="cpu", devices=processes, precision="64-true", enable_checkpointing=False,
+        default_root_dir=f"{folder}/{processes}", **quiet, **several,
+    )  # fmt: skip
+    model = corrzoo.create_matcher("Baseline", backbone=VIT, weights="random", backbone_lr=1e-3)
+    trainer.fit(model, data)
+    out: dict[str, Any] = {"weights": model.state_dict(), "val": dict(model.scores)}
+    trainer.test(model, data, verbose=False)
+    for name, metric in model.metrics_by_dataset():
+        values = {key: value.item() for key, value in metric.compute().items()}
+        out[name] = {"averages": values, "rows": metric.rows(), "breakdown": metric.breakdown()}
+    return out
+
+
 def work(rank: int, folder: str) -> None:
     limit = timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=limit)
     mine = Pair(*(field[rank::2] if len(field) == 4 else field for field in joined()))
-    torch.save({case: gradients(case, mine) for case in CASES}, f"{folder}/{rank}.pt")
+    found: dict[str, Any] = {case: gradients(case, mine) for case in CASES}
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in own.items():
+            patch.setenv(name, str(value))
+        found["run"] = run(folder, 2)
+    torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
     folder: Path = tmp_path_factory.mktemp("gloo")
+    write_spair(folder, pairs_per_split=9, images_per_category=3, size=64)
     other = mp.get_context("spawn").Process(target=work, args=(1, str(folder)))
     other.start()
     work(0, str(folder))
@@ -99,6 +135,18 @@ def test_a_step_of_two_processes_is_that_of_one(two_processes: list, case: str) 
         assert found[case].keys() == alone.keys()
         for name, value in alone.items():
             torch.testing.assert_close(found[case][name], value, rtol=1e-6, atol=1e-9)
+
+
+def test_a_run_of_two_processes_is_that_of_one(two_processes: list, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("alone")
+    write_spair(folder, pairs_per_split=9, images_per_category=3, size=64)
+    alone, (first, second) = run(str(folder), 1), (found["run"] for found in two_processes)
+    for name, value in alone["weights"].items():
+        torch.testing.assert_close(first["weights"][name], value, rtol=1e-7, atol=1e-10)
+        assert torch.equal(first["weights"][name], second["weights"][name])
+    assert len(alone["synthetic"]["rows"]) == 1 and len(alone["spair71k"]["rows"]) == 9
+    for name in ("val", "synthetic", "spair71k"):
+        assert first[name] == second[name] == alone[name]
 
 
 def test_no_configuration_looks_for_unused_parameters() -> None:

@@ -55,7 +55,8 @@ class Matcher(LightningModule, ABC):
         alphas: PCK thresholds as shares of the reference length.
         backend: Which implementation of the correlation runs: `auto`, `torch` or `triton`.
         feature_cache_mb: Memory for features that are computed once an image: in evaluation, and as much again in
-            training with a frozen backbone (`finetune: none`) and without augmentation; 0 turns reuse off.
+            training with a frozen backbone (`finetune: none`) and without augmentation; 0 turns reuse off. A CNN's
+            features depend in their last bit on their batch: a run that resumes to the bit trains one without reuse.
     """
 
     hparams: Any  # what save_hyperparameters() keeps: the options above, by name
