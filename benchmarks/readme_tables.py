@@ -1,4 +1,4 @@
-"""Write the README's tables and docs/protocols.md from the registries; --check says if they are true.
+"""Write the tables of README.md and docs/backbones.md, and docs/protocols.md, from the registries; --check compares.
 
 python benchmarks/readme_tables.py [--check]
 """
@@ -6,13 +6,21 @@ python benchmarks/readme_tables.py [--check]
 import argparse
 import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 
-from corrzoo.backbones import describe_backbones
-from corrzoo.protocols import get_protocol, list_protocols
+from corrzoo.backbones import describe_backbones, get_spec, list_backbones
+from corrzoo.protocols import PADDED, get_protocol, list_protocols
 
 ROOT = Path(__file__).resolve().parents[1]
 
+BACKBONES = """# Backbones
+
+Written by `python benchmarks/readme_tables.py` from `corrzoo.backbones`. Licences are those of the weights. Any other
+plain ViT or CNN of timm's runs as `timm/<name>`, and [extending.md](extending.md) adds what timm has not. Weights are
+`pretrained`, `random`, or the path of a local file in timm's or the authors' layout, read safely.
+
+"""
 PROTOCOLS = """# Protocols
 
 Written by `python benchmarks/readme_tables.py` from `corrzoo.protocols`. A keypoint is right when its error is at most
@@ -21,27 +29,72 @@ given. `averages` are what the authors report, the headline first. A protocol wi
 code does: it is there to compare with numbers that were published with it, and is never the default.
 
 """
+FLAWS = {"the threshold": "A", "padding counts": "B"}
+"""How a flaw begins, and its letter in the README, which says what the letters mean."""
+DATA = {
+    "SPair-71k and SPair-U, PF-PASCAL, PF-WILLOW": "for research, under their authors' terms",
+    "AP-10K, Caltech-101": "cc-by-4.0",
+    "drawn pairs (`synthetic`)": "apache-2.0, as the code",
+}
+
+
+def table(*lines: list[str]) -> str:
+    """Markdown of a title line and the others."""
+    rows = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def protocols() -> str:
     """Every protocol, what its length is, and what is wrong with it."""
-    lines = [PROTOCOLS + "| protocol | scores | length | right when | averages | flaw |", "|---|---|---|---|---|---|"]
+    lines = [["protocol", "scores", "length", "right when", "averages", "flaw"]]
     for name in list_protocols():
         p = get_protocol(name)
-        lines.append(f"| `{p}` | {p.evaluated} | {p.meaning} | {p.compare} | {', '.join(p.averages)} | {p.flaw} |")
-    return "\n".join(lines) + "\n"
+        lines.append([f"`{p}`", p.evaluated, p.meaning, p.compare, ", ".join(p.averages), p.flaw])
+    return PROTOCOLS + table(*lines) + "\n"
+
+
+def presets() -> str:
+    """The protocols in short: presets that score alike in one row, without the kind that is a flaw by its name."""
+    names: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for preset in dict.fromkeys(name.partition(":")[0] for name in list_protocols()):
+        found = [get_protocol(name) for name in list_protocols() if name.startswith(f"{preset}:")]
+        flaws = {
+            letter: [p.kind for p in found if start in p.flaw and p.kind != PADDED] for start, letter in FLAWS.items()
+        }
+        frames: dict[str, list[str]] = defaultdict(list)
+        for p in found:
+            frames[str(p.frame)].append(f"`{p.kind}`")
+        by_kind = [f"{frame} ({', '.join(kinds)})" if len(frames) > 1 else frame for frame, kinds in frames.items()]
+        told = [f"{letter} (`{'`, `'.join(kinds)}`)" for letter, kinds in flaws.items() if kinds]
+        lengths = ", ".join(f"`{p.kind}`" for p in found if p.kind != PADDED)
+        names[found[0].evaluated, ", ".join(by_kind), lengths, "; ".join(told)].append(f"`{preset}`")
+    rows = [[", ".join(alike), *cells] for cells, alike in names.items()]
+    return table(
+        ["protocol", "scores", "frame", "lengths", "flaw"], *sorted(rows, key=lambda row: "default" not in row[0])
+    )
+
+
+def licences() -> str:
+    """Whose weights and data are under which licence."""
+    weights: dict[str, list[str]] = defaultdict(list)
+    for key in list_backbones():
+        weights[get_spec(key).licence].append(f"`{key}`")
+    rows = [[f"weights of {', '.join(keys)}", licence] for licence, keys in weights.items()]
+    return table(["what", "licence"], *rows, *([what, licence] for what, licence in DATA.items()))
 
 
 def main() -> None:
     """Write or check."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="exit with 1 when the README is not what would be written")
+    parser.add_argument("--check", action="store_true", help="exit with 1 when a file is not what would be written")
     check = parser.parse_args().check
     readme = ROOT / "README.md"
     text = readme.read_text()
-    table = f"<!-- backbones -->\n{describe_backbones()}\n<!-- /backbones -->"
-    text = re.sub("<!-- backbones -->.*<!-- /backbones -->", lambda _: table, text, flags=re.S)
-    written = {readme: text, ROOT / "docs" / "protocols.md": protocols()}
+    for name, content in {"protocols": presets(), "licences": licences()}.items():
+        marked = f"<!-- {name} -->\n{content}\n<!-- /{name} -->"
+        text = re.sub(f"<!-- {name} -->.*<!-- /{name} -->", lambda _, marked=marked: marked, text, flags=re.S)
+    docs = {"backbones.md": BACKBONES + describe_backbones() + "\n", "protocols.md": protocols()}
+    written = {readme: text} | {ROOT / "docs" / name: content for name, content in docs.items()}
     if check:
         stale = [path.name for path, new in written.items() if not path.exists() or path.read_text() != new]
         sys.exit(f"{', '.join(stale)}: not what `python benchmarks/readme_tables.py` writes" if stale else 0)

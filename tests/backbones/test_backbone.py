@@ -23,7 +23,7 @@ def tiny(name: str = VIT, **options) -> Backbone:
 
 @pytest.fixture(scope="module")
 def table() -> list[list[str]]:
-    """Cells of the README's table: building it builds every registered backbone on the meta device."""
+    """Cells of docs/backbones.md's table: building it builds every registered backbone on the meta device."""
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in describe_backbones().splitlines()]
 
 

@@ -1,0 +1,55 @@
+"""What README.md and docs/usage.md tell people to type and to open is there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from corrzoo.cli import main
+from corrzoo.commands import COMMANDS
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README, USAGE = (ROOT / "README.md").read_text(), (ROOT / "docs" / "usage.md").read_text()
+LINES = [
+    part.strip().removeprefix("srun ")
+    for block in re.findall(r"```bash\n(.*?)```", README + USAGE, re.S)
+    for line in block.splitlines()
+    for part in line.split("&&")
+]
+
+
+def test_the_readme_has_commands_of_all_kinds():
+    assert {line.split()[0] for line in LINES} == {"pip", "pytest", "lightning", "corrzoo"}
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if line.startswith("lightning")])
+def test_every_training_and_test_command_is_understood(line, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as leaving:
+        main([*shlex.split(line)[1:], "--print_config"])
+    assert not leaving.value.code, line
+    assert "class_path: corrzoo.heads." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", re.findall(r"`?corrzoo (\w+) [-\w.]", README))
+def test_every_other_command_is_there(name):
+    assert name in COMMANDS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(page):
+    text = page.read_text()
+    for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
+        linked = page.parent / target if target else page
+        assert linked.exists(), f"{page.name}: {target}"
+        titles = re.findall(r"^#+ (.*)$", linked.read_text(), re.M) if anchor else []
+        assert not anchor or anchor in [re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles], anchor
+
+
+def test_files_that_are_named_are_there():
+    for name in set(re.findall(r"zoo_configs/[\w/]+\.yaml", README + USAGE)):
+        assert (ROOT / name).is_file(), name
+    for head in ("actr", "vitsc", "gsf", "lpmflow"):
+        assert (ROOT / "zoo_configs" / "demo" / f"{head}.yaml").is_file()
