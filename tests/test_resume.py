@@ -1,6 +1,9 @@
 """A run goes on from any of its checkpoints to the same weights, whatever reads its pairs; files are whole or not."""
 
 import errno
+import functools
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -73,6 +76,12 @@ def test_a_resumed_run_ends_with_the_same_weights_to_the_bit(whole: tuple, start
     assert torch.equal(torch.get_rng_state(), torch.load(folder / "epoch9.ckpt")["random"]["cpu"])
 
 
+def test_the_same_seed_gives_the_same_run_whatever_reads_the_pairs(whole: tuple, tmp_path: Path) -> None:
+    _, head, model, _ = whole
+    again, _ = fit(tmp_path, head, workers=2)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
 def test_validation_afterwards_gives_the_number_that_was_logged(whole: tuple) -> None:
     folder, _, _, trainer = whole
     fresh = corrzoo.load(folder / "epoch9.ckpt")
@@ -98,6 +107,24 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
     ):
         WholeFiles().save_checkpoint({"step": 2}, path)
     assert torch.load(path) == {"step": 1} and [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_a_checkpoint_from_an_address_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return (tmp_path.joinpath("owned").touch, ())
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.ckpt")
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    handler.log_message = lambda *_: None  # type: ignore[attr-defined]
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        for place in (f"http://127.0.0.1:{server.server_port}/evil.ckpt", tmp_path / "evil.ckpt"):
+            with pytest.raises(ZooError, match=r"evil\.ckpt is refused"):
+                WholeFiles().load_checkpoint(place)
+        server.shutdown()
+    assert not (tmp_path / "owned").exists()
 
 
 def test_the_last_is_of_every_epoch_and_the_best_moves_along(tmp_path: Path) -> None:

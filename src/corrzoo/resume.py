@@ -1,6 +1,7 @@
 """What lets a run go on after a crash: checkpoints that are whole, signals that wait for a step's end."""
 
 import os
+import pickle
 import shutil
 import signal
 import threading
@@ -20,8 +21,8 @@ from corrzoo.types import ZooError
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Checkpoints that are there whole or not at all. Lightning's own pass through the system's folder for temporary
-    files, from which they are copied: a run that is killed meanwhile leaves half a `last.ckpt` and nothing else.
+    """Checkpoints that are there whole or not at all, and that run no code. Lightning's own pass through the system's
+    folder for temporary files, from which they are copied: a run that is killed meanwhile leaves half a `last.ckpt`.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -49,6 +50,17 @@ class WholeFiles(TorchCheckpointIO):
                 f"cannot write the checkpoint {path} ({getattr(cause, 'strerror', None) or cause}; {kept}): make room, "
                 "or choose another --checkpoint.dirpath, and go on with --ckpt_path last"
             ) from error
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> dict[str, Any]:
+        """Tensors and plain values alone, also from the addresses that Lightning would trust.
+
+        Raises:
+            ZooError: for a file that holds more.
+        """
+        try:
+            return super().load_checkpoint(path, *args, **options | {"weights_only": True})
+        except pickle.UnpicklingError as error:
+            raise ZooError(f"{path} is refused: it holds more than tensors and plain values, or is damaged") from error
 
 
 class Checkpoints(ModelCheckpoint):
