@@ -130,6 +130,7 @@ def test_what_the_commands_leave(ran, folder):
     ]
     assert results[1]["options"]["width"] == 128 and results[1]["trained"]["dataset"] == "synthetic"
     assert results[1]["pck"] == results[2]["pck"]  # the configuration that the run has saved is the run
+    assert "import corrzoo, toy.head\n" in (folder / "saved" / "README.md").read_text()
     assert ran["load"][0].strip() == "128 ['ACTR', 'Baseline', 'GSF', 'LPMFlow', 'Projected', 'ViTSC']"
 
 

@@ -34,6 +34,7 @@ def model_card(matcher: "Matcher", config: dict[str, Any], results: Sequence[str
     trained = config["trained"] or next((row["trained"] for row in rows if row.get("trained")), None)
     counts = [sum(p.numel() for p in module.parameters()) / 1e6 for module in (matcher.backbone, matcher)]
     known = spec.licence in LICENCES
+    plugin = "" if config["module"].startswith("corrzoo.") else f", {config['module']}"
     front = {
         "library_name": "corrzoo",
         "pipeline_tag": "keypoint-detection",
@@ -58,7 +59,7 @@ def model_card(matcher: "Matcher", config: dict[str, Any], results: Sequence[str
         "",
         "Semantic correspondence: points of one image are found in another image of the same kind of thing.",
         "",
-        '```python\nimport corrzoo\n\nmatcher = corrzoo.load("<this folder, or hf://user/model>")',
+        f'```python\nimport corrzoo{plugin}\n\nmatcher = corrzoo.load("<this folder, or hf://user/model>")',
         'matcher.match_images("a.jpg", "b.jpg", [[120, 80]]).trg_points\n```',
         "",
         "| | |\n|---|---|",
