@@ -61,14 +61,19 @@ def test_a_size_that_the_patch_does_not_divide_is_refused(head):
         build(head)(torch.zeros(1, 3, 70, 70), torch.zeros(1, 3, 70, 70))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head", HEADS)
-def test_half_precision_trains(head):
-    model, pair = build(head), batch()
-    with torch.autocast("cpu", torch.bfloat16):
+def test_half_precision_trains(head, dtype):
+    model, pair = build(head), batch(count=2 if dtype == torch.bfloat16 else 1)  # no CPU is made for float16
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=dtype == torch.float16)
+    with torch.autocast("cpu", dtype):
         loss = step(model, pair)
-    loss.backward()
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
     assert torch.isfinite(loss) and loss.dtype == torch.float32
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    scaler.step(optimizer)
 
 
 @pytest.mark.parametrize("head", SUPERVISED)
