@@ -1,7 +1,8 @@
 """Half precision: each head is trained in it for some steps, and then evaluated in it and in float32.
 
 On drawn pairs and a small backbone with real weights. Writes benchmarks/results/precision_<device>.csv: the loss at
-both ends of training, and by how many points PCK differs. Run it as `python benchmarks/precision.py`.
+both ends of training, and by how many points PCK differs, with the standard error of that over the pairs. Run it as
+`python benchmarks/precision.py`.
 """
 
 import argparse
@@ -75,13 +76,19 @@ def measure(head: str, precision: str, args: argparse.Namespace) -> dict[str, An
     few = len(losses.seen) // 4
     row: dict[str, Any] = {"head": head, "precision": precision, "device": args.device, "steps": len(losses.seen)}
     row |= {"loss_first": statistics.mean(losses.seen[:few]), "loss_last": statistics.mean(losses.seen[-few:])}
-    scores = {}
+    scored = []
     for kind in (None, precision):
         trainer(args, kind).test(model, data(args, head), verbose=False)
-        scores[kind] = {name.removeprefix("test/"): value for name, value in model.scores.items()}
+        ((_, metric),) = model.metrics_by_dataset()
+        scored.append(metric.rows())
     row["pairs"] = args.pairs
-    for name, value in scores[None].items():
-        row |= {f"{name} float32": value, f"{name} difference": scores[precision][name] - value}
+    for alpha in model.hparams.alphas:
+        full, half = (torch.tensor([pair[f"pck@{alpha:g}"] for pair in rows]) for rows in scored)
+        row |= {
+            f"pck@{alpha:g}": full.mean().item(),
+            f"pck@{alpha:g} difference": (half - full).mean().item(),
+            f"pck@{alpha:g} standard error": (half - full).std().item() / len(full) ** 0.5,
+        }
     return row
 
 
@@ -96,17 +103,16 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1 if args.device == "cpu" else torch.get_num_threads())
-    rows = []
+    rows, path = [], Path(__file__).parent / "results" / f"precision_{args.device}.csv"
     for head in args.heads:
         for precision in args.precisions:
-            rows.append(row := measure(head, precision, args))
-            worst = max(abs(value) for name, value in row.items() if name.endswith("difference"))
-            print(f"{head} {precision}: loss {row['loss_first']:.3f} to {row['loss_last']:.3f}, PCK within {worst:.2f}")
-    path = Path(__file__).parent / "results" / f"precision_{args.device}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({name: round(v, 4) if isinstance(v, float) else v for name, v in row.items()} for row in rows)
+            row = measure(head, precision, args)
+            rows.append({name: round(v, 4) if isinstance(v, float) else v for name, v in row.items()})
+            print(*(f"{name} {value}," for name, value in rows[-1].items()), flush=True)
+            with path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
     print(path)
 
 

@@ -105,6 +105,7 @@ def test_fit_validate_test_predict_and_reload(tmp_path, capsys):
     saved = [f"--config={run / 'config.yaml'}"]
     main(["validate", *saved, f"--ckpt_path={checkpoint}"])
     main(["test", *saved, f"--ckpt_path={checkpoint}"])
+    assert len(list(tmp_path.glob("runs/*/*/checkpoints/*"))) == 2  # evaluation leaves no checkpoints of its own
     result = json.loads(next(tmp_path.glob("runs/*/version_*/results/synthetic.json")).read_text())
     assert result["head"] == "Baseline" and result["pairs"] == 7 and result["protocol"] == "default:bbox"
     assert result["trained"] == {

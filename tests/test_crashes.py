@@ -172,24 +172,24 @@ def test_a_run_that_is_killed_ten_times_ends_as_one_that_is_not(home: Path, fres
 
 
 class InAStep:
-    """Something that happens in the middle of the third step."""
+    """Something that happens in the middle of the n-th step."""
 
-    def __init__(self, happening: Callable[[], None]) -> None:
-        self.happening = happening
+    def __init__(self, happening: Callable[[], None], name: str = "training_step", n: int = 3) -> None:
+        self.happening, self.name, self.n = happening, name, n
 
     def __call__(self) -> None:
         from corrzoo.matcher import Matcher
 
-        original, left = Matcher.training_step, 3
+        original, left = getattr(Matcher, self.name), self.n
 
-        def training_step(*args: object) -> object:
+        def step(*args: object) -> object:
             nonlocal left
             left -= 1
             if not left:
                 self.happening()
             return original(*args)
 
-        Matcher.training_step = training_step
+        setattr(Matcher, self.name, step)
 
 
 def wait_for_a_signal() -> None:
@@ -245,6 +245,12 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint_to_go_on_from(home: Path
     assert "Traceback" not in log and read(newest(fresh))["global_step"] == 3  # in the middle of an epoch
     assert run(fresh, go_on(fresh))[0] == 0
     assert_same(read(newest(fresh)), read(newest(home)))
+
+
+def test_a_signal_ends_an_evaluation_at_once(home: Path, fresh: Path) -> None:
+    test = ["test", *FIT[1:], "--data.test=[spair71k]", f"--ckpt_path={newest(home)}"]
+    status, _ = run(fresh, test, InAStep(wait_for_a_signal, "test_step", 1), then="SIGTERM")
+    assert status == -signal.SIGTERM
 
 
 def test_slurm_requeues_a_job_that_goes_on_where_it_was(

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, NoReturn
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from corrzoo import commands
@@ -113,9 +114,11 @@ class ZooCLI(LightningCLI):
                 config.model.init_args[name] = value
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """A trainer whose checkpoints are whole or not there."""
+        """A trainer whose checkpoints are whole or not there, unless it has a way of its own to write them."""
         trainer = super().instantiate_trainer(**kwargs)
-        trainer.strategy.checkpoint_io = WholeFiles()
+        plain = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+        if plain and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeFiles()
         return trainer
 
     def before_test(self) -> None:

@@ -75,7 +75,11 @@ class Checkpoints(ModelCheckpoint):
 
     def __init__(self, save_last: bool = True, last_every_n_steps: int | None = None, **options: Any) -> None:
         super().__init__(**options)
-        self._keeps_last, self._every = save_last, last_every_n_steps
+        self._keeps_last, self._every, self._trains = save_last, last_every_n_steps, False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._trains = stage == "fit"
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -95,18 +99,14 @@ class Checkpoints(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Bring along the best checkpoints of the run that is resumed."""
-        kept = {path: score for path, score in state_dict["best_k_models"].items() if Path(path).is_file()}
-        if (
-            self.dirpath
-            and str(self.dirpath) != state_dict["dirpath"]
-            and len(kept) == len(state_dict["best_k_models"])
-        ):
-            here = {path: str(Path(self.dirpath) / Path(path).name) for path in kept}
+        best, folder = state_dict["best_k_models"], str(self.dirpath)
+        if self._trains and folder != state_dict["dirpath"] and all(Path(path).is_file() for path in best):
+            here = {path: str(Path(folder) / Path(path).name) for path in best}
             for old, new in here.items():
                 _copy(Path(old), Path(new))
             state_dict = state_dict | {
-                "dirpath": self.dirpath,
-                "best_k_models": {here[path]: score for path, score in kept.items()},
+                "dirpath": folder,
+                "best_k_models": {here[path]: score for path, score in best.items()},
                 "best_model_path": here.get(state_dict["best_model_path"], ""),
                 "kth_best_model_path": here.get(state_dict["kth_best_model_path"], ""),
                 "last_model_path": "",
@@ -131,14 +131,16 @@ class Stopped(Exception):
 
 class StopSignals(Callback):
     """SIGTERM and Ctrl-C end training behind the running step, with a `last.ckpt` that goes on from there; a second one
-    ends it at once. SLURM's signal to requeue waits for the step, too: in its middle, weights and optimiser disagree.
+    ends it at once, and the first does an evaluation, which has nothing to save. SLURM's signal to requeue waits for
+    the step, too: in its middle, weights and optimiser disagree.
     """
 
     def __init__(self) -> None:
-        self._asked, self._done = 0, 0
+        self._asked, self._done, self._speaks = 0, 0, False
         self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._speaks = trainer.is_global_zero  # one process for all
         if threading.current_thread() is threading.main_thread():
             numbers = [signal.SIGINT, signal.SIGTERM]
             if callable(signal.getsignal(signal.SIGUSR1)):  # Lightning's, under SLURM
@@ -166,12 +168,18 @@ class StopSignals(Callback):
             trainer.save_checkpoint(Path(folder) / "last.ckpt")
             where = "go on with --ckpt_path last"
         self._restore()
-        if not trainer.is_global_zero:
-            raise SystemExit(0)  # one process speaks for all
+        if not self._speaks:
+            raise SystemExit(0)
         raise Stopped(f"stopped by {name} behind step {trainer.global_step}: {where}", asked)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Lightning's handler would note it and go on
+
+    on_predict_start = on_test_start
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore()
@@ -181,6 +189,8 @@ class StopSignals(Callback):
             self._restore()
             raise KeyboardInterrupt
         self._asked = number
+        if self._speaks and number != signal.SIGUSR1:
+            os.write(2, b"\nstopping behind this step or validation; the same signal again stops at once\n")
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
