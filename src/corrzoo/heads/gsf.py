@@ -291,8 +291,8 @@ class GSF(Matcher):
             the others' guidance is their own soft-argmax of the correlation.
         matching: The matching network; without it tau is G' (Table 3a).
         rho: Threshold of a confident match (5.1).
-        c_p: Width of the propagation in cells (5.1).
-        c_m: Width of the modulation in cells (5.1).
+        c_p: Width of the propagation in cells (5.1, which calls it a variance; eq. 7 squares it).
+        c_m: Width of the modulation in cells (5.1, like c_p).
         soft_argmax: Over the `kept` matches, or `literal`: see this file's beginning.
         beta: Inverse temperature of that over the kept ones (SFNet's).
         geo_weight: Weight of a cell in L_geo, its `confidence` or `none`: see this file's beginning.
