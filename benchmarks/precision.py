@@ -26,7 +26,7 @@ HEADS: dict[str, dict[str, Any]] = {
     "Baseline": {},
     "ACTR": {"grid": 8, "depth": 1, "width": 96, "lr": 3e-4},
     "ViTSC": {"attend_at": "native", "head_resolution": 0.125, "low_stages": 1, "low_weights": "random", "lr": 3e-4},
-    "GSF": {"grid": 8, "width": 32},
+    "GSF": {"grid": 8, "width": 32, "stage1": 0.0},  # whose second stage adds terms to the loss
     "LPMFlow": {"grid": 4, "depth": 1, "width": 96, "lr": 3e-4},
 }
 """Sizes that a CPU can train; transformers from nothing want smaller steps."""
@@ -103,16 +103,18 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1 if args.device == "cpu" else torch.get_num_threads())
-    rows, path = [], Path(__file__).parent / "results" / f"precision_{args.device}.csv"
+    path = Path(__file__).parent / "results" / f"precision_{args.device}.csv"
+    before = path.read_text().splitlines() if path.exists() else []
+    rows: dict[Any, dict[str, Any]] = {(row["head"], row["precision"]): row for row in csv.DictReader(before)}
     for head in args.heads:
         for precision in args.precisions:
             row = measure(head, precision, args)
-            rows.append({name: round(v, 4) if isinstance(v, float) else v for name, v in row.items()})
-            print(*(f"{name} {value}," for name, value in rows[-1].items()), flush=True)
+            rows[head, precision] = {name: round(v, 4) if isinstance(v, float) else v for name, v in row.items()}
+            print(*(f"{name} {value}," for name, value in rows[head, precision].items()), flush=True)
             with path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+                writer = csv.DictWriter(file, list(rows[head, precision]), lineterminator="\n")
                 writer.writeheader()
-                writer.writerows(rows)
+                writer.writerows(rows.values())
     print(path)
 
 

@@ -1,7 +1,10 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from fixtures import write_spair
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from lightning.pytorch import Trainer
 
 from corrzoo.data.module import PairsDataModule, dealt
 from corrzoo.types import ZooError
@@ -111,3 +114,19 @@ def test_images_are_packed_where_the_option_says(tmp_path, cache, monkeypatch, p
         for p in data.val_dataloader()
     ]
     assert images == [True]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_processes_share_the_batches_that_one_has(processes):
+    def batches(rank, count):
+        data = module()
+        data.setup("fit")
+        loop = Trainer(accelerator="cpu", devices=1, barebones=True).fit_loop
+        data.trainer = SimpleNamespace(world_size=count, global_rank=rank, fit_loop=loop)
+        return [pair.index for pair in data.train_dataloader()]
+
+    shared = zip(*(batches(rank, processes) for rank in range(processes)), strict=True)
+    for part, alone in zip(shared, batches(0, 1), strict=True):
+        assert torch.cat(part).sort().values.tolist() == alone.sort().values.tolist()
+    with pytest.raises(ZooError, match="batch_size 4 is shared by 3 processes and does not divide"):
+        batches(0, 3)
