@@ -20,6 +20,7 @@ import yaml
 from corrzoo.heads import HEADS, list_heads
 from corrzoo.leaderboard.render import to_markdown
 from corrzoo.leaderboard.results import Ranking, find_results, rank, rank_papers, read_papers, read_results
+from corrzoo.markdown import table
 from corrzoo.matcher import Matcher
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,17 +60,14 @@ def options(cls: type[Matcher]) -> str:
     told = dict(split_docstring(cls.__doc__)[1])
     parameters = inspect.signature(cls.__init__).parameters.values()
     rows = [(p.name, p.default, told[p.name]) for p in parameters if p.name in told and p.default is not EMPTY]
-    return table(["option", "default", "what it says"], [[f"`{n}`", f"`{shown(d)}`", text] for n, d, text in rows])
+    return (
+        table(["option", "default", "what it says"], [[f"`{n}`", f"`{shown(d)}`", text] for n, d, text in rows]) + "\n"
+    )
 
 
 def shown(value: Any) -> str:
     """A value as YAML has it."""
     return yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True).split("\n")[0]
-
-
-def table(titles: list[str], rows: list[list[str]]) -> str:
-    lines = [titles, ["---"] * len(titles), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def choices(head: type[Matcher]) -> list[str]:
@@ -151,7 +149,7 @@ def settings(path: Path) -> str:
         if found := re.fullmatch(r" +([\w.]+): ([^#]+?)(?: +# (.*))?", line):
             name, value, source = found.groups(default="")
             rows.append([f"`{name}`", f"`{value}`", source])
-    return table(["option", "value", "source"], rows)
+    return table(["option", "value", "source"], rows) + "\n"
 
 
 def parameters(head: str) -> str:
@@ -165,7 +163,7 @@ def parameters(head: str) -> str:
         own = sum(p.numel() for p in matcher.parameters()) - inside
         names = ", ".join(f"`{backbone.spec.key}`" for backbone in matcher.backbones())
         rows.append([link(path), names, f"{own / 1e6:,.2f} M", f"{inside / 1e6:,.1f} M"])
-    return table(["recipe", "backbone", "head", "backbone"], rows)
+    return table(["recipe", "backbone", "head", "backbone"], rows) + "\n"
 
 
 def link(path: Path) -> str:
@@ -201,7 +199,7 @@ def page(head: str, measured: list[Ranking], published: list[Ranking]) -> str:
         *(f"Another, {link(path)}: {about(path)}" for path in others),
         f"## Parameters\n\n{parameters(head)}",
         *(
-            [f"## Ablations\n\nEach stacks on the recipe.\n\n{table(['file', 'what it is'], ablations)}"]
+            [f"## Ablations\n\nEach stacks on the recipe.\n\n{table(['file', 'what it is'], ablations)}\n"]
             if ablations
             else []
         ),
@@ -224,7 +222,7 @@ def index() -> str:
     """The list of pages, and what every head takes."""
     heads = [[f"[{name}]({name.lower()}.md)", split_docstring(HEADS[name].__doc__)[0][0]] for name in list_heads()]
     return (
-        f"# Heads\n\n{WRITTEN}\n\n{table(['head', 'what it is'], [[a, one_line(b)] for a, b in heads])}\n"
+        f"# Heads\n\n{WRITTEN}\n\n{table(['head', 'what it is'], [[a, one_line(b)] for a, b in heads])}\n\n"
         f"## Options of every head\n\n{options(Matcher)}"
     )
 

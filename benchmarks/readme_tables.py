@@ -10,6 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from corrzoo.backbones import describe_backbones, get_spec, list_backbones
+from corrzoo.markdown import table
 from corrzoo.protocols import PADDED, get_protocol, list_protocols
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,19 +39,13 @@ DATA = {
 }
 
 
-def table(*lines: list[str]) -> str:
-    """Markdown of a title line and the others."""
-    rows = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
 def protocols() -> str:
     """Every protocol, what its length is, and what is wrong with it."""
-    lines = [["protocol", "scores", "length", "right when", "averages", "flaw"]]
+    rows = []
     for name in list_protocols():
         p = get_protocol(name)
-        lines.append([f"`{p}`", p.evaluated, p.meaning, p.compare, ", ".join(p.averages), p.flaw])
-    return PROTOCOLS + table(*lines) + "\n"
+        rows.append([f"`{p}`", p.evaluated, p.meaning, p.compare, ", ".join(p.averages), p.flaw])
+    return PROTOCOLS + table(["protocol", "scores", "length", "right when", "averages", "flaw"], rows) + "\n"
 
 
 def presets() -> str:
@@ -69,9 +64,8 @@ def presets() -> str:
         lengths = ", ".join(f"`{p.kind}`" for p in found if p.kind != PADDED)
         names[found[0].evaluated, ", ".join(by_kind), lengths, "; ".join(told)].append(f"`{preset}`")
     rows = [[", ".join(alike), *cells] for cells, alike in names.items()]
-    return table(
-        ["protocol", "scores", "frame", "lengths", "flaw"], *sorted(rows, key=lambda row: "default" not in row[0])
-    )
+    rows.sort(key=lambda row: "default" not in row[0])
+    return table(["protocol", "scores", "frame", "lengths", "flaw"], rows)
 
 
 def licences() -> str:
@@ -80,7 +74,7 @@ def licences() -> str:
     for key in list_backbones():
         weights[get_spec(key).licence].append(f"`{key}`")
     rows = [[f"weights of {', '.join(keys)}", licence] for licence, keys in weights.items()]
-    return table(["what", "licence"], *rows, *([what, licence] for what, licence in DATA.items()))
+    return table(["what", "licence"], [*rows, *map(list, DATA.items())])
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ SRC = Path(__file__).resolve().parents[1] / "src" / "corrzoo"
 
 ALLOWED = {
     "errors": set(),
+    "markdown": set(),
     "types": {"errors"},
     "registry": {"types"},
     "geometry": {"types"},
@@ -18,7 +19,7 @@ ALLOWED = {
     "losses": {"types"},
     "protocols": {"types", "registry", "geometry"},
     "metrics": {"types", "registry", "geometry", "protocols"},
-    "backbones": {"types", "registry", "geometry"},
+    "backbones": {"types", "registry", "geometry", "markdown"},
     "feature_cache": {"types"},
     "images": {"types", "geometry"},
     "data": {"types", "registry", "geometry", "images"},
@@ -31,14 +32,14 @@ ALLOWED = {
         *("images", "imagepair", "resume"),
     },
     "heads": {"types", "registry", "geometry", "ops", "losses", "backbones", "matcher"},
-    "modelcard": {"types", "backbones"},
+    "modelcard": {"types", "backbones", "markdown"},
     "checkpoints": {"types", "registry", "heads", "matcher", "modelcard"},
     "apps": {
         *("types", "visualize", "images", "imagepair", "data", "callbacks", "matcher", "heads", "checkpoints"),
         "registry",
     },
     "official": {"types", "registry", "backbones", "heads", "matcher"},
-    "leaderboard": {"errors"},
+    "leaderboard": {"errors", "markdown"},
     "commands": {"errors", "cli"},
     "cli": {"types", "commands", "registry", "checkpoints", "data", "heads", "matcher", "resume"},
     "__init__": {"types", "backbones", "heads", "data", "metrics", "matcher", "checkpoints", "official"},

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corrzoo.backbones.registry import get_spec
+from corrzoo.markdown import table
 from corrzoo.types import ZooError
 
 if TYPE_CHECKING:
@@ -102,14 +103,20 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
     if not rows:
         return []
     alphas = sorted({alpha for row in rows for alpha in row["alphas"]})
-    lines = [
-        "## PCK\n\n| dataset | pairs | protocol | " + " | ".join(f"@{a:g}" for a in alphas) + " |",
-        "|---|--:|---|" + "--:|" * len(alphas),
-    ]
+    lines = []
     for row in rows:
         scores = [f"{row['pck'][f'pck@{a:g}']:.1f}" if a in row["alphas"] else "" for a in alphas]
-        lines.append(f"| {row['dataset']} | {row['pairs']} | `{row['protocol']}` | {' | '.join(scores)} |")
-    return [*lines, "", "Results of different protocols do not compare: see `corrzoo.protocols`.", ""]
+        lines.append([row["dataset"], str(row["pairs"]), f"`{row['protocol']}`", *scores])
+    titles = ["dataset", "pairs", "protocol", *(f"@{a:g}" for a in alphas)]
+    numbers = [1, *range(3, len(titles))]
+    return [
+        "## PCK",
+        "",
+        table(titles, lines, numbers),
+        "",
+        "Results of different protocols do not compare: see `corrzoo.protocols`.",
+        "",
+    ]
 
 
 def _index_entry(row: dict[str, Any]) -> dict[str, Any]:

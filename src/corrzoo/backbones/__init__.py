@@ -6,6 +6,7 @@ import torch
 
 from corrzoo.backbones.backbone import Backbone
 from corrzoo.backbones.registry import BACKBONES, BackboneSpec, get_spec, list_backbones, register_backbone
+from corrzoo.markdown import table
 
 __all__ = [
     "BACKBONES",
@@ -26,12 +27,11 @@ def create_backbone(name: str, weights: str = "pretrained", **options: Any) -> B
 
 def describe_backbones() -> str:
     """A Markdown table of the registered backbones, read off the models themselves (built without memory)."""
-    lines = ["| key | timm name | patch | width | parameters | licence | notes |", "|--|--|--:|--:|--:|--|--|"]
+    titles, rows = ["key", "timm name", "patch", "width", "parameters", "licence", "notes"], []
     for key in list_backbones():
         with torch.device("meta"):
             backbone = Backbone(key, weights="random")
         patch = str(backbone.patch) if backbone.patch > 1 else f"stride {backbone.strides[0]}"
         size, spec = f"{backbone.num_params / 1e6:.1f} M", backbone.spec
-        cells = [f"`{key}`", f"`{spec.timm}`", patch, str(backbone.channels[0]), size, spec.licence, spec.note]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([f"`{key}`", f"`{spec.timm}`", patch, str(backbone.channels[0]), size, spec.licence, spec.note])
+    return table(titles, rows, numbers=(2, 3, 4))

@@ -12,6 +12,7 @@ from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
 from corrzoo.leaderboard.results import Ranking, Row, Spread
+from corrzoo.markdown import table
 
 COSTS = {
     "ms_per_pair": ("ms / pair", ",.1f"),
@@ -79,12 +80,9 @@ def to_markdown(rankings: Sequence[Ranking]) -> str:
         lines += [f"### {ranking.study}", ""] if ranking.study != study else []
         study, shown = ranking.study, [c for c in columns(ranking) if c.title not in ("backbone, M", "MB")]
         lines += [title_of(ranking) + (f" (flaw: {ranking.flaw})" if ranking.flaw else ""), ""]
-        lines += ["| # | " + " | ".join(column.title for column in shown) + " |"]
-        lines += ["|--:|" + "|".join("---" if column.kind == "text" else "--:" for column in shown) + "|"]
-        for place, row in enumerate(ranking.rows, 1):
-            cells = [str(place), *(column.text(row).replace("|", "\\|") for column in shown)]
-            lines += [f"| {' | '.join(cells)} |"]
-        lines += [""]
+        rows = ([str(place), *(column.text(row) for column in shown)] for place, row in enumerate(ranking.rows, 1))
+        numbers = [0, *(k for k, column in enumerate(shown, 1) if column.kind != "text")]
+        lines += [table(["#", *(column.title for column in shown)], rows, numbers), ""]
     return "\n".join(lines)
 
 
