@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Trainer
 
 import corrzoo
+from corrzoo.callbacks import MatchImages
 from corrzoo.data import PairDataset
 from corrzoo.data.module import PairsDataModule
 from corrzoo.data.pairs import FolderDataset
@@ -83,6 +84,19 @@ def test_reused_features_change_no_score_and_are_gone_afterwards(tmp_path):
         assert model._cache is None
         scores.append(model.scores)
     assert scores[0] == scores[1] and scores[0]
+
+
+@pytest.mark.parametrize("backbone, levels", [("timm/test_vit.r160_in1k", [-1]), ("efficientnet_lite0", [1, 3])])
+def test_reused_features_give_the_same_matches_to_the_bit(tmp_path, backbone, levels):
+    found = []
+    for megabytes in (0, 1, 1024):  # none, some and all are kept
+        torch.manual_seed(0)
+        model = corrzoo.create_matcher("Baseline", backbone, "random", levels=levels, feature_cache_mb=megabytes)
+        pairs = drawn(tmp_path)
+        pairs.hparams.batch_size = 1  # of its images, one is mostly known
+        batches = trainer(tmp_path, callbacks=[MatchImages(kinds=[])]).predict(model, pairs)
+        found.append(torch.cat([batch["points"][batch["kps_mask"]] for batch in batches]))
+    assert len(found[0]) > 100 and torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 class Watched:

@@ -12,13 +12,18 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 
 import corrzoo
 from corrzoo.data.module import PairsDataModule
+from corrzoo.data.synthetic import write_spair
 from corrzoo.resume import Checkpoints, WholeFiles
 from corrzoo.types import ZooError
 
 VIT = "timm/test_vit.r160_in1k"
-HEADS = {
+CASES = {
     "LPMFlow": {"grid": 4, "depth": 1, "pfsr": "off", "mmfi": False},  # dropout, hidden tokens, a falling lambda
     "GSF": {"grid": 4, "stage1": 0.45},  # the second stage begins within the second epoch
+    "ACTR, frozen CNN": {
+        **{"backbone": "efficientnet_lite0", "finetune": "none", "grid": 4, "depth": 1, "width": 32},
+        "levels": ["blocks.2.1", "blocks.4.2"],
+    },  # reuses features, and has to compute them again
 }
 
 
@@ -41,14 +46,17 @@ class KeepAll(Callback):
         self.keep(trainer, "epoch")
 
 
-def fit(folder: Path, head: str, start: str | None = None, workers: int = 0) -> tuple[corrzoo.Matcher, Trainer]:
+def fit(folder: Path, case: str, start: str | None = None, workers: int = 0) -> tuple[corrzoo.Matcher, Trainer]:
     """Three epochs of three steps; the pairs of an epoch are not quite used up."""
     seed_everything(3)
-    options = HEADS[head] | {"schedule": "cosine", "lr": 1e-3}
-    model = corrzoo.create_matcher(head, backbone=VIT, weights="random", **options)
+    options = {"backbone": VIT, "schedule": "cosine", "lr": 1e-3} | CASES[case]
+    model = corrzoo.create_matcher(case.split(",")[0], weights="random", **options)
+    reuses = options.get("finetune") == "none"
+    if reuses and not (folder / "SPair-71k").exists():
+        write_spair(folder, pairs_per_split=14, images_per_category=3, size=64)
     data = PairsDataModule(
-        train="synthetic", size=64, batch_size=4, workers=workers, augment="cats",
-        options={"synthetic": {"length": {"trn": 14, "val": 5}}},
+        train="spair71k" if reuses else "synthetic", root=str(folder), size=64, batch_size=4, workers=workers,
+        augment="none" if reuses else "cats", options={"synthetic": {"length": {"trn": 14, "val": 5}}}, packed=False,
     )  # fmt: skip
     trainer = Trainer(
         max_epochs=3, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
@@ -58,7 +66,7 @@ def fit(folder: Path, head: str, start: str | None = None, workers: int = 0) -> 
     return model, trainer
 
 
-@pytest.fixture(scope="module", params=HEADS)
+@pytest.fixture(scope="module", params=CASES)
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple:
     folder = tmp_path_factory.mktemp(request.param)
     return folder, request.param, *fit(folder, request.param)
@@ -68,8 +76,8 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     "start, workers", [("batch2", 0), ("batch4", 2), ("batch6", 0), ("epoch3", 2), ("validation3", 0)]
 )
 def test_a_resumed_run_ends_with_the_same_weights_to_the_bit(whole: tuple, start: str, workers: int) -> None:
-    folder, head, model, trainer = whole
-    again, resumed = fit(folder, head, start, workers)
+    folder, case, model, trainer = whole
+    again, resumed = fit(folder, case, start, workers)
     assert resumed.global_step == trainer.global_step == 9
     for (name, value), other in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(value, other), name
@@ -77,8 +85,8 @@ def test_a_resumed_run_ends_with_the_same_weights_to_the_bit(whole: tuple, start
 
 
 def test_the_same_seed_gives_the_same_run_whatever_reads_the_pairs(whole: tuple, tmp_path: Path) -> None:
-    _, head, model, _ = whole
-    again, _ = fit(tmp_path, head, workers=2)
+    _, case, model, _ = whole
+    again, _ = fit(tmp_path, case, workers=2)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
 
 

@@ -12,6 +12,9 @@ from corrzoo.types import Features
 class FeatureCache:
     """The least recently used features leave first; its size is bounded in bytes.
 
+    On a CPU each image is computed alone: in a batch, a CNN's features depend in their last bits on the batch's size,
+    so that what is known already would change what is found.
+
     Args:
         max_bytes: Upper bound of what is kept. A batch is served also when it does not fit.
     """
@@ -35,9 +38,10 @@ class FeatureCache:
             first.setdefault(image, row)
         known = {image: self._kept[image] for image in first if image in self._kept}
         missing = [image for image in first if image not in known]
-        if missing:
-            fresh = compute(images[torch.tensor([first[image] for image in missing], device=images.device)])
-            for row, image in enumerate(missing):
+        batches = [[image] for image in missing] if images.device.type == "cpu" else [missing]
+        for batch in filter(None, batches):
+            fresh = compute(images[torch.tensor([first[image] for image in batch], device=images.device)])
+            for row, image in enumerate(batch):
                 # clone: a row that is kept as a view would keep its whole batch alive
                 cls = None if fresh.cls is None else fresh.cls[row].clone()
                 known[image] = ([level[row].clone() for level in fresh.maps], cls)

@@ -55,8 +55,7 @@ class Matcher(LightningModule, ABC):
         alphas: PCK thresholds as shares of the reference length.
         backend: Which implementation of the correlation runs: `auto`, `torch` or `triton`.
         feature_cache_mb: Memory for features that are computed once an image: in evaluation, and as much again in
-            training with a frozen backbone (`finetune: none`) and without augmentation; 0 turns reuse off. A CNN's
-            features depend in their last bit on their batch: a run that resumes to the bit trains one without reuse.
+            training with a frozen backbone (`finetune: none`) and without augmentation; 0 turns reuse off.
     """
 
     hparams: Any  # what save_hyperparameters() keeps: the options above, by name
@@ -295,7 +294,11 @@ class Matcher(LightningModule, ABC):
         return terms["loss"]
 
     def on_train_start(self) -> None:
-        """Go on with the random numbers of the run that is resumed."""
+        """Begin to keep what a frozen backbone makes of image files, and go on with a resumed run's random numbers."""
+        dataset = getattr(self.trainer.train_dataloader, "dataset", None)
+        files = getattr(dataset, "images", None)  # rendered images do not come back
+        kept = self.hparams.feature_cache_mb if files and self.backbone.finetune == "none" else 0
+        self._training_cache = FeatureCache(kept * 2**20) if kept else None
         if self._random:
             torch.set_rng_state(self._random["cpu"])
             if torch.cuda.is_available() and "cuda" in self._random:
@@ -307,10 +310,6 @@ class Matcher(LightningModule, ABC):
         dataset: Any = getattr(self.trainer.train_dataloader, "dataset", None)
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(self.current_epoch)
-        files = getattr(dataset, "images", None)  # none where images are rendered: there they do not come back
-        wanted = files and self.backbone.finetune == "none" and self.hparams.feature_cache_mb
-        if wanted and self._training_cache is None:
-            self._training_cache = FeatureCache(self.hparams.feature_cache_mb * 2**20)
 
     def on_validation_start(self) -> None:
         self.load_weights()
@@ -372,9 +371,8 @@ class Matcher(LightningModule, ABC):
 
     def _enter(self, dataset: int) -> None:
         """Begin a new cache with each dataset: every dataset numbers its images anew."""
-        if dataset != self._dataset:
-            limit = self.hparams.feature_cache_mb * 2**20
-            self._dataset, self._cache = dataset, FeatureCache(limit) if limit else None
+        if dataset != self._dataset:  # a cache of no bytes keeps nothing, but computes as any other does
+            self._dataset, self._cache = dataset, FeatureCache(self.hparams.feature_cache_mb * 2**20)
 
     def _protocol_for(self, threshold: str) -> str:
         protocol = self.hparams.protocol
@@ -418,7 +416,6 @@ class Matcher(LightningModule, ABC):
 
     def on_fit_start(self) -> None:
         self.load_weights()  # not in setup(): only now has a checkpoint brought its own, and nothing needs fetching
-        self._training_cache = None  # of a run that broke off, with other weights perhaps
 
     def on_fit_end(self) -> None:
         self._training_cache = None
