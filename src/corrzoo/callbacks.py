@@ -26,7 +26,7 @@ from torch import Tensor
 
 import corrzoo
 from corrzoo import visualize
-from corrzoo.metrics import PCK, LabelTransfer, correct_points
+from corrzoo.metrics import BenchmarkMetric, correct_points
 from corrzoo.ops.functional import resolve_backend
 from corrzoo.registry import nearest
 from corrzoo.types import Pair, ZooError
@@ -98,7 +98,7 @@ class ResultsWriter(Callback):
                 "ms_per_pair": 1000 * self._seconds[which] / max(self._pairs[which], 1),  # features are reused
                 "peak_memory_mb": _peak_memory_mb(),
             }
-            scored = "pck" if isinstance(metric, PCK) else "label_transfer"
+            scored = metric.name.lower().replace(" ", "_")
             result |= {"pairs": len(rows), scored: values, "breakdown": breakdown}
             write_json(folder / f"{name}.json", result)
             write_csv(folder / f"{name}.csv", rows)
@@ -122,13 +122,12 @@ class ResultsWriter(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: "Matcher") -> None:  # type: ignore[override]
         folder = self._folder(trainer).parent / "predictions"
         for which, (name, metric) in enumerate(pl_module.metrics_by_dataset()):
-            assert isinstance(metric, PCK)  # datasets without keypoints were refused
             parts: list[Any] = [self._predictions.get(which, [])]
             if trainer.world_size > 1:
                 parts = [None] * trainer.world_size
                 torch.distributed.all_gather_object(parts, self._predictions.get(which, []))
             if trainer.is_global_zero:
-                image = metric.protocol.evaluated
+                image = metric.evaluated
                 rows = sorted({(index, k): (x, y) for part in parts for index, k, x, y in part}.items())
                 write_csv(
                     folder / f"{name}.csv",
@@ -214,7 +213,7 @@ class MatchImages(Callback):
             return
         loaders = loaders if isinstance(loaders, list) else [loaders]
         for loader, (name, metric) in zip(loaders, module.metrics_by_dataset(), strict=True):
-            if not isinstance(metric, PCK):  # outlines have no points that one could draw
+            if loader.dataset.outlines:  # they have no points that one could draw
                 continue
             place = stage if len(loaders) == 1 else f"{stage}-{name}"
             for kind, figure in self.draw(module, loader.dataset, metric).items():
@@ -223,7 +222,7 @@ class MatchImages(Callback):
                 log_image(trainer, f"{kind}/{place}", path, figure)
 
     @torch.no_grad()
-    def draw(self, module: "Matcher", dataset: Any, metric: PCK) -> dict[str, Figure]:
+    def draw(self, module: "Matcher", dataset: Any, metric: BenchmarkMetric) -> dict[str, Figure]:
         """The pictures of some of a dataset's pairs, by their kinds, drawn as the metric's protocol asks."""
         count = min(self.pairs, len(dataset))
         chosen = [
@@ -232,7 +231,7 @@ class MatchImages(Callback):
         pair = Pair(*(field.to(module.device) for field in dataset.collate(chosen)))
         module.eval()
         # swapped: an evaluator that asks the other way round draws the other way round
-        asked = pair if metric.protocol.query == "src" else pair.swapped()
+        asked = pair if metric.query == "src" else pair.swapped()
         pred = module.predict_points(asked._replace(src_id=-torch.ones_like(pair.src_id)))
         right = correct_points(pred, pair, metric.protocol, self.alpha)
         H, W = pair.src_img.shape[-2:]
@@ -280,7 +279,7 @@ def log_image(trainer: Trainer, name: str, path: Path, figure: Figure) -> None:
             logger.experiment.add_image(name, visualize.to_array(figure), trainer.global_step, dataformats="HWC")
 
 
-def describe_run(trainer: Trainer, module: "Matcher", dataset: str, metric: PCK | LabelTransfer) -> dict[str, Any]:
+def describe_run(trainer: Trainer, module: "Matcher", dataset: str, metric: BenchmarkMetric) -> dict[str, Any]:
     """Everything a number needs to be compared with another: who, on what, scored how, from which code and weights.
 
     For the first process alone: nothing in here may wait for the others.
@@ -329,17 +328,10 @@ def describe_training(trainer: Trainer) -> dict[str, Any] | None:
     }
 
 
-def breakdown_table(
-    name: str, metric: PCK | LabelTransfer, values: dict[str, float], breakdown: dict[str, Any]
-) -> Table:
+def breakdown_table(name: str, metric: BenchmarkMetric, values: dict[str, float], breakdown: dict[str, Any]) -> Table:
     """Scores by category and over all pairs, for a terminal."""
-    if isinstance(metric, PCK):
-        average = metric.protocol.averages[0]
-        title = f"PCK on {name} (%), {metric.protocol}, average per {average}"
-        within = "point" if "point" in average else "image"
-        columns = [(f"@{a:g}", f"pck@{a:g}/{within}", f"pck@{a:g}") for a in metric.alphas]
-    else:
-        title, columns = f"Label transfer on {name} (%)", [(_heading(key), key, key) for key in values]
+    how, columns = metric.describe(), metric.columns()
+    title = f"{metric.name} on {name} (%), {how['protocol']}, average per {how['average']}"
     table = Table(title=title)
     for column in ("category", "pairs", *(heading for heading, _, _ in columns)):
         table.add_column(column, justify="left" if column == "category" else "right")
@@ -349,11 +341,6 @@ def breakdown_table(
     pairs = sum(row["pairs"] for row in breakdown["category"].values())
     table.add_row("all", str(pairs), *(f"{values[key]:.1f}" for _, _, key in columns))
     return table
-
-
-def _heading(key: str) -> str:
-    """`lt_acc_polygon` as the field writes it."""
-    return key.replace("lt_acc_", "LT-ACC ").replace("iou_", "IoU ")
 
 
 def writable(folder: Path) -> Path:

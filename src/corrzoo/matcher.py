@@ -20,7 +20,7 @@ from corrzoo.geometry import Size, cell_centres, pseudo_flow, resize_points, sam
 from corrzoo.imagepair import ImageMatches, ImagePair
 from corrzoo.images import ImageSource, as_rgb, to_tensor
 from corrzoo.losses import endpoint_error, over_processes, processes
-from corrzoo.metrics import PCK, LabelTransfer, polygon_mask, warp_mask
+from corrzoo.metrics import PCK, BenchmarkMetric, LabelTransfer, polygon_mask, warp_mask
 from corrzoo.protocols import check_protocol
 from corrzoo.resume import StopSignals
 from corrzoo.types import Features, Match, Pair, ZooError
@@ -108,7 +108,7 @@ class Matcher(LightningModule, ABC):
         self.backend = backend
         self._cache: FeatureCache | None = None  # lives while one dataset is evaluated with one set of weights
         self._training_cache: FeatureCache | None = None  # what a frozen backbone made of the training images
-        self._metrics: list[PCK | LabelTransfer] = []
+        self._metrics: list[BenchmarkMetric] = []
         self._random: dict[str, Tensor] = {}  # of a checkpoint, until training begins
         self.scores: dict[str, float] = {}
         """The last epoch's PCK, by the name it was logged under; also those of a sanity check, which logs nothing."""
@@ -338,9 +338,9 @@ class Matcher(LightningModule, ABC):
     def on_predict_start(self) -> None:
         self.load_weights()
         self._start_scoring(self.trainer.predict_dataloaders)
-        for name, metric in self.metrics_by_dataset():
-            if not isinstance(metric, PCK):
-                raise ZooError(f"{name} has no keypoints whose matches could be predicted: `lightning test` scores it")
+        for dataset in self._datasets:
+            if dataset.outlines:
+                raise ZooError(f"{dataset.name} has no keypoints to find matches of: `lightning test` scores it")
 
     def on_predict_epoch_end(self) -> None:
         self._cache = None
@@ -348,12 +348,10 @@ class Matcher(LightningModule, ABC):
     def predict_step(self, pair: Pair, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Matches of the keypoints in original pixels of the image that the protocol evaluates, and whose they are."""
         self._enter(dataloader_idx)
-        metric = self._metrics[dataloader_idx]
-        assert isinstance(metric, PCK)
-        query = metric.protocol.query
-        return {"index": pair.index, "points": self.predict_points(pair, query), "kps_mask": pair.kps_mask}
+        points = self.predict_points(pair, self._metrics[dataloader_idx].query)
+        return {"index": pair.index, "points": points, "kps_mask": pair.kps_mask}
 
-    def metrics_by_dataset(self) -> list[tuple[str, PCK | LabelTransfer]]:
+    def metrics_by_dataset(self) -> list[tuple[str, BenchmarkMetric]]:
         """The names of the datasets that were scored last, and their metrics."""
         return list(zip(self._dataset_names, self._metrics, strict=True))
 
@@ -364,8 +362,8 @@ class Matcher(LightningModule, ABC):
         self._metrics = [self._metric_for(dataset).to(self.device) for dataset in datasets]
         self._dataset = -1
 
-    def _metric_for(self, dataset: Any) -> PCK | LabelTransfer:
-        if getattr(dataset, "outlines", False):
+    def _metric_for(self, dataset: Any) -> BenchmarkMetric:
+        if dataset.outlines:
             return LabelTransfer(dataset.categories)
         return PCK(self._protocol_for(dataset.threshold), self.hparams.alphas, dataset.categories)
 
@@ -380,14 +378,14 @@ class Matcher(LightningModule, ABC):
 
     def _score(self, pair: Pair, which: int) -> None:
         self._enter(which)
-        metric = self._metrics[which]
-        if isinstance(metric, PCK):
-            metric.update(self.predict_points(pair, query=metric.protocol.query), pair)
+        metric, dataset = self._metrics[which], self._datasets[which]
+        if dataset.outlines:
+            self._score_outlines(pair, dataset, metric)
         else:
-            self._score_outlines(pair, self._datasets[which], metric)
+            metric.update(self.predict_points(pair, metric.query), pair)
 
     @torch.no_grad()
-    def _score_outlines(self, pair: Pair, dataset: Any, metric: LabelTransfer) -> None:
+    def _score_outlines(self, pair: Pair, dataset: Any, metric: BenchmarkMetric) -> None:
         """Carry outlines over in both readings: vertices go to the target, and target pixels look into the source."""
         src, trg = self._cached_features_of(pair)
         image = size_of(src.image)

@@ -4,8 +4,9 @@ Everything is scored in float64 on the CPU: it is little work, and the numbers d
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -135,25 +136,75 @@ def _pair_side(pair: Pair, side: str) -> Side:
     return Side(torch.where((points - whole).abs() < 1e-3, whole, points), size, box)
 
 
-class _Rows(torchmetrics.Metric):
-    """int64 rows that start with the pair's index: collected over processes, each pair counted once, in index order."""
+class BenchmarkMetric(torchmetrics.Metric, ABC):
+    """What the pairs of a benchmark are scored by: `PCK`, or `LabelTransfer` where outlines are annotated.
+
+    Pairs are int64 rows that start with index and category: collected over processes, each pair counted once, in index
+    order. `compute()`, `rows()` and `breakdown()` are to be called by every process, give each the result over all, and
+    raise when nothing was scored.
+
+    Attributes:
+        name: How tables name it; result files write it in lower case, with an underscore.
+        protocol: How it scores.
+        query: The image whose points or outline are given.
+        evaluated: The other, where they are predicted.
+    """
 
     full_state_update = False
     table: list[Tensor]
+    name: ClassVar[str]
+    protocol: Protocol | str
+    query: str = "src"
+    evaluated: str = "trg"
 
-    def __init__(self, width: int, **kwargs: Any) -> None:
+    def __init__(self, width: int, categories: Sequence[str], **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.width = width
+        self.width, self.categories = width, tuple(categories)
         self.add_state("table", [], dist_reduce_fx="cat")
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """How it scores, for a result file."""
+
+    @abstractmethod
+    def columns(self) -> list[tuple[str, str, str]]:
+        """Of a table of scores: a heading, and the score's name in `breakdown()` and in `compute()`."""
+
+    @abstractmethod
+    def _scores(self, table: Tensor) -> dict[str, Tensor]:
+        """(N,) columns of what `rows` says of each pair."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a pair, ordered by index: `index`, `category`, and its scores."""
+        with self.sync_context():
+            table = self._distinct()
+        scores = {name: column.tolist() for name, column in self._scores(table).items()}
+        return [
+            {"index": index, "category": self._category(category)}
+            | {name: column[k] for name, column in scores.items()}
+            for k, (index, category) in enumerate(table[:, :2].tolist())
+        ]
+
+    def breakdown(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Averages within groups of pairs: `{"category": {name: row}}`, where a row has `pairs`, how many there are."""
+        with self.sync_context():
+            return self._groups(self._distinct())
+
+    def _groups(self, table: Tensor) -> dict[str, dict[str, dict[str, float]]]:
+        column = table[:, 1]
+        return {"category": {self._category(c): self._row(table[column == c]) for c in column.unique().tolist()}}
+
+    def _row(self, table: Tensor) -> dict[str, float]:
+        return {"pairs": len(table)} | {name: column.mean().item() for name, column in self._scores(table).items()}
+
+    def _category(self, number: int) -> str:
+        return self.categories[number] if self.categories else str(number)
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """Gather the rows of all processes (torchmetrics calls this)."""
         if not len(self.table):  # torchmetrics would send a flat float tensor for a process that saw no pair
             self.table = [torch.empty(0, self.width, dtype=torch.int64, device=self.device)]
         super().sync(*args, **kwargs)
-
-    def _append(self, *columns: Tensor) -> None:
-        self.table.append(torch.cat(columns, dim=1).to(self.device))
 
     def _distinct(self) -> Tensor:
         """(N, width) on the CPU, one row an index: samplers pad a benchmark with repeats so that processes get alike
@@ -168,7 +219,7 @@ class _Rows(torchmetrics.Metric):
         return rows[rows[:, 0].diff(prepend=rows[:1, 0] - 1) != 0]
 
 
-class PCK(_Rows):
+class PCK(BenchmarkMetric):
     """Percentage of correct keypoints over a benchmark.
 
     `compute()` returns 0-d float64 tensors in percent, for each alpha (of which `pck@0.1` stands here):
@@ -179,8 +230,13 @@ class PCK(_Rows):
     - `pck@0.1/category`: mean over categories of their image average;
     - `pck@0.1/category-point`: mean over categories of their point average.
 
-    Pairs without keypoints do not count; pairs seen twice (by their index) count once. `compute()`, `rows()` and
-    `breakdown()` are to be called by every process, give each the result over all, and raise when nothing was scored.
+    Pairs without keypoints do not count; pairs seen twice (by their index) count once.
+
+    `rows()` have the flags of `DIFFICULTIES` (-1 where not annotated), `points` (how many keypoints), and for each
+    alpha `pck@0.1` in percent. `breakdown()` has groups of the flags beside those of categories,
+    `{"viewpoint": {"0": row, "1": row, "2": row, ">0": row}, "scale": ..., ...}`, and rows have `pairs` and `points`
+    (how many), and for each alpha `pck@0.1/image` and `pck@0.1/point` in percent. Only groups with pairs are there, and
+    pairs without the flag are in none of its groups. `0` and `>0` are the two-valued form that Lucaosti reports.
 
     Args:
         protocol: A preset with its threshold kind, see `list_protocols()`; or a Protocol.
@@ -192,6 +248,9 @@ class PCK(_Rows):
         ZooError: for an unknown protocol.
     """
 
+    name = "PCK"
+    protocol: Protocol
+
     def __init__(
         self,
         protocol: str | Protocol = "default:bbox",
@@ -199,8 +258,9 @@ class PCK(_Rows):
         categories: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
-        super().__init__(width=7 + len(alphas), **kwargs)  # index, category, 4 flags, points, hits
-        self.protocol, self.alphas, self.categories = get_protocol(protocol), tuple(alphas), tuple(categories)
+        super().__init__(7 + len(alphas), categories, **kwargs)  # index, category, 4 flags, points, hits
+        self.protocol, self.alphas = get_protocol(protocol), tuple(alphas)
+        self.query, self.evaluated = self.protocol.query, self.protocol.evaluated
 
     def update(self, pred: Tensor, pair: Pair) -> None:
         """Score a batch.
@@ -216,14 +276,13 @@ class PCK(_Rows):
         """
         if self.categories and pair.category.max() >= len(self.categories):
             raise ZooError(f"category {int(pair.category.max())} has no name: PCK was given {len(self.categories)}")
-        mask = pair.kps_mask.cpu()
-        some = mask.any(1)
-        if not some.any():
+        points = pair.kps_mask.cpu().sum(1, keepdim=True)
+        if not points.any():
             return
         hits = _pair_hits(pred, pair, self.protocol, self.alphas).sum(1)
-        points = mask.sum(1, keepdim=True)
         columns = (pair.index[:, None], pair.category[:, None], pair.difficulty, points, hits)
-        self._append(*(column.cpu()[some] for column in columns))
+        rows = torch.cat([column.cpu() for column in columns], dim=1)
+        self.table.append(rows[rows[:, 6] > 0].to(self.device))
 
     def compute(self) -> dict[str, Tensor]:
         """Every average, see the class."""
@@ -234,32 +293,12 @@ class PCK(_Rows):
         named = {"": averages[self.protocol.averages[0]]} | {f"/{name}": average for name, average in averages.items()}
         return {f"{key}{name}": value for name, values in named.items() for key, value in self._by_alpha(values)}
 
-    def rows(self) -> list[dict[str, Any]]:
-        """One row a pair, ordered by index: `index`, `category`, the flags of `DIFFICULTIES` (-1 where not annotated),
-        `points` (how many keypoints), and for each alpha `pck@0.1` in percent."""
-        with self.sync_context():
-            table = self._distinct()
-        return [
-            {"index": index, "category": self._category(category)}
-            | dict(zip(DIFFICULTIES, flags, strict=True))
-            | {"points": points}
-            | {key: value.item() for key, value in self._by_alpha(percent)}
-            for (index, category, *flags, points), percent in zip(table[:, :7].tolist(), _percent(table), strict=True)
-        ]
+    def _scores(self, table: Tensor) -> dict[str, Tensor]:
+        named = dict(zip((*DIFFICULTIES, "points"), table[:, 2:7].unbind(1), strict=True))
+        return named | dict(self._by_alpha(_percent(table).T))
 
-    def breakdown(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Averages within groups of pairs.
-
-        Returns:
-            `{"category": {name: row}, "viewpoint": {"0": row, "1": row, "2": row, ">0": row}, "scale": ..., ...}`,
-            where a row has `pairs` and `points` (how many), and for each alpha `pck@0.1/image` and `pck@0.1/point` in
-            percent. Only groups with pairs are there, and pairs without the flag are in none of its groups. `0` and
-            `>0` are the two-valued form that Lucaosti reports.
-        """
-        with self.sync_context():
-            table = self._distinct()
-        category = table[:, 1]
-        out = {"category": {self._category(c): self._row(table[category == c]) for c in category.unique().tolist()}}
+    def _groups(self, table: Tensor) -> dict[str, dict[str, dict[str, float]]]:
+        out = super()._groups(table)
         for name, flag in zip(DIFFICULTIES, table[:, 2:6].unbind(1), strict=True):
             groups = {str(value): flag == value for value in flag[flag >= 0].unique().tolist()} | {">0": flag > 0}
             out[name] = {group: self._row(table[members]) for group, members in groups.items() if members.any()}
@@ -274,17 +313,12 @@ class PCK(_Rows):
         return [(f"pck@{alpha:g}", value) for alpha, value in zip(self.alphas, values, strict=True)]
 
     def describe(self) -> dict[str, Any]:
-        """How it scores, for a result file."""
-        protocol = self.protocol
-        how = {"protocol": str(protocol), "flaw": protocol.flaw}
-        return how | {"alphas": list(self.alphas), "average": protocol.averages[0]}
+        how = {"protocol": str(self.protocol), "flaw": self.protocol.flaw}
+        return how | {"alphas": list(self.alphas), "average": self.protocol.averages[0]}
 
-    def _category(self, number: int) -> str:
-        return _name(number, self.categories)
-
-
-def _name(category: int, names: Sequence[str]) -> str:
-    return names[category] if names else str(category)
+    def columns(self) -> list[tuple[str, str, str]]:
+        within = "point" if "point" in self.protocol.averages[0] else "image"
+        return [(f"@{alpha:g}", f"pck@{alpha:g}/{within}", f"pck@{alpha:g}") for alpha in self.alphas]
 
 
 def _percent(table: Tensor) -> Tensor:
@@ -347,7 +381,7 @@ def warp_mask(mask: Tensor, points: Tensor) -> Tensor:
     return read[0, 0] > 0.5
 
 
-class LabelTransfer(_Rows):
+class LabelTransfer(BenchmarkMetric):
     """LT-ACC and IoU of object outlines that are carried from source to target (Caltech-101), in percent.
 
     The field has two readings of the carried mask, with different numbers, and both are scored: `polygon`, which is
@@ -355,19 +389,20 @@ class LabelTransfer(_Rows):
     `mask`, which is `warp_mask` of the source outline's mask (WeakAlign and the papers that follow it).
 
     `compute()` returns means over pairs, 0-d float64, for each reading (of which `polygon` stands here):
-    `lt_acc_polygon`, the fraction of the target image's pixels that are labelled rightly, and `iou_polygon`. `rows()`
-    and `breakdown()` are as `PCK` has them, and like there every process calls all three.
+    `lt_acc_polygon`, the fraction of the target image's pixels that are labelled rightly, and `iou_polygon`; `rows()`
+    and `breakdown()` name them alike.
 
     Args:
         categories: The dataset's names for `Pair.category`; it stays a number when empty.
         **kwargs: For torchmetrics.Metric.
     """
 
+    name = "Label transfer"
+    protocol = "label-transfer"
     readings = ("polygon", "mask")
 
     def __init__(self, categories: Sequence[str] = (), **kwargs: Any) -> None:
-        super().__init__(width=9, **kwargs)  # index, category, pixels, and by reading: right, in both, in either mask
-        self.categories = tuple(categories)
+        super().__init__(9, categories, **kwargs)  # index, category, pixels, by reading: right, in both, in either mask
 
     def update(self, polygon: Tensor, mask: Tensor, gt: Tensor, index: int, category: int = 0) -> None:
         """Score one pair.
@@ -387,42 +422,21 @@ class LabelTransfer(_Rows):
             if pred.shape != gt.shape or not gt.any():
                 raise ZooError(f"expected masks of one shape, the target's not empty: got {pred.shape} for {gt.shape}")
             counts += [int((pred == gt).sum()), int((pred & gt).sum()), int((pred | gt).sum())]
-        self._append(torch.tensor([counts]))
+        self.table.append(torch.tensor([counts], device=self.device))
 
     def compute(self) -> dict[str, Tensor]:
         """The four means, see the class."""
-        return {name: values.mean() for name, values in self._percent(self._distinct()).items()}
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One row a pair, ordered by index: `index`, `category`, and what `compute` has means of."""
-        with self.sync_context():
-            table = self._distinct()
-        values = {name: column.tolist() for name, column in self._percent(table).items()}
-        return [
-            {"index": index, "category": _name(category, self.categories)}
-            | {name: column[k] for name, column in values.items()}
-            for k, (index, category) in enumerate(table[:, :2].tolist())
-        ]
-
-    def breakdown(self) -> dict[str, dict[str, dict[str, float]]]:
-        """`{"category": {name: row}}`, where a row has `pairs` (how many) and their means."""
-        with self.sync_context():
-            table = self._distinct()
-        groups = {c: table[table[:, 1] == c] for c in table[:, 1].unique().tolist()}
-        return {
-            "category": {
-                _name(c, self.categories): {"pairs": len(group)}
-                | {name: values.mean().item() for name, values in self._percent(group).items()}
-                for c, group in groups.items()
-            }
-        }
+        return {name: values.mean() for name, values in self._scores(self._distinct()).items()}
 
     def describe(self) -> dict[str, Any]:
-        """How it scores, for a result file."""
-        return {"protocol": "label-transfer", "flaw": None, "alphas": [], "average": "image"}
+        return {"protocol": self.protocol, "flaw": None, "alphas": [], "average": "image"}
 
-    def _percent(self, table: Tensor) -> dict[str, Tensor]:
-        """(N,) columns of values."""
+    def columns(self) -> list[tuple[str, str, str]]:
+        measures = (("LT-ACC", "lt_acc"), ("IoU", "iou"))
+        keys = [(f"{shown} {r}", f"{name}_{r}") for r in self.readings for shown, name in measures]
+        return [(heading, key, key) for heading, key in keys]
+
+    def _scores(self, table: Tensor) -> dict[str, Tensor]:
         pixels, *counts = table[:, 2:].double().unbind(1)
         out: dict[str, Tensor] = {}
         for reading, right, both, either in zip(self.readings, counts[::3], counts[1::3], counts[2::3], strict=True):
