@@ -108,8 +108,8 @@ class KilledWriting:
         setattr(owner, name, write)
 
 
-def newest(folder: Path, name: str = "last.ckpt") -> Path:
-    return max(folder.glob(f"runs/*/*/checkpoints/{name}"), key=lambda path: path.stat().st_mtime)
+def newest(folder: Path, name: str = "last.ckpt", run: str = "runs/*/*") -> Path:
+    return max(folder.glob(f"{run}/checkpoints/{name}"), key=lambda path: path.stat().st_mtime)
 
 
 def go_on(folder: Path) -> list[str]:
@@ -237,14 +237,17 @@ def test_a_folder_that_cannot_be_written_is_said_at_the_start(fresh: Path) -> No
     assert status == 1 and re.fullmatch("error: .*runs.*", log.splitlines()[-1]) and "Traceback" not in log, log
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_ends_the_step_and_leaves_a_checkpoint_to_go_on_from(home: Path, fresh: Path, name: str) -> None:
-    status, log = run(fresh, FIT, InAStep(wait_for_a_signal), then=name)
+@pytest.mark.parametrize("name, step", [("SIGTERM", 3), ("SIGINT", 3), ("SIGTERM", 2)])  # the middle and end of epochs
+def test_a_signal_ends_the_step_and_leaves_a_checkpoint_to_go_on_from(
+    home: Path, fresh: Path, name: str, step: int
+) -> None:
+    status, log = run(fresh, FIT, InAStep(wait_for_a_signal, n=step), then=name)
     assert status == 128 + getattr(signal, name)
-    assert log.splitlines()[-1] == f"stopped by {name} behind step 3: go on with --ckpt_path last"
-    assert "Traceback" not in log and read(newest(fresh))["global_step"] == 3  # in the middle of an epoch
+    assert log.splitlines()[-1] == f"stopped by {name} behind step {step}: go on with --ckpt_path last"
+    assert "Traceback" not in log and read(newest(fresh))["global_step"] == step
     assert run(fresh, go_on(fresh))[0] == 0
     assert_same(read(newest(fresh)), read(newest(home)))
+    assert_same(read(newest(fresh, "best.ckpt"))["state_dict"], read(newest(home, "best.ckpt"))["state_dict"])
 
 
 def test_a_signal_ends_an_evaluation_at_once(home: Path, fresh: Path) -> None:
@@ -253,25 +256,30 @@ def test_a_signal_ends_an_evaluation_at_once(home: Path, fresh: Path) -> None:
     assert status == -signal.SIGTERM
 
 
-def test_slurm_requeues_a_job_that_goes_on_where_it_was(
-    home: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name, reached", [("SIGUSR1", 4), ("SIGTERM", 3), ("SIGKILL", 2)])
+def test_a_job_that_slurm_requeues_goes_on_where_it_was(
+    home: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch, name: str, reached: int
 ) -> None:
-    """As far as it goes without SLURM: its variables, its signal, and a `scontrol` that notes what it is told."""
-    for name, value in {"JOB_ID": "123", "JOB_NAME": "zoo", "NTASKS": "1", "NTASKS_PER_NODE": "1", "NODELIST": "here",
-                        "PROCID": "0", "LOCALID": "0", "NODEID": "0", "NNODES": "1"}.items():  # fmt: skip
-        monkeypatch.setenv(f"SLURM_{name}", value)
+    """As far as it goes without SLURM: its variables, its signals, and a `scontrol` that ends a job as SLURM's does."""
+    for variable, value in {"JOB_ID": "123", "JOB_NAME": "zoo", "NTASKS": "1", "NTASKS_PER_NODE": "1", "PROCID": "0",
+                            "NODELIST": "here", "LOCALID": "0", "NODEID": "0", "NNODES": "1"}.items():  # fmt: skip
+        monkeypatch.setenv(f"SLURM_{variable}", value)
     (fresh / "bin").mkdir()
     scontrol = fresh / "bin" / "scontrol"
-    scontrol.write_text(f'#!/bin/sh\necho "$@" >> "{fresh}/told"\n')
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> "{fresh}/told"\nkill -TERM $PPID\n')
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", f"{fresh / 'bin'}:{os.environ['PATH']}")
     config = Path(__file__).resolve().parents[1] / "zoo_configs" / "trainer" / "slurm.yaml"
     job = [*FIT, f"--config={config}", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"]
     job += ["--trainer.precision=32-true", "--trainer.default_root_dir=job"]
-    status, log = run(fresh, job, InAStep(wait_for_a_signal), then="SIGUSR1")
-    assert status == 0 and (fresh / "told").read_text() == "requeue 123\n", log
-    saved = read(fresh / "job" / "hpc_ckpt_1.ckpt")
-    assert saved["global_step"] == 3
-    assert run(fresh, job)[0] == 0  # the same command: the job was requeued
-    assert "hpc_ckpt_1" in (fresh / "log").read_text()
-    assert_same(read(newest(fresh)), read(newest(home)))
+    status, log = run(fresh, job, InAStep(wait_for_a_signal), then=name)
+    assert status == (-signal.SIGKILL if name == "SIGKILL" else 128 + signal.SIGTERM), log
+    assert read(newest(fresh, run="job"))["global_step"] == reached
+    if name == "SIGUSR1":
+        assert (fresh / "told").read_text() == "requeue 123\n"
+        assert read(fresh / "job" / "hpc_ckpt_1.ckpt")["global_step"] == 3
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    status, log = run(fresh, job)  # the same command
+    assert status == 0 and "Restored all states from the checkpoint at job/checkpoints/last.ckpt" in log, log
+    assert_same(read(newest(fresh, run="job")), read(newest(home)))
+    assert_same(read(newest(fresh, "best.ckpt", "job"))["state_dict"], read(newest(home, "best.ckpt"))["state_dict"])

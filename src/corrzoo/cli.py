@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NoReturn
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -94,6 +95,8 @@ class ZooCLI(LightningCLI):
         # Lightning's own version replaces the model that was asked for by the checkpoint's, without a word. Here the
         # checkpoint's options hold where nothing else was asked for, and a contradiction is an error.
         config = self.config[self.config.subcommand]
+        if self.config.subcommand == "fit" and config.trainer.default_root_dir and SLURMEnvironment.detect():
+            _go_on_with_the_job(config)
         if config.get("ckpt_path") in ("best", "last"):
             config.ckpt_path = str(_newest(f"{config.ckpt_path}.ckpt", config))
         path = config.get("ckpt_path")
@@ -178,6 +181,15 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
             list_heads()
         )
     return " ".join(message.split())
+
+
+def _go_on_with_the_job(config: Any) -> None:
+    """Keep the checkpoints of a SLURM job in its own folder, and start from the newest when it is started again."""
+    job = Path(config.trainer.default_root_dir)
+    config.checkpoint.dirpath = config.checkpoint.dirpath or str(job / "checkpoints")
+    left = [*Path(config.checkpoint.dirpath).glob("last.ckpt"), *job.glob("hpc_ckpt_*.ckpt")]
+    if left and int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+        config.ckpt_path = str(max(left, key=lambda path: path.stat().st_mtime))
 
 
 def _newest(name: str, config: Any) -> Path:

@@ -5,7 +5,7 @@ import pickle
 import shutil
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -85,8 +85,7 @@ class Checkpoints(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0  # gradients are in no checkpoint
-        if self._every and stepped and trainer.global_step % self._every == 0:
+        if self._every and trainer.global_step % self._every == 0 and may_go_on_from(trainer, batch_idx):
             self._write_last(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -112,6 +111,13 @@ class Checkpoints(ModelCheckpoint):
                 "last_model_path": "",
             }
         super().load_state_dict(state_dict)
+
+
+def may_go_on_from(trainer: Trainer, batch_idx: int) -> bool:
+    """Not between two optimiser steps, for gradients are in no checkpoint; nor behind an epoch's last: Lightning would
+    go on with the next epoch, and leave the validation out.
+    """
+    return not trainer.is_last_batch and (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
 @rank_zero_only
@@ -150,8 +156,13 @@ class StopSignals(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:  # gradients are in no checkpoint
-            return
+        if may_go_on_from(trainer, batch_idx):
+            self._heed(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._heed(trainer, pl_module, trainer.checkpoint_callbacks)  # whose turn would be behind this
+
+    def _heed(self, trainer: Trainer, pl_module: LightningModule, first: Sequence[Callback] = ()) -> None:
         asked = self._asked
         if trainer.world_size > 1:  # a signal reaches one process first, and all must leave behind the same step
             torch.distributed.all_reduce(heard := torch.tensor(asked, device=pl_module.device), ReduceOp.MAX)
@@ -164,6 +175,8 @@ class StopSignals(Callback):
         name = signal.Signals(asked).name
         folder = getattr(trainer.checkpoint_callback, "dirpath", None)
         where = "without a checkpoint"
+        for callback in first:
+            callback.on_train_epoch_end(trainer, pl_module)
         if folder:
             trainer.save_checkpoint(Path(folder) / "last.ckpt")
             where = "go on with --ckpt_path last"
