@@ -7,7 +7,9 @@ or gives the keypoints that an independent reading of the same file finds. Deran
 import csv
 import io
 import json
+import os
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from PIL import Image
 
 from corrzoo.data import create_dataset
 from corrzoo.images import image_size, read_rgb, to_tensor
-from corrzoo.types import ZooError
+from corrzoo.types import Record, ZooError
 
 
 def fuzz(examples: int) -> Callable:
@@ -80,13 +82,18 @@ def spair(tmp_path: Path) -> tuple[Path, Path, bytes]:
 
 READ = [f"{side}_{what}" for side in ("src", "trg") for what in ("imname", "imsize", "kps", "bndbox")]
 READ += ["category", "viewpoint_variation", "truncation"]
+CLOCK = count(1)
 
 
 def check_spair(root: Path, path: Path) -> None:
-    found = records("spair71k", root, "trn")
-    if found is None:
-        return
-    pair, record = json.loads(path.read_bytes()), found[1]
+    """Twice: what is known of the example before has become wrong, and then all files are parsed."""
+    os.utime(path, ns=(0, next(CLOCK)))  # the examples come faster than the system's clock ticks
+    for _ in range(2):
+        if found := records("spair71k", root, "trn"):
+            check_record(root, json.loads(path.read_bytes()), found[1])
+
+
+def check_record(root: Path, pair: dict[str, Any], record: Record) -> None:
     for side in ("src", "trg"):
         expected = [[float(x), float(y)] for x, y in pair[f"{side}_kps"]]
         kps, (w, h) = getattr(record, f"{side}_kps").tolist(), getattr(record, f"{side}_size")

@@ -120,12 +120,11 @@ class PairDataset(Dataset[Pair], ABC):
     def __getitem__(self, i: int) -> Pair:
         record, (src, trg) = self.record(i), self.image_numbers(i)
         flags = [record.flags.get(name, -1) for name in DIFFICULTIES]
-        # Few tensors with many numbers in them: making each of its own would take longer than reading the images.
-        numbers = torch.tensor([i, src, trg, self.categories.index(record.category), *flags])
+        # Few tensors with many numbers in them, by way of numpy: each of its own takes longer than reading the images.
+        numbers = torch.from_numpy(np.array([i, src, trg, self.categories.index(record.category), *flags]))
         index, src_id, trg_id, category = numbers[:4].unbind()
-        sizes = torch.tensor([record.src_size, record.trg_size, self.size[::-1]], dtype=torch.float64)
+        sizes = torch.from_numpy(np.array([record.src_size, record.trg_size, self.size[::-1]], dtype=np.float64))
         src_size, trg_size, new = sizes.unbind()
-        no_box = torch.full((4,), torch.nan)
         sample = Pair(
             src_img=self._image(src),
             trg_img=self._image(trg),
@@ -134,8 +133,8 @@ class PairDataset(Dataset[Pair], ABC):
             kps_mask=torch.ones(len(record.src_kps), dtype=torch.bool),
             src_size=src_size.float(),
             trg_size=trg_size.float(),
-            src_box=no_box if record.src_box is None else record.src_box.float(),
-            trg_box=no_box if record.trg_box is None else record.trg_box.float(),
+            src_box=torch.full((4,), torch.nan) if record.src_box is None else record.src_box.float(),
+            trg_box=torch.full((4,), torch.nan) if record.trg_box is None else record.trg_box.float(),
             index=index,
             src_id=src_id,
             trg_id=trg_id,
@@ -208,13 +207,21 @@ class FolderDataset(PairDataset):
     """What the folder must hold, for the error that says so."""
     origin: ClassVar[str] = "fetch the dataset with download=true (--data.download true) where there is a network"
     """Where it comes from, for the same error."""
+    pair_files: Path | None = None
+    """The one of `sources` that is a folder with a file for each pair, which `read_pair` reads: whether such a file has
+    changed is asked when its pair is read, and not of all files at every start."""
 
     def __init__(self, root: str | Path, split: str, size: int | Size = 224, **options: Any) -> None:
         super().__init__(root, split, size, **options)
         self.need(self.home)
         sources = self.sources()
-        key = f"{self.name}-{self.split}-{_digest(path.resolve() for path in sources)}"
-        self._table = index.cached(key, sources, lambda: index.pack(self.read(), self.home, self.categories))
+        self._key = f"{self.name}-{self.split}-{_digest(path.resolve() for path in sources)}"
+        self._table = index.cached(
+            self._key,
+            sources,
+            lambda: index.pack(self.read(), self.home, self.categories, self.pair_files),
+            self.pair_files,
+        )
         self.images = [self.home / image for image in self._table.images.tolist()]
 
     @abstractmethod
@@ -224,6 +231,10 @@ class FolderDataset(PairDataset):
     @abstractmethod
     def read(self) -> Iterator[tuple[str, Record]]:
         """All pairs in order, each with the place where it stands, for errors."""
+
+    def read_pair(self, path: Path) -> Record:
+        """The pair in a file of its own."""
+        raise NotImplementedError
 
     def need(self, *paths: Path) -> Path:
         """The first of these paths that exists.
@@ -251,7 +262,20 @@ class FolderDataset(PairDataset):
     def record(self, i: int) -> Record:
         if not 0 <= i < len(self):
             raise IndexError(f"pair {i} of {len(self)}")
-        return self._table.record(i, self.images, self.categories)
+        record = self._table.record(i, self.images, self.categories)
+        if self.pair_files and (path := self._table.changed(i, self.pair_files)):
+            return self._read_again(path, record)
+        return record
+
+    def _read_again(self, path: Path, old: Record) -> Record:
+        """A pair whose file has changed since it was parsed, as it is now."""
+        index.forget(self._key)  # the next start parses all files
+        new = self.read_pair(path)
+        index.pack([(str(path), new)], self.home, self.categories)  # refuses what is wrong with it
+        for name in ("src_path", "trg_path", "src_size", "trg_size", "category"):  # which others have asked for already
+            if getattr(old, name) != getattr(new, name):
+                raise ZooError(f"{path} was changed, and its {name} is {getattr(new, name)} now: start again")
+        return new
 
     def image_numbers(self, i: int) -> tuple[int, int]:
         src, trg = self._table.pairs[i].tolist()

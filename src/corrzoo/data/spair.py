@@ -44,6 +44,7 @@ class SPair71k(FolderDataset):
     def sources(self) -> list[Path]:
         images = self.need(self.home / "JPEGImages")
         self._annotations = self.need(self.home / "PairAnnotation" / self.split)
+        self.pair_files = self._annotations
         self._list = self.need(self.home / "Layout" / self.layout / f"{self.split}.txt")
         return [self._list, self._annotations, *filter(Path.is_dir, (images / name for name in CATEGORIES))]
 
@@ -52,7 +53,7 @@ class SPair71k(FolderDataset):
         for line in self._list.read_text("utf-8", "replace").splitlines():
             if pair := line.strip():
                 path = self._annotations / self._file_of(pair, files)
-                yield str(path), self._read_pair(path)
+                yield str(path), self.read_pair(path)
 
     def _file_of(self, pair: str, files: set[str]) -> str:
         """Name of a pair's annotation, whose colon some file systems and archivers replace."""
@@ -63,7 +64,7 @@ class SPair71k(FolderDataset):
             f"no annotation {self._annotations / pair}.json, which {self._list} names: fetch the dataset again"
         )
 
-    def _read_pair(self, path: Path) -> Record:
+    def read_pair(self, path: Path) -> Record:
         where = str(path)
         try:
             pair = json.loads(path.read_bytes())
@@ -114,6 +115,6 @@ class SPairU(SPair71k):
 
     def read(self) -> Iterator[tuple[str, Record]]:
         for path in sorted(self._annotations.glob("*.json")):
-            record = self._read_pair(path)
+            record = self.read_pair(path)
             if len(record.src_kps) or len(record.trg_kps):
                 yield str(path), record
