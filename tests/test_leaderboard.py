@@ -148,6 +148,16 @@ def test_what_cannot_be_compared_is_ranked_apart(board, change):
     assert len(one.rows) == len(other.rows) == 1
 
 
+def test_what_other_splits_were_given_does_not_matter(board):
+    lengths = [{"trn": 800, "test": 10}, {"trn": 2400, "val": 5, "test": 10}, {"test": 10}]
+    (ranking,) = board(*(result(50, s, dataset_options={"length": length}) for s, length in enumerate(lengths)))
+    assert ranking.options == '{"length": 10}' and ranking.rows[0].runs == 3
+    (unsaid,) = board(result(dataset_options={"length": {"trn": 800}}), study="unsaid")[1:]
+    assert unsaid.options == ""
+    (apart,) = [r for r in board(result(dataset_options={"noise": {"blur": 2}}), study="noise") if r.study == "noise"]
+    assert apart.options == '{"noise": {"blur": 2}}'
+
+
 def test_studies_are_ranked_apart(board):
     board(result(50), study="a")
     assert [ranking.study for ranking in board(result(54), study="b")] == ["a", "b"]
@@ -168,7 +178,7 @@ def test_the_headline_ranks(board):
 def test_groups_are_averaged_over_the_seeds(board):
     (ranking,) = board(result(50, 0), result(60, 1))
     assert ranking.rows[0].groups == {
-        group: {"PCK @0.05": 27.5, "PCK @0.1": 55.0}
+        group: {"PCK @0.05": Spread(27.5, sqrt(12.5)), "PCK @0.1": Spread(55.0, sqrt(50))}
         for group in (("category", "bus"), ("category", "cat"), ("scale", "easy"), ("scale", "hard"))
     }
 
@@ -181,7 +191,7 @@ def test_label_transfer_is_ranked_by_its_own_measures(board):
     pck, transfer = sorted(board(one, result()), key=lambda ranking: ranking.dataset, reverse=True)
     assert transfer.measures == ["LT-ACC polygon", "IoU polygon", "LT-ACC mask", "IoU mask"]
     assert transfer.headline == "IoU mask" and transfer.rows[0].measured["IoU mask"].mean == 61.0
-    assert transfer.rows[0].groups["category", "ant"]["LT-ACC polygon"] == 88.0
+    assert transfer.rows[0].groups["category", "ant"]["LT-ACC polygon"] == Spread(88.0)
     assert "| IoU mask |" in to_markdown([transfer]) and "IoU" not in to_markdown([pck])
 
 
@@ -244,11 +254,11 @@ def test_published_rankings_hold_nothing_measured():
         "448",
         {"PCK @0.01": 19.6, "PCK @0.05": 76.0, "PCK @0.1": 86.6},
     )
-    assert best.groups["category", "bus"] == {"PCK @0.1": 92.0} and best.costs["params_head"] == 3.9
+    assert best.groups["category", "bus"] == {"PCK @0.1": Spread(92.0)} and best.costs["params_head"] == 3.9
     (actr,) = [r for r in spair.rows if (r.head, r.backbone, r.resolution) == ("ACTR", "ibot_b16", "256")]
     assert actr.published == {"PCK @0.01": 4.3, "PCK @0.05": 42.0, "PCK @0.1": 62.1}  # three papers print parts of it
     (sfnet,) = [r for r in spair.rows if r.backbone == "SFNet"]
-    assert sfnet.groups["occlusion", "both"] == {"PCK @0.1": 26.9}
+    assert sfnet.groups["occlusion", "both"] == {"PCK @0.1": Spread(26.9)}
     assert len(rankings["pfwillow", "published:bbox"].rows) and len(rankings["pfwillow", "published:bbox-kp"].rows)
 
 

@@ -56,6 +56,16 @@ def test_the_picture_says_how_long_the_rim_is():
     visualize.to_array(visualize.draw_flow([torch.zeros(3, 16, 24, dtype=torch.uint8)], [torch.zeros(2, 1, 1)]))
 
 
+def test_rows_that_share_a_scale_compare():
+    images, flows = [torch.zeros(3, 16, 24, dtype=torch.uint8)] * 2, [torch.full((2, 8, 12), v) for v in (3.0, 6.0)]
+    own = visualize.draw_flow(images, flows)
+    both = visualize.draw_flow(images, flows, shared=True)
+    assert [[f.axes[k].get_title().split(" px")[0] for k in (2, 5)] for f in (own, both)] == [
+        ["rim: 4", "rim: 8"],
+        ["rim: 8", "rim: 8"],
+    ]
+
+
 def test_flo_files_are_middleburys(tmp_path):
     flow = torch.arange(12.0).view(2, 2, 3) / 7
     content = visualize.write_flo(flow, tmp_path / "a.flo").read_bytes()

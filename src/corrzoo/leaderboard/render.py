@@ -120,7 +120,9 @@ def to_csv(rankings: Sequence[Ranking]) -> str:
                 numbers = {"measured": mean, "deviation": deviation, "published": row.published.get(measure)}
                 lines.append(line | numbers | {"difference": row.difference(measure), "source": row.source})
                 for (group, level), found in row.groups.items():
-                    lines.append(line | {"group": group, "level": level, "measured": found[measure]})
+                    mean, deviation = found[measure]
+                    numbers = {"measured": mean, "deviation": deviation}
+                    lines.append(line | {"group": group, "level": level} | numbers)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, lines[0], lineterminator="\n")
     writer.writeheader()
@@ -138,7 +140,9 @@ def to_html(rankings: Sequence[Ranking]) -> str:
                 {
                     "variant": row.variant or row.source.split(",")[0] * (not row.runs),
                     "scores": {measure: spread.mean for measure, spread in row.measured.items()} or row.published,
-                    "groups": [[*group, found] for group, found in row.groups.items()],
+                    "groups": [
+                        [*group, {m: spread.mean for m, spread in v.items()}] for group, v in row.groups.items()
+                    ],
                     "costs": row.costs,
                 }
                 for row in ranking.rows

@@ -31,6 +31,7 @@ SHARED = "study dataset split protocol alphas pairs dataset_options flaw".split(
 """What the runs of a ranking have in common."""
 RUN = "label head options backbone weights resolution precision device params_head params_backbone".split()
 """What tells one configuration from another within a ranking, beside what was learnt from; no seed, no date."""
+SPLITS = {"trn", "train", "val", "test"}
 PAPERS = "paper table method head variant config backbone resolution train dataset split threshold metric".split()
 
 
@@ -62,7 +63,7 @@ class Row:
     published: dict[str, float] = field(default_factory=dict)
     source: str = ""
     """Of what was published: paper and table."""
-    groups: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
+    groups: dict[tuple[str, str], dict[str, Spread]] = field(default_factory=dict)
     """By measure for ("category", "bus"), ("scale", "hard"), ...; measured where the row is."""
 
     def difference(self, measure: str) -> float | None:
@@ -115,6 +116,7 @@ def read_results(files: Iterable[Path], warn: Callable[[str], None]) -> list[dic
         try:
             result = json.loads(path.read_text())
             _check(result)
+            result["dataset_options"] = _of_split(result)
         except (ValueError, TypeError, AttributeError, LookupError, OSError) as error:
             warn(f"{path} is skipped, it is no result file: {error}")
         else:
@@ -131,6 +133,14 @@ def _check(result: Any) -> None:
     if not all(isinstance(value, int | float) for value in scores(result).values()):
         raise ValueError("its scores are no numbers")
     _groups([result])
+
+
+def _of_split(result: dict[str, Any]) -> dict[str, Any]:
+    """The dataset's options as far as they concern the split: of what is given by split, as a length, its own."""
+    given = (result.get("dataset_options") or {}).items()
+    by_split = {name for name, value in given if isinstance(value, dict) and value.keys() <= SPLITS}
+    said = {name: value.get(result["split"]) if name in by_split else value for name, value in given}
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def scores(result: dict[str, Any]) -> dict[str, float]:
@@ -233,7 +243,7 @@ def _row(seeds: Sequence[dict[str, Any]], variant: str, papers: Sequence[dict[st
     return row
 
 
-def _groups(seeds: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[str, float]]:
+def _groups(seeds: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Spread]]:
     """The measures by category and by difficulty, averaged within a group as they are over all pairs."""
     within = "point" if "point" in seeds[0].get("average", "image") else "image"
     keys = {measure: TRANSFER.get(measure, f"pck@{measure[5:]}/{within}") for measure in scores(seeds[0])}
@@ -245,7 +255,7 @@ def _groups(seeds: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[str, 
                 if levels is None or name.isdigit():  # ">0" holds the same pairs once more
                     for measure, key in keys.items():
                         values[kind, levels[int(name)] if levels else name][measure].append(found[key])
-    return {group: {m: fmean(v) for m, v in by_measure.items()} for group, by_measure in values.items()}
+    return {group: {m: _spread(v) for m, v in by_measure.items()} for group, by_measure in values.items()}
 
 
 def read_papers(path: Path) -> list[dict[str, str]]:
@@ -286,7 +296,7 @@ def rank_papers(papers: Iterable[dict[str, str]]) -> list[Ranking]:
         if paper["category"]:
             kind, level = "category", paper["category"]
         if kind:
-            row.groups.setdefault((kind, level), {}).setdefault(measure, value)
+            row.groups.setdefault((kind, level), {}).setdefault(measure, Spread(value))
         else:
             row.published.setdefault(measure, value)
             row.source = row.source or f"{paper['paper']}, {paper['table']}"

@@ -46,18 +46,23 @@ def flow_colours(flow: Tensor, limit: float | None = None) -> Tensor:
     return torch.from_numpy((255 * shown).astype(np.uint8))
 
 
-def draw_flow(src_img: Images, flows: Sequence[Tensor], titles: Sequence[str] | None = None) -> Figure:
+def draw_flow(
+    src_img: Images, flows: Sequence[Tensor], titles: Sequence[str] | None = None, shared: bool = False
+) -> Figure:
     """Images, the flows of their pixels in colours and arrows, and a wheel that says which colour goes where.
 
     Args:
         src_img: B images (3, H, W) uint8.
         flows: B flows (2, h, w) over them, in pixels.
         titles: A title for each row.
+        shared: One scale of colours and arrows for all rows, so that they compare.
     """
     figure, axes = panels([1, 1, 0.6], src_img, titles=titles)
     head(axes, "flow")
-    for row, image, flow in zip(axes, src_img, flows, strict=True):
-        limit = float(np.quantile(flow.norm(dim=0).cpu().numpy(), SATURATED))
+    lengths = [flow.norm(dim=0).flatten().cpu().numpy() for flow in flows]
+    lengths = [np.concatenate(lengths)] * len(flows) if shared else lengths
+    for row, image, flow, length in zip(axes, src_img, flows, lengths, strict=True):
+        limit = float(np.quantile(length, SATURATED))
         show(row[0], image)
         _flow_panel(row[1], flow, size_of(image), limit)
         _wheel(row[2], limit)
