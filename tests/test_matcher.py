@@ -1,5 +1,6 @@
 """What every head gets from Matcher: optimiser groups, feature reuse, scoring, weights, and a loss that is watched."""
 
+import json
 import random
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 
 import corrzoo
-from corrzoo.callbacks import MatchImages
+from corrzoo.callbacks import MatchImages, ResultsWriter
 from corrzoo.data import PairDataset
 from corrzoo.data.module import PairsDataModule
 from corrzoo.data.pairs import FolderDataset
@@ -234,6 +235,21 @@ def test_each_epoch_draws_other_training_pairs_whatever_reads_them(tmp_path, wor
     for epoch, total in enumerate((first, second)):
         dataset.set_epoch(epoch)
         assert PairDataset.collate([dataset[i] for i in range(4)]).src_kps.sum().item() == pytest.approx(total)
+
+
+def test_a_matcher_knows_what_it_learnt_from_without_a_checkpoint(tmp_path):
+    """What was trained in Python sees images of one's own at its size, and no result calls it untrained."""
+    model = corrzoo.create_matcher("Baseline", **TINY)
+    assert (model.image_size, model.trained) == (224, None)
+    run = trainer(tmp_path, limit_val_batches=0)
+    run.fit(model, data())
+    assert model.image_size == 64 and (model.trained["dataset"], model.trained["steps"]) == ("synthetic", 2)
+    again = corrzoo.load(corrzoo.save(model, tmp_path / "saved"))
+    for k, (one, loop) in enumerate(((model, run), (model, trainer(tmp_path)), (again, trainer(tmp_path)))):
+        loop.callbacks.append(ResultsWriter(str(tmp_path / str(k)), table=False))
+        loop.test(one, data(), verbose=False)
+        result = json.loads((tmp_path / str(k) / "synthetic.json").read_text())
+        assert result["trained"] == model.trained and result["trained"]["size"] == 64
 
 
 def test_forward_needs_no_trainer():

@@ -90,11 +90,11 @@ class ResultsWriter(Callback):
             breakdown, rows = metric.breakdown(), metric.rows()
             if not trainer.is_global_zero:
                 continue
-            trained = self._trained if trainer.ckpt_path else describe_training(trainer)
+            trained = self._trained if trainer.ckpt_path else describe_training(trainer) or pl_module.trained
             result = {"label": self.label} | describe_run(trainer, pl_module, name, metric)
             result |= {
                 "trained": trained,
-                "seed": trained["seed"] if trained else _seed(),
+                "seed": trained.get("seed") if trained else _seed(),
                 "ms_per_pair": 1000 * self._seconds[which] / max(self._pairs[which], 1),  # features are reused
                 "peak_memory_mb": _peak_memory_mb(),
             }

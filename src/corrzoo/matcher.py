@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from corrzoo.backbones import Backbone
-from corrzoo.callbacks import PICTURES, MatchImages, ResultsWriter
+from corrzoo.callbacks import PICTURES, MatchImages, ResultsWriter, describe_training
 from corrzoo.feature_cache import FeatureCache
 from corrzoo.geometry import Size, cell_centres, pseudo_flow, resize_points, sample, size_of, transfer
 from corrzoo.imagepair import ImageMatches, ImagePair
@@ -64,9 +64,9 @@ class Matcher(LightningModule, ABC):
     """Options that may differ between a checkpoint's training and its evaluation."""
 
     image_size: int | Size = 224
-    """Side of the square network image for images of one's own, or its (H, W): `load` sets what it was trained with."""
+    """Side of the square network image for images of one's own, or its (H, W): training and `load` set it."""
     trained: dict[str, Any] | None = None
-    """What the weights have learnt from, as the checkpoint says that `load` read."""
+    """What the weights have learnt from, as training left it or the checkpoint says that `load` read."""
 
     def __init__(
         self,
@@ -417,6 +417,8 @@ class Matcher(LightningModule, ABC):
 
     def on_fit_end(self) -> None:
         self._training_cache = None
+        self.trained = describe_training(self.trainer) or self.trained
+        self.image_size = (self.trained or {}).get("size") or self.image_size
 
     def load_weights(self) -> "Matcher":
         """Load the backbones' weights that were asked for, if that has not happened yet."""
