@@ -1,5 +1,6 @@
 """Runs that are killed, stopped or out of disk go on, and end as if nothing had happened."""
 
+import ctypes
 import multiprocessing
 import os
 import random
@@ -231,10 +232,80 @@ def test_trouble_in_a_run_is_one_line_and_it_can_go_on(
     assert_same(read(newest(fresh)), read(newest(home)))
 
 
-def test_a_folder_that_cannot_be_written_is_said_at_the_start(fresh: Path) -> None:
-    (fresh / "runs").touch()
-    status, log = run(fresh, FIT)
-    assert status == 1 and re.fullmatch("error: .*runs.*", log.splitlines()[-1]) and "Traceback" not in log, log
+def obey_permissions() -> None:
+    """Let folders that may not be written be so for root, too: without CAP_DAC_OVERRIDE (capabilities(7))."""
+    libc, override = ctypes.CDLL(None, use_errno=True), 1 << 1
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, sets) == 0
+    for which in range(3):  # effective, permitted, inheritable
+        sets[which] &= ~override
+    assert libc.capset(header, sets) == 0
+
+
+def protect(folder: Path) -> None:
+    for place in (folder, *folder.rglob("*")):
+        place.chmod(0o555 if place.is_dir() else 0o444)
+
+
+def release(folder: Path) -> None:
+    for place in (folder, *folder.rglob("*")):
+        place.chmod(0o755)
+
+
+class Protected:
+    """In the middle of the third step, what these are may not be written any more."""
+
+    def __init__(self, folders: str) -> None:
+        self.folders = folders
+
+    def __call__(self) -> None:
+        obey_permissions()
+        InAStep(lambda: [protect(folder) for folder in Path().glob(self.folders)])()
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_a_folder_that_cannot_be_written_is_said_at_the_start(fresh: Path, command: str) -> None:
+    (fresh / "runs").mkdir(mode=0o555)
+    status, log = run(fresh, [command, *FIT[1:], "--data.test=[spair71k]"], obey_permissions)
+    assert status == 1 and "Traceback" not in log, log
+    assert re.fullmatch("error: .*(Permission denied: .*runs/LPMFlow|cannot write .*runs).*", log.splitlines()[-1]), log
+
+
+@pytest.mark.parametrize(
+    "folders, said",
+    [
+        ("runs/*/*", "error: Permission denied: .*metrics.csv"),
+        (
+            "runs/*/*/checkpoints",
+            "error: cannot write the checkpoint .*(best|last).ckpt \\(Permission denied; .*of before is whole.*",
+        ),
+    ],
+)
+def test_a_folder_that_cannot_be_written_any_more_leaves_the_last_good_checkpoint(
+    home: Path, fresh: Path, folders: str, said: str
+) -> None:
+    status, log = run(fresh, FIT, Protected(folders))
+    assert status == 1 and re.fullmatch(said, log.splitlines()[-1]) and "Traceback" not in log, log
+    assert read(newest(fresh))["global_step"] == 2
+    release(fresh / "runs")
+    assert run(fresh, go_on(fresh), obey_permissions)[0] == 0
+    assert_same(read(newest(fresh)), read(newest(home)))
+
+
+def test_a_cache_that_cannot_be_written_is_named_done_without_or_read(home: Path, fresh: Path) -> None:
+    (fresh / "cache").mkdir(mode=0o555)
+    status, log = run(fresh, FIT, obey_permissions)
+    said = "error: cannot keep .* of packed images in .*cache/images \\(Permission denied\\): .*--data.packed false"
+    assert status == 1 and re.fullmatch(said, log.splitlines()[-1]) and "Traceback" not in log, log
+    status, log = run(fresh, [*FIT, "--data.packed=false"], obey_permissions)
+    assert status == 0 and f"cannot keep annotations in {fresh / 'cache'}" in log, log
+    assert_same(read(newest(fresh))["state_dict"], read(newest(home))["state_dict"])
+    release(fresh / "cache")
+    assert run(fresh, FIT)[0] == 0  # somebody else fills it
+    protect(fresh / "cache")
+    status, log = run(fresh, FIT, obey_permissions)
+    assert status == 0 and "cannot keep" not in log and "packing" not in log, log
+    release(fresh / "cache")
 
 
 @pytest.mark.parametrize("name, step", [("SIGTERM", 3), ("SIGINT", 3), ("SIGTERM", 2)])  # the middle and end of epochs
