@@ -65,15 +65,21 @@ def test_a_size_that_the_patch_does_not_divide_is_refused(head):
 @pytest.mark.parametrize("head", HEADS)
 def test_half_precision_trains(head, dtype):
     model, pair = build(head), batch(count=2 if dtype == torch.bfloat16 else 1)  # no CPU is made for float16
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.Adam(model.param_groups(), eps=1e-12)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=dtype == torch.float16)
-    with torch.autocast("cpu", dtype):
-        loss = step(model, pair)
-    scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
-    assert torch.isfinite(loss) and loss.dtype == torch.float32
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-    scaler.step(optimizer)
+    for _ in range(2):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype):
+            loss = step(model, pair)
+        assert torch.isfinite(loss) and loss.dtype == torch.float32
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+        scaler.step(optimizer)
+        scaler.update()
+    learnt = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert learnt and not [name for name in learnt if torch.equal(before[name], model.get_parameter(name))]
 
 
 @pytest.mark.parametrize("head", SUPERVISED)
