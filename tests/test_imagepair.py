@@ -72,6 +72,7 @@ def test_every_head_answers_points_flow_and_heat_in_shapes_that_are_not_square(h
     assert all(torch.isfinite(field).all() for field in found) and found.trg_points.shape == (2, 2)
     assert pair.flow().shape == (2, 90, 120)
     heat = pair.heat_map((60, 45))
+    assert torch.equal(heat, pair.heat_map(torch.tensor([60.0, 45.0])))
     assert heat.ndim == 2 and torch.isfinite(heat).all() and heat.std() > 0
     h, w = heat.shape
     assert h == w if head in ("ACTR", "GSF", "LPMFlow") else h * 96 == w * 64

@@ -91,7 +91,7 @@ class ImagePair:
     @torch.no_grad()
     def heat_map(self, point: object) -> Tensor:
         """(h, w) scores of the target's cells for one source point (x, y): see `Matcher.heat_maps`."""
-        asked = self._to_network(as_points([point]))
+        asked = self._to_network(as_points(torch.as_tensor(point, dtype=torch.float64)[None]))
         return self.matcher.heat_maps(self.src_features, self.trg_features, asked)[0, 0].float().cpu()
 
     @property

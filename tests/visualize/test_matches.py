@@ -31,6 +31,15 @@ def test_matches_of_unknown_worth_are_numbered_alike_on_both_sides_and_have_no_l
     assert first.get_edgecolor() != second.get_edgecolor()
 
 
+def test_a_match_outside_the_image_leaves_the_picture_as_it_is():
+    outside = [torch.tensor([[10.0, 10.0], [90.0, -30.0]])]
+    usual, drawn = (visualize.draw_matches(IMAGES, IMAGES, POINTS, pred) for pred in (POINTS, outside))
+    assert drawn.axes[1].get_xlim() == (0, 60) and drawn.axes[1].get_ylim() == (40, 0)
+    for figure in (usual, drawn):
+        visualize.to_array(figure)
+    assert [ax.get_position().bounds for ax in drawn.axes] == [ax.get_position().bounds for ax in usual.axes]
+
+
 def test_a_comparison_has_a_row_a_model_and_says_how_many_are_right():
     right = {"before": torch.tensor([False, False]), "after": torch.tensor([True, False])}
     heat = dict.fromkeys(right, torch.rand(4, 6))
@@ -39,5 +48,6 @@ def test_a_comparison_has_a_row_a_model_and_says_how_many_are_right():
     )
     titles = [ax.get_title(loc="left") for ax in drawn.axes]
     assert titles[::3] == ["before: 0 of 2 right", "after: 1 of 2 right"] and len(titles) == 6
+    assert drawn.axes[2].get_title() == "heat of the ringed point"
     assert [line.get_linestyle() == "-" for line in drawn.artists] == [False, False, True, False]
     assert visualize.to_array(drawn).ndim == 3

@@ -52,6 +52,7 @@ def show(ax: Axes, image: Tensor) -> None:
     """An image (3, H, W) uint8 in a panel whose coordinates are the zoo's: its top-left corner is (0, 0)."""
     H, W = image.shape[-2:]
     ax.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="lanczos", extent=(0, W, H, 0))
+    ax.autoscale(False)  # a point outside does not make the image smaller
 
 
 def overlay(ax: Axes, image: Tensor, values: Tensor) -> None:

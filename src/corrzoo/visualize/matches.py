@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import ConnectionPatch
 from torch import Tensor
 
-from corrzoo.visualize.figures import OUTLINE, Images, panels, show
+from corrzoo.visualize.figures import OUTLINE, Images, head, panels, show
 from corrzoo.visualize.heat import heat_panel
 
 RIGHT, WRONG, TRUTH = "#1a9850", "#d73027", "#ffffff"
@@ -83,7 +83,7 @@ def draw_comparison(
         if heat:
             row[0].plot(*src_kps[point].tolist(), "o", ms=9, mfc="none", mec=TRUTH, path_effects=OUTLINE)
             heat_panel(row[2], trg_img, heat[name], matched[point], trg_kps[point])
-            row[2].set_title("heat of the ringed point", fontsize=8, loc="left")
+    head(axes, "", "heat of the ringed point")
     legend(figure)
     return figure
 
@@ -91,7 +91,7 @@ def draw_comparison(
 def connect(
     figure: Figure, src: Axes, trg: Axes, start: Tensor, end: Tensor, correct: Tensor | None, truth: Tensor | None
 ) -> None:
-    """Lines from points (n, 2) in one panel to points (n, 2) in another."""
+    """Lines from points (n, 2) in one panel to points (n, 2) in another, which may lie outside its image."""
     for k, (a, b) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
         good = correct is None or bool(correct[k])
         colour = colormaps["tab20"](k % 20) if correct is None else RIGHT if good else WRONG
@@ -99,16 +99,18 @@ def connect(
             a, b, "data", "data", axesA=src, axesB=trg,
             color=colour, linewidth=1.2 if len(start) <= 20 else 0.7, linestyle="-" if good else (0, (4, 2)), alpha=0.9,
         )  # fmt: skip
+        line.set_in_layout(False)
         figure.add_artist(line)
         edge: Any = {"markeredgecolor": "black", "markeredgewidth": 0.4}
         src.plot(*a, "o", color=colour, markersize=3.5, zorder=5, **edge)
-        trg.plot(*b, "o" if good else "X", color=colour, markersize=4 if good else 6, zorder=5, **edge)
+        (mark,) = trg.plot(*b, "o" if good else "X", color=colour, ms=4 if good else 6, zorder=5, clip_on=False, **edge)
+        mark.set_in_layout(False)
         if correct is None:
             for ax, (x, y) in ((src, a), (trg, b)):
                 ax.annotate(
                     str(k + 1), (x, y), (3, 3), textcoords="offset points", color="white", fontsize=6, zorder=6,
                     path_effects=OUTLINE, annotation_clip=False,
-                )  # fmt: skip
+                ).set_in_layout(False)  # fmt: skip
         if truth is not None and not good:
             trg.plot(*truth[k].tolist(), "o", ms=6, mfc="none", mec=TRUTH, zorder=4, path_effects=OUTLINE)
 
