@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from corrzoo.cli import main
 from corrzoo.registry import import_plugins
 from corrzoo.types import ZooError
 
@@ -156,9 +157,24 @@ def test_plugins_are_named_with_commas_or_as_a_list(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     for number in range(4):
         (tmp_path / f"plugin{number}.py").touch()
-    assert import_plugins("plugin0, plugin1") == "plugin0, plugin1"
+    assert import_plugins("plugin0, plugin1") == ["plugin0", "plugin1"]
     assert import_plugins(["plugin2", "plugin3"]) == ["plugin2", "plugin3"]
     assert {f"plugin{number}" for number in range(4)} <= sys.modules.keys()
+
+
+def test_plugins_that_are_named_twice_add_up(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("in_a_file", "said_first", "said_last"):
+        (tmp_path / f"{name}.py").touch()
+    (tmp_path / "a.yaml").write_text("plugins: [in_a_file]\nmodel: {class_path: Baseline}\n")
+    command = ["fit", "--plugins=said_first", f"--config={tmp_path / 'a.yaml'}", "--plugins=said_last, in_a_file"]
+    with pytest.raises(SystemExit):
+        main([*command, "--print_config"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("plugins:")]
+    assert set(line.removeprefix("plugins: ").split(", ")) == {"said_first", "in_a_file", "said_last"}
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    assert "(type: modules, default: null)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_is_wrong_with_a_plugin_is_said_in_one_line(tmp_path, monkeypatch):

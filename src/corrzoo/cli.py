@@ -23,6 +23,20 @@ from corrzoo.resume import Checkpoints, Stopped, WholeFiles
 from corrzoo.types import ZooError
 
 
+class Modules:
+    """The type of `--plugins`. What is said twice, as in a YAML and on the command line, adds up."""
+
+    def __init__(self) -> None:
+        self.named: dict[str, None] = {}
+
+    def __call__(self, names: str | list[str]) -> str:
+        self.named |= dict.fromkeys(import_plugins(names))
+        return ", ".join(self.named)
+
+    def __repr__(self) -> str:  # which --help shows
+        return "modules"
+
+
 class ZooParser(LightningArgumentParser):
     """A parser whose errors are one line, which names what was meant."""
 
@@ -69,7 +83,7 @@ class ZooCLI(LightningCLI):
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """`--plugins` before all others, so that saved configurations name modules above what these register."""
         told = "modules that register heads, backbones or datasets, with commas between them; to be said first"
-        parser.add_argument("--plugins", type=import_plugins, help=told)
+        parser.add_argument("--plugins", type=Modules(), help=told)
         super().add_default_arguments_to_parser(parser)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

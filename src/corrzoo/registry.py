@@ -58,19 +58,20 @@ class Registry(Generic[T]):
         return sorted(self._things)
 
 
-def import_plugins(names: str | list[str]) -> str | list[str]:
+def import_plugins(names: str | list[str]) -> list[str]:
     """Import modules that register heads, backbones or datasets of their own.
 
     Args:
         names: One module, or several: with commas between them, or a list.
 
     Returns:
-        The same names.
+        The names, one by one.
 
     Raises:
         ZooError: when a module, or another that it imports, is not found.
     """
-    for name in map(str.strip, names.split(",") if isinstance(names, str) else names):
+    listed = [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
+    for name in listed:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
@@ -78,4 +79,4 @@ def import_plugins(names: str | list[str]) -> str | list[str]:
                 raise ZooError(f"plugin {name!r} needs the module {error.name!r}, which is not installed") from error
             where = "in the working folder, on PYTHONPATH, or installed"
             raise ZooError(f"there is no plugin {name!r}: expected the name of a module {where}") from error
-    return names
+    return listed
