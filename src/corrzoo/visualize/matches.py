@@ -103,7 +103,7 @@ def connect(
         figure.add_artist(line)
         edge: Any = {"markeredgecolor": "black", "markeredgewidth": 0.4}
         src.plot(*a, "o", color=colour, markersize=3.5, zorder=5, **edge)
-        (mark,) = trg.plot(*b, "o" if good else "X", color=colour, ms=4 if good else 6, zorder=5, clip_on=False, **edge)
+        (mark,) = trg.plot(*b, "o" if good else "X", color=colour, ms=4 if good else 7, zorder=5, clip_on=False, **edge)
         mark.set_in_layout(False)
         if correct is None:
             for ax, (x, y) in ((src, a), (trg, b)):
