@@ -13,15 +13,17 @@ import json
 import multiprocessing
 import os
 import sys
-import time
 from collections.abc import Iterable
+from itertools import combinations
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import corrzoo.cli  # before the first fork, so that no run imports it anew
 from corrzoo import commands
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, CONFIGS = ROOT / "benchmarks" / "results", ROOT / "zoo_configs"
+RESULTS, CONFIGS, RUNS = ROOT / "benchmarks" / "results", ROOT / "zoo_configs", ROOT / "runs" / "study"
 
 SIZES = {
     head: (f"{head}.yaml", "study/synthetic.yaml", *([f"study/{head}.yaml"] if head != "baseline" else []))
@@ -48,7 +50,7 @@ def lightning(folder: Path, command: str, stack: Iterable[str], *options: str) -
     """
     args = [item if item.startswith("--") else f"--config={CONFIGS / item}" for item in stack]
     shown = [item if item.startswith("--") else f"--config zoo_configs/{item}" for item in stack]
-    print("lightning", command, *shown, *options, flush=True)
+    print("+ lightning", command, *shown, *options, flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     process = multiprocessing.get_context("fork").Process(target=_run, args=(folder, [command, *args, *options]))
     process.start()
@@ -65,23 +67,29 @@ def _run(folder: Path, args: list[str]) -> None:
 
 
 def run(into: Path, folder: Path, name: str, label: str, stack: Iterable[str], seed: int, *, fit: bool = True) -> None:
-    """Train, unless `fit` is false, and test; the result goes `into` a file."""
+    """Train, unless `fit` is false, and test; the result goes `into` a file, unless that is there."""
     if into.exists():
         return
-    began = time.perf_counter()
-    common = ("--trainer.logger=false", f"--seed_everything={seed}", "--trainer.enable_progress_bar=false")
-    common += ("--trainer.callbacks=corrzoo.callbacks.ResultsWriter", f"--trainer.callbacks.folder={name}")
-    common += (f"--trainer.callbacks.label={label}",)
+    options = common(name, seed, label)
     if fit:
-        lightning(folder, "fit", stack, *common, f"--checkpoint.dirpath={name}")
-    tested = (f"--ckpt_path={name}/last.ckpt",) if fit else ()
-    lightning(folder, "test", stack, *common, *tested)
+        lightning(folder, "fit", stack, *options, f"--checkpoint.dirpath={name}")
+    lightning(folder, "test", stack, *options, *([f"--ckpt_path={name}/last.ckpt"] if fit else []))
     (result,) = (folder / name).glob("*.json")
-    into.parent.mkdir(parents=True, exist_ok=True)
-    into.write_text(result.read_text())
-    scores = json.loads(into.read_text())["pck"]
-    print(f"{into.stem}: " + " / ".join(f"{scores[f'pck@{alpha}']:.1f}" for alpha in (0.05, 0.1, 0.15)), end=", ")
-    print(f"{time.perf_counter() - began:.0f} s", flush=True)
+    write(into, json.loads(result.read_text()))
+
+
+def common(name: str, seed: int, label: str) -> tuple[str, ...]:
+    """The options that all runs have in common: what is written goes into the folder `name`."""
+    callback = "--trainer.callbacks=corrzoo.callbacks.ResultsWriter"
+    labelled = (callback, f"--trainer.callbacks.folder={name}", f"--trainer.callbacks.label={label}")
+    return ("--trainer.logger=false", f"--seed_everything={seed}", "--trainer.enable_progress_bar=false", *labelled)
+
+
+def told(path: Path) -> None:
+    """Print what a result file says."""
+    scores = json.loads(path.read_text())["pck"]
+    values = " / ".join(f"{scores[f'pck@{alpha}']:.1f}" for alpha in (0.05, 0.1, 0.15))
+    print(f"{path.stem}: PCK@.05/.10/.15 {values}", flush=True)
 
 
 def synthetic(seeds: list[int], backbones: list[str], ablations: bool) -> None:
@@ -89,7 +97,7 @@ def synthetic(seeds: list[int], backbones: list[str], ablations: bool) -> None:
     results = RESULTS / "synthetic"
     for backbone in backbones:
         for seed in seeds:
-            folder, extra = ROOT / "runs" / "study" / "synthetic" / backbone / str(seed), BACKBONES[backbone]
+            folder, extra = RUNS / "synthetic" / backbone / str(seed), BACKBONES[backbone]
 
             def one(name: str, label: str, stack: Iterable[str], fit: bool = True) -> None:
                 run(results / f"{name}-{backbone}-{seed}.json", folder, name, label, stack, seed, fit=fit)  # noqa: B023
@@ -117,16 +125,142 @@ def save_features(checkpoint: Path, path: Path) -> None:
         save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, path)
 
 
+def zero_shot(root: str) -> None:
+    """Without any training: each backbone whose weights a package carries, and both floors."""
+    results, folder = RESULTS / "pfwillow", RUNS / "zero_shot"
+
+    def one(name: str, label: str, *stack: str) -> None:
+        base = ("baseline.yaml", "data/pfwillow.yaml", "backbone/efficientnet_lite0.yaml", f"--data.root={root}")
+        run(results / f"{name}.json", folder, name, label, (*base, *stack), 0, fit=False)
+
+    one("same-position", "same position, no features", "--model.readout=identity")
+    for n in range(3):
+        extra = [f"backbone/efficientnet_lite{n}.yaml"]
+        one(f"random-weights-lite{n}", "random weights", *extra, "--model.weights=random")
+        one(f"zero-shot-lite{n}", "", *extra)
+        one(f"mutual-lite{n}", "mutual nearest neighbours", *extra, "--model.mutual=true")
+
+
+FOLDS = ("car", "duck", "motorbike", "winebottle")
+REAL = {
+    "baseline": (),
+    "actr": ("--model.grid=6",),
+    "vitsc": (),
+    "gsf": ("--model.grid=10", "--model.c_p=1.3", "--model.c_m=1.1"),
+    "lpmflow": (),
+}
+"""By head, what is not as in its file: grids for images of 160 pixels."""
+FLOORS = (
+    ("same-position", "same position, no features", "--model.readout=identity"),
+    ("untrained", "untrained", "--model.finetune=none"),
+)
+"""What is scored beside the heads: a file's name, a label, an option."""
+STEPS = (10, 20)
+"""Of 8 pairs: what inner folds choose from."""
+
+
+def leave_one_out(root: str, seeds: list[int], heads: list[str]) -> None:
+    """Every head learns from three kinds of objects, and is scored on the fourth; so each pair is scored once.
+
+    How long it learns is chosen without a look at that fourth: among the three, by training on two, scoring the third.
+    """
+    results, folder = RESULTS / "pfwillow_leave_one_out", RUNS / "leave_one_out"
+    for name, label, option in FLOORS:
+        stack = ("--plugins=pfwillow_kinds", "baseline.yaml", "study/pfwillow.yaml", option, f"--data.root={root}")
+        path = folder / f"{name}.json"
+        run(path, folder, name, label, (*stack, _options({"test": list(FOLDS)})), 0, fit=False)
+        write(results / f"{name}.json", merged([json.loads(path.read_text())], {}))
+    for head in heads:
+        mine = (f"study/{head}.yaml",) if head != "baseline" else ()
+        stack = ("--plugins=pfwillow_kinds", f"{head}.yaml", *mine, "study/pfwillow.yaml", *REAL[head])
+        stack = (*stack, f"--data.root={root}")
+        if all((results / f"{head}-{seed}.json").exists() for seed in seeds):
+            continue
+        curves = {}
+        for pair in combinations(FOLDS, 2):
+            name, others = f"{head}-inner-{'-'.join(pair)}", [kind for kind in FOLDS if kind not in pair]
+            path = folder / name / "curve.json"
+            if not path.exists():
+                kinds = _options({"trn": list(pair), "val": others}, every={"val": 7})
+                options = (*common(name, 0, "")[:3], "--trainer.callbacks=pfwillow_kinds.Curve", kinds)
+                options += (f"--trainer.callbacks.path={name}/curve.json", f"--checkpoint.dirpath={name}")
+                steps = (f"--trainer.max_steps={STEPS[-1]}", f"--trainer.val_check_interval={STEPS[0]}")
+                (folder / name).mkdir(parents=True, exist_ok=True)
+                lightning(folder, "fit", stack, *options, *steps, "--trainer.num_sanity_val_steps=0")
+            curves[pair] = json.loads(path.read_text())
+        chosen = {kind: best_steps(curves, kind) for kind in FOLDS}
+        print(f"{head}: steps {chosen}", flush=True)
+        for seed in seeds:
+            parts = []
+            for kind in FOLDS:
+                name, learnt = f"{head}-{seed}-{kind}", [other for other in FOLDS if other != kind]
+                options = (
+                    _options({"trn": learnt, "val": learnt, "test": [kind]}),
+                    f"--trainer.max_steps={chosen[kind]}",
+                )
+                path = folder / f"{name}.json"
+                run(path, folder, name, "", (*stack, *options, "--trainer.limit_val_batches=0"), seed)
+                parts.append(json.loads(path.read_text()))
+            write(results / f"{head}-{seed}.json", merged(parts, chosen))
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """A result file, and what it says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    told(path)
+
+
+def _options(kinds: dict[str, list[str]], **others: dict[str, int]) -> str:
+    return "--data.options=" + json.dumps({"pfwillow_kinds": {"kinds": kinds, **others}})
+
+
+def best_steps(curves: dict[tuple[str, ...], dict[str, dict[str, float]]], tested: str) -> int:
+    """The steps with the best mean PCK over the inner folds that never saw the tested kind.
+
+    Args:
+        curves: By the two kinds that were learnt from, the PCK of the others at each number of steps.
+        tested: The kind that is left out.
+    """
+
+    def mean(steps: int) -> float:
+        inner = [pair for pair in curves if tested not in pair]
+        scored = [next(kind for kind in FOLDS if kind != tested and kind not in pair) for pair in inner]
+        return fmean(curves[pair][str(steps)][kind] for pair, kind in zip(inner, scored, strict=True))
+
+    return max(STEPS, key=mean)
+
+
+def merged(folds: list[dict[str, Any]], chosen: dict[str, int]) -> dict[str, Any]:
+    """One result of the four folds' results: scores are means over all pairs, each counted once."""
+    first, pairs = folds[0], sum(fold["pairs"] for fold in folds)
+    kept = {key for key in first["pck"] if key.count("/") == 0 or key.endswith("/image")}
+    pck = {key: sum(fold["pairs"] * fold["pck"][key] for fold in folds) / pairs for key in sorted(kept)}
+    breakdown = {"category": {name: row for fold in folds for name, row in fold["breakdown"]["category"].items()}}
+    rule = {"kinds": "each in turn is tested, the others are learnt from"}
+    trained = first["trained"] and first["trained"] | {"options": rule, "max_steps": chosen, "steps": chosen}
+    costs = {"ms_per_pair": sum(fold["pairs"] * fold["ms_per_pair"] for fold in folds) / pairs}
+    costs["peak_memory_mb"] = max(fold["peak_memory_mb"] for fold in folds)
+    checkpoints = {"checkpoint": trained and "one a fold", "checkpoint_sha256": None}
+    same = {"dataset_options": rule, "trained": trained, "pairs": pairs, "pck": pck, "breakdown": breakdown}
+    return first | same | costs | checkpoints
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=["synthetic", "zero_shot", "leave_one_out"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--backbones", nargs="+", choices=list(BACKBONES), default=list(BACKBONES))
     parser.add_argument("--ablations", choices=["yes", "no"], default="yes")
-    parser.add_argument("--data_root", default=str(ROOT / "data"), help="the folder that holds PF-WILLOW/")
+    parser.add_argument("--heads", nargs="+", choices=list(REAL), default=list(REAL), help="of leave_one_out")
+    parser.add_argument("--data_root", default=str(ROOT / "data"), help="the absolute folder that holds PF-WILLOW/")
     args = parser.parse_args()
     if args.study == "synthetic":
         synthetic(args.seeds, args.backbones, args.ablations == "yes")
+    elif args.study == "zero_shot":
+        zero_shot(args.data_root)
+    else:
+        leave_one_out(args.data_root, args.seeds, args.heads)
 
 
 if __name__ == "__main__":
