@@ -1,14 +1,15 @@
 """Half precision: each head is trained in it for some steps, and then evaluated in it and in float32.
 
 On drawn pairs and a small backbone with real weights. Writes benchmarks/results/precision_<device>.csv: the loss at
-both ends of training, and by how many points PCK differs, with the standard error of that over the pairs. Run it as
-`python benchmarks/precision.py`.
+both ends of training; how far points move, in pixels, and by how many points PCK differs, with the standard error of
+that over the pairs; and, in float32 behind a backbone in half precision and the other way round, where that comes from.
+Run it as `python benchmarks/precision.py`.
 """
 
 import argparse
 import csv
+import functools
 import statistics
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor
 
 import corrzoo
-from corrzoo.callbacks import ResultsWriter
 from corrzoo.data.module import PairsDataModule
+from corrzoo.metrics import PCK
+from corrzoo.types import Features, Pair
 
 BACKBONE = {"backbone": "efficientnet_lite0", "levels": ["blocks.2.1", "blocks.4.2"], "lr": 1e-3, "backbone_lr": 1e-3}
 HEADS: dict[str, dict[str, Any]] = {
@@ -31,8 +34,12 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 """Sizes that a CPU can train; transformers from nothing want smaller steps."""
 PLUGINS = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
-SLOW = 4
-"""No CPU has instructions for float16: there, it gets a share of the steps and pairs."""
+PARTS = {"all": (True, True), "backbone": (True, False), "head": (False, True)}
+"""Where half precision is: in the backbone, in the head."""
+LOCATED = 50
+"""Batches for which the parts are told apart."""
+SLOW = {"size": 64, "batch": 2, "pairs": 60}
+"""Few CPUs have instructions for float16: there, it gets less to do."""
 
 
 class Losses(Callback):
@@ -50,44 +57,76 @@ def data(args: argparse.Namespace, head: str) -> PairsDataModule:
     length = {"trn": args.steps * args.batch, "test": args.pairs}
     options = {"synthetic": {"length": length}, "synthetic_warps": {"length": length["trn"]}}
     return PairsDataModule(
-        train, val="synthetic", test=["synthetic"], size=128, batch_size=args.batch, workers=0, options=options
+        train, val="synthetic", test=["synthetic"], size=args.size, batch_size=args.batch, workers=0, options=options
     )
 
 
-def trainer(args: argparse.Namespace, precision: str | None, *callbacks: Callback) -> Trainer:
+def train(model: corrzoo.Matcher, pairs: PairsDataModule, half: MixedPrecision) -> list[float]:
+    """The loss of each step."""
+    losses = Losses()
     # Given as a plugin: by flag, Lightning takes bfloat16 for float16 on CPUs.
-    plugins: Any = [MixedPrecision(PLUGINS[precision], args.device)] if precision else None  # type: ignore[arg-type]
-    callbacks += (ResultsWriter(tempfile.mkdtemp(), table=False),)
-    return Trainer(
-        accelerator="gpu" if args.device == "cuda" else "cpu", devices=1, max_epochs=1, logger=False,
+    trainer = Trainer(
+        accelerator="gpu" if half.device == "cuda" else "cpu", devices=1, max_epochs=1, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
-        callbacks=list(callbacks), plugins=plugins, log_every_n_steps=1,
+        callbacks=[losses], plugins=[half], log_every_n_steps=1,
     )  # fmt: skip
+    trainer.fit(model, pairs)
+    return losses.seen
+
+
+def matches(model: corrzoo.Matcher, pair: Pair, half: Any, backbone: bool, head: bool) -> Tensor:
+    """The points (B, K, 2) that a matcher finds when these of its parts run in half precision."""
+    forward = model.backbone.forward
+
+    def mixed(image: Tensor) -> Features:
+        with half(enabled=backbone):
+            seen = forward(image)
+        return seen if head else seen._replace(maps=[level.float() for level in seen.maps])
+
+    model.backbone.forward = mixed  # type: ignore[method-assign]
+    with half(enabled=head):
+        points = model.predict_points(pair)
+    model.backbone.forward = forward  # type: ignore[method-assign]
+    return points
 
 
 def measure(head: str, precision: str, args: argparse.Namespace) -> dict[str, Any]:
     """One row of the table."""
     if (precision, args.device) == ("fp16", "cpu"):
-        args = argparse.Namespace(**vars(args) | {"steps": args.steps // SLOW, "pairs": args.pairs // SLOW**2})
+        args = argparse.Namespace(**vars(args) | SLOW)
     seed_everything(0)
-    model = corrzoo.create_matcher(head, **BACKBONE | HEADS[head])
-    losses = Losses()
-    trainer(args, precision, losses).fit(model, data(args, head))
-    few = len(losses.seen) // 4
-    row: dict[str, Any] = {"head": head, "precision": precision, "device": args.device, "steps": len(losses.seen)}
-    row |= {"loss_first": statistics.mean(losses.seen[:few]), "loss_last": statistics.mean(losses.seen[-few:])}
-    scored = []
-    for kind in (None, precision):
-        trainer(args, kind).test(model, data(args, head), verbose=False)
-        ((_, metric),) = model.metrics_by_dataset()
-        scored.append(metric.rows())
+    model, pairs = corrzoo.create_matcher(head, **BACKBONE | HEADS[head]), data(args, head)
+    losses = train(model, pairs, MixedPrecision(PLUGINS[precision], args.device))  # type: ignore[arg-type]
+    few = len(losses) // 4
+    row: dict[str, Any] = {"head": head, "precision": precision, "device": args.device, "size": args.size}
+    row |= {"steps": len(losses), "batch": args.batch}
+    row |= {"loss_first": statistics.mean(losses[:few]), "loss_last": statistics.mean(losses[-few:])}
+
+    model.eval().to(args.device)
+    half = functools.partial(torch.autocast, args.device, torch.bfloat16 if precision == "bf16" else torch.float16)
+    scores = [PCK("default:bbox", model.hparams.alphas).to(args.device) for _ in range(2)]
+    moved: dict[str, list[Tensor]] = {what: [] for what in PARTS}
+    pairs.setup("test")
+    for i, batch in enumerate(pairs.test_dataloader()[0]):
+        pair = Pair(*(field.to(args.device) for field in batch))
+        exact = matches(model, pair, half, False, False)
+        scores[0].update(exact, pair)
+        for what, parts in list(PARTS.items())[: 3 if i < LOCATED else 1]:
+            points = matches(model, pair, half, *parts)
+            distance = (points - exact) * args.size / pair.trg_size.unsqueeze(1)
+            moved[what].append(distance.norm(dim=-1)[pair.kps_mask])
+            if what == "all":
+                scores[1].update(points, pair)
     row["pairs"] = args.pairs
+    for what, distances in moved.items():
+        row |= {f"pixels, {what}": torch.cat(distances).mean().item()}
+        row |= {f"pixels, {what}, median": torch.cat(distances).median().item()}
     for alpha in model.hparams.alphas:
-        full, half = (torch.tensor([pair[f"pck@{alpha:g}"] for pair in rows]) for rows in scored)
+        full, other = (torch.tensor([pair[f"pck@{alpha:g}"] for pair in metric.rows()]) for metric in scores)
         row |= {
             f"pck@{alpha:g}": full.mean().item(),
-            f"pck@{alpha:g} difference": (half - full).mean().item(),
-            f"pck@{alpha:g} standard error": (half - full).std().item() / len(full) ** 0.5,
+            f"pck@{alpha:g} difference": (other - full).mean().item(),
+            f"pck@{alpha:g} standard error": (other - full).std().item() / len(full) ** 0.5,
         }
     return row
 
@@ -97,7 +136,8 @@ def main() -> None:
     parser.add_argument("--heads", nargs="*", default=list(HEADS))
     parser.add_argument("--precisions", nargs="*", default=list(PLUGINS), choices=list(PLUGINS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=400)
     args = parser.parse_args()
