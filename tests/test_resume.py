@@ -162,3 +162,24 @@ def test_the_last_is_of_every_epoch_and_the_best_moves_along(tmp_path: Path) -> 
     assert [torch.load(first / f"{name}.ckpt")["global_step"] for name in ("best", "last")] == [1, 2]
     second = run("second", 3, first / "last.ckpt")
     assert [torch.load(second / f"{name}.ckpt")["global_step"] for name in ("best", "last")] == [1, 3]
+
+
+def test_the_last_of_an_epoch_s_steps_is_kept_behind_its_validation_alone(tmp_path: Path) -> None:
+    happened: list[str] = []
+
+    class Noting(Checkpoints):
+        def _write_last(self, trainer: Trainer) -> None:
+            happened.append(f"step {trainer.global_step}")
+
+        def on_validation_end(self, *_: object) -> None:
+            happened.append("validation")
+
+    keep = Noting(dirpath=tmp_path, last_every_n_steps=1)
+    trainer = Trainer(
+        max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+        devices=1, callbacks=[keep], num_sanity_val_steps=0,
+    )  # fmt: skip
+    lengths = {"synthetic": {"length": {"trn": 12, "val": 1}}}
+    data = PairsDataModule(train="synthetic", size=64, batch_size=4, workers=0, options=lengths)
+    trainer.fit(corrzoo.create_matcher("Baseline", VIT, "random"), data)
+    assert happened == ["step 1", "step 2", "validation", "step 3"]
