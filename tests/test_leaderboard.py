@@ -279,6 +279,13 @@ def test_markdown_leaves_empty_what_was_not_measured(board):
     }
 
 
+def test_markdown_folds_a_long_table(board):
+    short, long = (to_markdown(board(*(result(50.0 + k, label=f"row {k}") for k in range(n)))) for n in (12, 13))
+    assert "<details>" not in short and short.count("| row ") == 12
+    assert "<details><summary>spair71k test, 10 pairs, default:bbox: 13 rows</summary>\n\n| # |" in long
+    assert long.count("| row ") == 13 and long.rstrip().endswith("|\n\n</details>")
+
+
 def test_csv_has_every_number_once(board):
     rows = list(csv.DictReader(to_csv(board(result(80.0), papers=read_papers(PAPERS))).splitlines()))
     (whole,) = [row for row in rows if row["measure"] == "PCK @0.1" and not row["group"]]

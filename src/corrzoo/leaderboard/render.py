@@ -21,6 +21,8 @@ COSTS = {
     "peak_memory_mb": ("MB", ",.0f"),
 }
 """A row's costs: their column's title, and how a number is written."""
+FOLD = 12
+"""In Markdown, a table of more rows is folded."""
 
 
 class Column(NamedTuple):
@@ -74,15 +76,18 @@ def title_of(ranking: Ranking) -> str:
 
 
 def to_markdown(rankings: Sequence[Ranking]) -> str:
-    """A table for each ranking, each study under its name."""
+    """A table for each ranking, each study under its name; a long one is folded."""
     lines, study = [], ""
     for ranking in rankings:
         lines += [f"### {ranking.study}", ""] if ranking.study != study else []
         study, shown = ranking.study, [c for c in columns(ranking) if c.title not in ("backbone, M", "MB")]
-        lines += [title_of(ranking) + (f" (flaw: {ranking.flaw})" if ranking.flaw else ""), ""]
+        title = title_of(ranking) + (f" (flaw: {ranking.flaw})" if ranking.flaw else "")
+        folded = len(ranking.rows) > FOLD
+        lines += [f"<details><summary>{title}: {len(ranking.rows)} rows</summary>" if folded else title, ""]
         rows = ([str(place), *(column.text(row) for column in shown)] for place, row in enumerate(ranking.rows, 1))
         numbers = [0, *(k for k, column in enumerate(shown, 1) if column.kind != "text")]
         lines += [table(["#", *(column.title for column in shown)], rows, numbers), ""]
+        lines += ["</details>", ""] if folded else []
     return "\n".join(lines)
 
 
