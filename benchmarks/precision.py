@@ -10,6 +10,7 @@ import argparse
 import csv
 import functools
 import statistics
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,7 @@ def measure(head: str, precision: str, args: argparse.Namespace) -> dict[str, An
     scores = [PCK("default:bbox", model.hparams.alphas).to(args.device) for _ in range(2)]
     moved: dict[str, list[Tensor]] = {what: [] for what in PARTS}
     pairs.setup("test")
+    until, scored = time.monotonic() + args.seconds, 0
     for i, batch in enumerate(pairs.test_dataloader()[0]):
         pair = Pair(*(field.to(args.device) for field in batch))
         exact = matches(model, pair, half, False, False)
@@ -117,7 +119,10 @@ def measure(head: str, precision: str, args: argparse.Namespace) -> dict[str, An
             moved[what].append(distance.norm(dim=-1)[pair.kps_mask])
             if what == "all":
                 scores[1].update(points, pair)
-    row["pairs"] = args.pairs
+        scored += len(pair.index)
+        if time.monotonic() > until:
+            break
+    row["pairs"] = scored
     for what, distances in moved.items():
         row |= {f"pixels, {what}": torch.cat(distances).mean().item()}
         row |= {f"pixels, {what}, median": torch.cat(distances).median().item()}
@@ -140,6 +145,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=400)
+    parser.add_argument("--seconds", type=float, default=200, help="score no more pairs after so many")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1 if args.device == "cpu" else torch.get_num_threads())
