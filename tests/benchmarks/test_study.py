@@ -14,6 +14,7 @@ from scipy.io import savemat
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import corrzoo  # noqa: E402
 import study  # noqa: E402
 import study_tables  # noqa: E402
 from corrzoo.cli import main  # noqa: E402
@@ -83,7 +84,7 @@ def test_folds_become_one_result_in_which_each_pair_counts_once():
 
     whole = study.merged([fold("duck(S)", 90, 40.0), fold("car(G)", 270, 80.0)], {"duck": 10, "car": 20})
     assert whole["pairs"] == 360 and whole["pck"] == {"pck@0.1": 70.0, "pck@0.1/image": 70.0}
-    assert whole["ms_per_pair"] == 70.0 and whole["peak_memory_mb"] == 270
+    assert whole["ms_per_pair"] is None and whole["peak_memory_mb"] == 270
     assert whole["breakdown"]["category"]["duck(S)"]["pck@0.1/image"] == 40.0
     assert whole["trained"]["steps"] == {"duck": 10, "car": 20}
 
@@ -126,6 +127,22 @@ def test_the_study_runs_and_does_not_run_again(tmp_path, monkeypatch, capsys):
     assert (features["weights"], baseline["weights"]) == ("pretrained", study.FEATURES)
     study.synthetic([3], ["efficientnet_lite0"], ablations=False)
     assert "lightning" not in capsys.readouterr().out
+
+
+def test_costs_are_measured_for_the_first_seed_and_written_for_all(tmp_path, monkeypatch):
+    for name, value in {"RESULTS": tmp_path / "results", "RUNS": tmp_path / "runs"}.items():
+        monkeypatch.setattr(study, name, value)
+    (tmp_path / "results" / "synthetic").mkdir(parents=True)
+    paths = [tmp_path / "results" / "synthetic" / f"imagenet-efficientnet_lite0-{seed}.json" for seed in range(2)]
+    for path in paths:
+        path.write_text('{"ms_per_pair": -1, "kept": true}')
+    model = corrzoo.create_matcher("Baseline", backbone="efficientnet_lite0", weights="random", levels=["blocks.2.1"])
+    asked = []
+    monkeypatch.setattr(corrzoo, "load", lambda path: asked.append(path) or model)
+    study.costs(rounds=1, size=2)
+    assert asked == [tmp_path / "runs" / "synthetic" / "efficientnet_lite0" / "0" / "features" / "last.ckpt"]
+    first, second = (json.loads(path.read_text()) for path in paths)
+    assert first == second and first["kept"] and first["ms_per_pair"] > 0
 
 
 def test_tables_are_means_over_seeds_and_paired_differences(tmp_path, monkeypatch):
