@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/backbones.md, and docs/protocols.md, from the registries; --check compares.
+"""Write the tables of README.md and docs/study.md, docs/backbones.md and docs/protocols.md; --check compares.
 
 python benchmarks/readme_tables.py [--check]
 """
@@ -9,6 +9,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import study_tables
 from corrzoo.backbones import describe_backbones, get_spec, list_backbones
 from corrzoo.markdown import table
 from corrzoo.protocols import PADDED, get_protocol, list_protocols
@@ -77,22 +78,34 @@ def licences() -> str:
     return table(["what", "licence"], [*rows, *map(list, DATA.items())])
 
 
+def marked(text: str, tables: dict[str, str]) -> str:
+    """A text with these tables between their markers."""
+    for name, content in tables.items():
+        new = f"<!-- {name} -->\n{content}\n<!-- /{name} -->"
+        text = re.sub(f"<!-- {name} -->.*<!-- /{name} -->", lambda _, new=new: new, text, flags=re.S)
+    return text
+
+
 def main() -> None:
     """Write or check."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="exit with 1 when a file is not what would be written")
     check = parser.parse_args().check
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    for name, content in {"protocols": presets(), "licences": licences()}.items():
-        marked = f"<!-- {name} -->\n{content}\n<!-- /{name} -->"
-        text = re.sub(f"<!-- {name} -->.*<!-- /{name} -->", lambda _, marked=marked: marked, text, flags=re.S)
+    written = {
+        ROOT / "README.md": {"protocols": presets(), "licences": licences(), "study": study_tables.digest()},
+        ROOT / "docs" / "study.md": {
+            "heads": study_tables.heads(),
+            "parts": study_tables.parts(),
+            "real": study_tables.real(),
+        },
+    }
     docs = {"backbones.md": BACKBONES + describe_backbones() + "\n", "protocols.md": protocols()}
-    written = {readme: text} | {ROOT / "docs" / name: content for name, content in docs.items()}
+    texts = {path: marked(path.read_text(), tables) for path, tables in written.items()}
+    texts |= {ROOT / "docs" / name: content for name, content in docs.items()}
     if check:
-        stale = [path.name for path, new in written.items() if not path.exists() or path.read_text() != new]
+        stale = [path.name for path, new in texts.items() if not path.exists() or path.read_text() != new]
         sys.exit(f"{', '.join(stale)}: not what `python benchmarks/readme_tables.py` writes" if stale else 0)
-    for path, new in written.items():
+    for path, new in texts.items():
         path.write_text(new)
 
 

@@ -19,6 +19,7 @@ COLUMNS: dict[str, tuple[str, str, str]] = {
     **{name: ("category", name, "0.1") for name in ("bird", "bottle", "car", "horse")},
     "same scale": ("scale", "0", "0.1"),
     "other scale": ("scale", "2", "0.1"),
+    "turned": ("viewpoint", "2", "0.1"),
 }
 """Of the synthetic study, by title: the group of pairs, and alpha."""
 

@@ -150,7 +150,7 @@ def test_tables_are_means_over_seeds_and_paired_differences(tmp_path, monkeypatc
         groups = {"bird": 1, "bottle": 2, "car": 3, "horse": 4}
         one = {f"pck@{a}{end}": score for a in (0.05, 0.1, 0.15) for end in ("", "/image")}
         breakdown = {"category": {g: {k: v + n for k, v in one.items()} for g, n in groups.items()}}
-        breakdown["scale"] = {k: one for k in "012"}
+        breakdown |= {kind: {k: one for k in "012"} for kind in ("scale", "viewpoint")}
         said = {"head": head, "label": label, "seed": seed, "backbone": "b", "dataset": "synthetic", "split": "test"}
         return said | {"protocol": "default:bbox", "alphas": [0.05, 0.1, 0.15], "pck": one, "breakdown": breakdown}
 
