@@ -116,7 +116,7 @@ def test_the_low_encoder_learns_as_slowly_as_the_backbone_and_is_kept_in_evaluat
     pair = corrzoo.data.PairDataset.collate([dataset[0]])
     model.eval()._cache = corrzoo.feature_cache.FeatureCache(2**20)
     first, second = model.predict_points(pair), model.predict_points(pair)
-    assert low == [2]
+    assert sum(low) == 2  # each image once: on a CPU one by one
     torch.testing.assert_close(first, second)
 
 
