@@ -1,13 +1,13 @@
 """The study's tables, from the result files of `benchmarks/study.py`; `readme_tables.py` puts them in place."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from corrzoo.errors import ZooError
-from corrzoo.leaderboard import find_results, read_results
+from corrzoo.leaderboard.results import Spread, find_results, read_results
 from corrzoo.markdown import table
 
 RESULTS, ABLATIONS = Path(__file__).parent / "results", Path(__file__).parents[1] / "zoo_configs" / "ablation"
@@ -40,7 +40,7 @@ def parts() -> str:
             whole, without = runs[backbone, head, ""], runs[who]
             pairs = [(whole[seed], without[seed]) for seed in sorted(whole.keys() & without.keys())]
             gained = [{key: scores(a)[key] - scores(b)[key] for key in scores(a)} for a, b in pairs]
-            rows.append([f"{head}, `{label}`", *cells(dict(enumerate(gained)), dict, "{:+.1f}")])
+            rows.append([f"{head}, `{label}`", *cells(dict(enumerate(gained)), dict, signed=True)])
     return table(["without", *COLUMNS], rows, range(1, 1 + len(COLUMNS)))
 
 
@@ -104,11 +104,8 @@ def by_kind(result: Result) -> dict[str, float]:
     return of_all | {kind: fmean(kinds[kind]) for kind in sorted(kinds)}
 
 
-def cells(seeds: dict[int, Any], values: Callable[[Any], dict[str, float]], form: str = "{:.1f}") -> list[str]:
-    """Mean and sample standard deviation of each value over the seeds, which are three where not said."""
-    found: Iterable[dict[str, float]] = [values(result) for result in seeds.values()]
-    return [_spread([one[key] for one in found], form) for key in next(iter(found), {})]
-
-
-def _spread(values: list[float], form: str) -> str:
-    return form.format(fmean(values)) + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+def cells(seeds: dict[int, Any], values: Callable[[Any], dict[str, float]], signed: bool = False) -> list[str]:
+    """Mean and sample standard deviation of each value over the seeds."""
+    found = [values(result) for result in seeds.values()]
+    spreads = [Spread.of([one[key] for one in found]) for key in next(iter(found), {})]
+    return [f"{'+' if signed and not str(spread).startswith('-') else ''}{spread}" for spread in spreads]

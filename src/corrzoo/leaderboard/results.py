@@ -41,6 +41,10 @@ class Spread(NamedTuple):
     mean: float
     deviation: float | None = None
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        return cls(fmean(values), stdev(values) if len(values) > 1 else None)
+
     def __str__(self) -> str:
         return f"{self.mean:.1f}" + (f" ± {self.deviation:.1f}" if self.deviation is not None else "")
 
@@ -227,7 +231,7 @@ def _row(seeds: Sequence[dict[str, Any]], variant: str, papers: Sequence[dict[st
         len(seeds),
         first.get("device", ""),
         {k: fmean(r[k] for r in seeds) for k in ("ms_per_pair", "peak_memory_mb") if all(r.get(k) for r in seeds)},
-        {measure: _spread([scores(r)[measure] for r in seeds]) for measure in scores(first)},
+        {measure: Spread.of([scores(r)[measure] for r in seeds]) for measure in scores(first)},
         groups=_groups(seeds),
     )
     row.costs |= {k: first[k] / 1e6 for k in ("params_head", "params_backbone") if k in first}
@@ -255,7 +259,7 @@ def _groups(seeds: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[str, 
                 if levels is None or name.isdigit():  # ">0" holds the same pairs once more
                     for measure, key in keys.items():
                         values[kind, levels[int(name)] if levels else name][measure].append(found[key])
-    return {group: {m: _spread(v) for m, v in by_measure.items()} for group, by_measure in values.items()}
+    return {group: {m: Spread.of(v) for m, v in by_measure.items()} for group, by_measure in values.items()}
 
 
 def read_papers(path: Path) -> list[dict[str, str]]:
@@ -328,10 +332,6 @@ def _merged(rows: Iterable[Row]) -> list[Row]:
         else:
             out.append(row)
     return out
-
-
-def _spread(values: Sequence[float]) -> Spread:
-    return Spread(fmean(values), stdev(values) if len(values) > 1 else None)
 
 
 def _side(size: Any) -> str:
