@@ -13,11 +13,12 @@ import argparse
 import json
 import multiprocessing
 import os
+import shlex
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -45,6 +46,8 @@ BACKBONES = {"efficientnet_lite0": (), "efficientnet_lite2": ("study/efficientne
 WIDTHS = ("--model.c_p=4.2", "--model.c_m=3.0")
 """On 12 cells instead of 20."""
 FEATURES = "features.safetensors"
+PAIRS = {"features": 2400, "head": 800}
+"""How many drawn pairs, or warps, each learns from."""
 
 
 def lightning(folder: Path, command: str, stack: Iterable[str], *options: str) -> None:
@@ -54,8 +57,8 @@ def lightning(folder: Path, command: str, stack: Iterable[str], *options: str) -
         SystemExit: when it fails.
     """
     args = [item if item.startswith("--") else f"--config={CONFIGS / item}" for item in stack]
-    shown = [item if item.startswith("--") else f"--config zoo_configs/{item}" for item in stack]
-    print("+ lightning", command, *shown, *options, flush=True)
+    shown = [[item] if item.startswith("--") else ["--config", f"zoo_configs/{item}"] for item in stack]
+    print("+ lightning", command, shlex.join([*chain(*shown), *options]), flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     process = multiprocessing.get_context("fork").Process(target=_run, args=(folder, [command, *args, *options]))
     process.start()
@@ -103,22 +106,33 @@ def synthetic(seeds: list[int], backbones: list[str], ablations: bool) -> None:
     for backbone in backbones:
         for seed in seeds:
             folder, extra = RUNS / "synthetic" / backbone / str(seed), BACKBONES[backbone]
+            mine = (*extra, drawings("head", seed))
 
             def one(name: str, label: str, stack: Iterable[str], fit: bool = True) -> None:
                 run(results / f"{name}-{backbone}-{seed}.json", folder, name, label, stack, seed, fit=fit)  # noqa: B023
 
-            tuned = (*SIZES["baseline"], *extra, "study/features.yaml")
+            tuned = (*SIZES["baseline"], *extra, "study/features.yaml", drawings("features", seed))
             one("features", "whole backbone fine-tuned", tuned)
             save_features(folder / "features" / "last.ckpt", folder / FEATURES)
-            untouched = (*SIZES["baseline"], *extra, "--model.weights=pretrained")
+            untouched = (*SIZES["baseline"], *mine, "--model.weights=pretrained")
             one("imagenet", "ImageNet features, untrained", untouched, fit=False)
             for head, stack in SIZES.items():
-                one(head, "", (*stack, *extra))
+                one(head, "", (*stack, *mine))
                 for ablation in ABLATIONS.get(head, ()) if ablations else ():
                     name = f"{head}_{ablation}"
-                    one(name, name, (*stack, *extra, f"ablation/{name}.yaml"))
+                    one(name, name, (*stack, *mine, f"ablation/{name}.yaml"))
             if ablations:
-                one("gsf_widths", "5.1's 7 and 5 read as widths", (*SIZES["gsf"], *extra, *WIDTHS))
+                one("gsf_widths", "5.1's 7 and 5 read as widths", (*SIZES["gsf"], *mine, *WIDTHS))
+
+
+def drawings(learns: str, seed: int) -> str:
+    """The option that draws what the features or a head learn from: new for each of the two and for each seed.
+
+    The pairs of validation and test are the same for all.
+    """
+    length, drawn = PAIRS[learns], 2 * seed + list(PAIRS).index(learns)
+    pairs = {"length": {"trn": length, "val": 200, "test": 400}, "seed": {"trn": drawn}}
+    return "--data.options=" + json.dumps({"synthetic": pairs, "synthetic_warps": {"length": length, "seed": drawn}})
 
 
 def costs(rounds: int = 5, size: int = 8) -> None:

@@ -148,6 +148,12 @@ def test_what_cannot_be_compared_is_ranked_apart(board, change):
     assert len(one.rows) == len(other.rows) == 1
 
 
+def test_runs_on_drawings_of_different_seeds_are_one_row(board):
+    learnt = [{"dataset": "synthetic", "options": {"length": n, "seed": {"trn": s}}} for s, n in enumerate((8, 8, 9))]
+    (ranking,) = board(*(result(50, s, trained=trained) for s, trained in enumerate(learnt)))
+    assert sorted(row.runs for row in ranking.rows) == [1, 2]
+
+
 def test_what_other_splits_were_given_does_not_matter(board):
     lengths = [{"trn": 800, "test": 10}, {"trn": 2400, "val": 5, "test": 10}, {"test": 10}]
     (ranking,) = board(*(result(50, s, dataset_options={"length": length}) for s, length in enumerate(lengths)))

@@ -20,6 +20,8 @@ import study_tables  # noqa: E402
 from corrzoo.cli import main  # noqa: E402
 from corrzoo.data.pairs import DATASETS  # noqa: E402
 from corrzoo.data.pfwillow import CATEGORIES  # noqa: E402
+from corrzoo.data.synthetic import SyntheticPairs  # noqa: E402
+from corrzoo.data.warps import SyntheticWarps  # noqa: E402
 from corrzoo.types import ZooError  # noqa: E402
 
 
@@ -99,8 +101,25 @@ def test_every_head_reads_the_same_frozen_features_and_learns_as_long(head, caps
         model, data = config["model"]["init_args"], config["data"]
         assert (model["finetune"], model["weights"], model["lr"]) == ("none", study.FEATURES, 1e-3)
         assert data["batch_size"] * config["trainer"]["max_epochs"] == 8 and data["size"] == 96
-        assert data["options"][data["train"]]["length"] in (800, {"trn": 800, "val": 200, "test": 400})
-        assert data["options"]["synthetic"]["length"]["test"] == 400
+        assert "options" not in data or not data["options"]  # `drawings` has them
+
+
+def test_nothing_learns_from_what_something_else_has_learnt_from():
+    drawn = {}
+    for seed in range(3):
+        for learns in ("features", "head"):
+            option, _, said = study.drawings(learns, seed).partition("=")
+            data = json.loads(said)
+            assert option == "--data.options" and data["synthetic"]["length"]["trn"] == study.PAIRS[learns]
+            sets = {split: SyntheticPairs("", split, 16, **data["synthetic"]) for split in ("trn", "val", "test")} | {
+                "warps": SyntheticWarps("", "trn", 16, **data["synthetic_warps"])
+            }
+            drawn[learns, seed] = {name: dataset[0].src_img.numpy().tobytes() for name, dataset in sets.items()}
+            assert len(sets["warps"]) == study.PAIRS[learns] and len(sets["test"]) == 400
+    for split in ("val", "test"):
+        assert len({found[split] for found in drawn.values()}) == 1
+    learnt = [found[name] for found in drawn.values() for name in ("trn", "warps")]
+    assert len(set(learnt)) == len(learnt) == 12
 
 
 def test_every_ablation_of_the_study_has_its_file():
@@ -111,6 +130,7 @@ def test_every_ablation_of_the_study_has_its_file():
 def test_the_study_runs_and_does_not_run_again(tmp_path, monkeypatch, capsys):
     tiny = ("--data.size=64", "--data.batch_size=4", "--model.levels=[blocks.2.1]")
     short = ("--trainer.max_steps=1", "--trainer.limit_test_batches=1")
+    drawn = {"test": 400, "val": 200}
     for name, value in {"RESULTS": tmp_path / "results", "RUNS": tmp_path / "runs"}.items():
         monkeypatch.setattr(study, name, value)
     monkeypatch.setattr(study, "SIZES", {"baseline": (*study.SIZES["baseline"], *tiny, *short)})
@@ -125,6 +145,8 @@ def test_the_study_runs_and_does_not_run_again(tmp_path, monkeypatch, capsys):
     assert {r["pairs"] for r in (baseline, features, imagenet)} == {4} and baseline["seed"] == 3
     assert baseline["trained"]["steps"] == 1 and imagenet["trained"] is None
     assert (features["weights"], baseline["weights"]) == ("pretrained", study.FEATURES)
+    assert features["trained"]["options"] == {"length": {"trn": 2400, **drawn}, "seed": {"trn": 6}}
+    assert baseline["trained"]["options"] == {"length": {"trn": 800, **drawn}, "seed": {"trn": 7}}
     study.synthetic([3], ["efficientnet_lite0"], ablations=False)
     assert "lightning" not in capsys.readouterr().out
 

@@ -45,6 +45,9 @@ def test_seed_split_and_index_decide_everything() -> None:
     others = [a[4], SyntheticPairs("", "val", 64, seed=1)[0], *(SyntheticPairs("", s, 64)[0] for s in ("trn", "test"))]
     assert not any(torch.equal(a[0].src_img, other.src_img) for other in others)
     assert not torch.equal(a[0].src_img, a[0].trg_img)
+    given = {"trn": 1}
+    assert same(SyntheticPairs("", "trn", 64, seed=given)[0], SyntheticPairs("", "trn", 64, seed=1)[0])
+    assert same(SyntheticPairs("", "val", 64, seed=given)[0], a[0])
 
 
 def test_training_goes_on_with_fresh_pairs_and_the_rest_stays() -> None:

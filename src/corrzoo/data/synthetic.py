@@ -34,7 +34,7 @@ class SyntheticPairs(PairDataset):
         size: Side of the square network image, or its (H, W). Images are drawn in varying sizes around it.
         length: Pairs in the split, or in each split by its name; as `LENGTHS` has it where not given.
         augment: See `PairDataset`, as cache_mb.
-        seed: Of the drawings and of the augmentation.
+        seed: Of the drawings and of the augmentation, or in each split by its name; 0 where not given.
     """
 
     name = "synthetic"
@@ -49,20 +49,23 @@ class SyntheticPairs(PairDataset):
         *,
         length: int | dict[str, int] | None = None,
         augment: Augment | None = None,
-        seed: int = 0,
+        seed: int | dict[str, int] = 0,
         cache_mb: float = 256,
     ) -> None:
-        super().__init__(root, split, size, augment=augment, seed=seed, cache_mb=cache_mb)
-        lengths = length if isinstance(length, dict) else {} if length is None else {self.split: length}
-        if unknown := lengths.keys() - LENGTHS.keys():
-            raise ZooError(
-                f"synthetic has no split {min(unknown)!r} to give a length: choose from {', '.join(LENGTHS)}"
-            )
-        self.length = (LENGTHS | lengths)[self.split]
+        super().__init__(root, split, size, augment=augment, cache_mb=cache_mb)
+        self.seed = self._of_split("seed", seed, dict.fromkeys(LENGTHS, 0))
+        self.length = self._of_split("length", length, LENGTHS)
         if self.length < 1:
             raise ZooError(f"synthetic: length {self.length} of split {self.split!r}: expected at least one pair")
         self.images = []
         self._drawn: tuple[int, tuple[View, View]] | None = None
+
+    def _of_split(self, name: str, given: int | dict[str, int] | None, usual: dict[str, int]) -> int:
+        """This split's value of an option that is given for it, or for each split by its name."""
+        values = given if isinstance(given, dict) else {} if given is None else {self.split: given}
+        if unknown := values.keys() - usual.keys():
+            raise ZooError(f"synthetic has no split {min(unknown)!r} to give a {name}: choose from {', '.join(usual)}")
+        return (usual | values)[self.split]
 
     def __len__(self) -> int:
         return self.length

@@ -196,6 +196,8 @@ def _rows(results: Sequence[dict[str, Any]], papers: Sequence[dict[str, str]]) -
 
 def _identity(result: dict[str, Any]) -> str:
     learnt = {k: v for k, v in (result.get("trained") or {}).items() if k not in ("seed", "steps")}
+    if isinstance(learnt.get("options"), dict):  # drawings have a seed as well
+        learnt["options"] = {k: v for k, v in learnt["options"].items() if k != "seed"}
     return json.dumps([[result.get(k) for k in RUN], learnt, bool(result.get("checkpoint"))], sort_keys=True)
 
 
