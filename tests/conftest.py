@@ -1,5 +1,8 @@
 """What every test may use: where the given data is, and one thread so that two cores serve many tests."""
 
+import ctypes
+import fcntl
+import gc
 import os
 from pathlib import Path
 
@@ -19,6 +22,22 @@ def own_cache(tmp_path_factory):
     """Tests leave nothing in the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CORRZOO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def memory_of_the_last_module():
+    """Given back before the next begins: gigabytes, held in cycles, and by glibc until it is asked."""
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+@pytest.fixture(scope="module")
+def gigabytes(tmp_path_factory):
+    """For tests that hold many: of all processes that run tests here, one at a time."""
+    with (tmp_path_factory.getbasetemp().parent / "gigabytes.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

@@ -71,6 +71,36 @@ def test_a_missing_file_says_where_checkpoints_are(tmp_path):
         corrzoo.load(tmp_path / "a.ckpt")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hyper_parameters": TINY | {"stride": "a"}},
+        {"hyper_parameters": TINY | {"levels": 7}},
+        {"hyper_parameters": TINY | {"backbone": 5}},
+        {"state_dict": None},
+        {"state_dict": {1: torch.zeros(1)}},
+        {"trained": "long"},
+        {"image_size": "abc"},
+        {"image_size": [64]},
+    ],
+)
+def test_a_strangers_checkpoint_is_refused_in_one_line_that_names_it(tmp_path, change):
+    path = checkpoint(tmp_path / "a.ckpt", corrzoo.create_matcher("Baseline", **TINY))
+    torch.save(torch.load(path, weights_only=True) | change, path)
+    with pytest.raises(ZooError, match=r"a\.ckpt: its options or its weights do not fit Baseline") as error:
+        corrzoo.load(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("config", ["[" * 100_000, "null", "9" * 5000, None])
+def test_a_strangers_folder_is_refused_in_one_line_that_names_it(tmp_path, config):
+    folder = corrzoo.save(corrzoo.create_matcher("Baseline", **TINY), tmp_path / "model")
+    path = folder / ("model.safetensors" if config is None else "config.json")
+    path.unlink() if config is None else path.write_text(config)
+    with pytest.raises(ZooError, match=r"no .*model/model.safetensors" if config is None else "model is damaged"):
+        corrzoo.load(folder)
+
+
 RESULT = {
     "head": "Baseline",
     "backbone": TINY["backbone"],

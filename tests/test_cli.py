@@ -259,7 +259,7 @@ def test_two_processes_leave_the_files_of_one(tmp_path):
     main([*args, "--trainer.logger.save_dir=one"])
     two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.logger.save_dir=two"]
     # a process that waits for another in vain does not end
-    subprocess.run([sys.executable, "-m", "corrzoo", *args, *two], check=True, capture_output=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "corrzoo", *args, *two], check=True, capture_output=True, timeout=600)
     (one,), (other,) = (list(tmp_path.glob(f"{run}/*/*/results/synthetic.csv")) for run in ("one", "two"))
     assert one.read_text() == other.read_text()
     assert json.loads(other.with_suffix(".json").read_text())["processes"] == 2

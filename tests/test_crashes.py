@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -49,13 +50,16 @@ def run(folder: Path, args: list[str], trouble: Callable[[], None] | None = None
         while not (folder / "steps").exists() and process.is_alive():
             time.sleep(0.01)
         os.kill(process.pid, getattr(signal, then))
-    process.join(timeout=120)
-    process.kill()
+    process.join(timeout=600)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # also a loader's worker that did not see its parent being killed
+    process.join()
     return process.exitcode, log.read_text()
 
 
 def command(folder: Path, args: list[str], trouble: Callable[[], None] | None, environment: dict[str, str]) -> None:
     multiprocessing.set_start_method("fork", force=True)  # of loaders, as in any other process
+    os.setsid()
     os.environ |= environment
     os.chdir(folder)
     torch.set_num_threads(1)

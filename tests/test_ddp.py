@@ -1,13 +1,11 @@
 """Two gloo processes train as one does on the joined batch, and score as one: losses, gradients, weights, every row."""
 
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor, nn
@@ -18,6 +16,7 @@ from corrzoo.data import PairDataset
 from corrzoo.data.module import PairsDataModule
 from corrzoo.data.synthetic import write_spair
 from corrzoo.types import Pair
+from processes import in_two_processes, join, leave
 
 VIT, CNN = "timm/test_vit.r160_in1k", "timm/test_resnet.r160_in1k"
 CASES = {
@@ -103,8 +102,7 @@ def run(folder: str, processes: int) -> dict[str, Any]:
 
 
 def work(rank: int, folder: str) -> None:
-    limit = timedelta(seconds=120)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=limit)
+    join(rank, folder)
     mine = Pair(*(field[rank::2] if len(field) == 4 else field for field in joined()))
     found: dict[str, Any] = {case: gradients(case, mine) for case in CASES}
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
@@ -112,19 +110,14 @@ def work(rank: int, folder: str) -> None:
         for name, value in own.items():
             patch.setenv(name, str(value))
         found["run"] = run(folder, 2)
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave(found, rank, folder)
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
     folder: Path = tmp_path_factory.mktemp("gloo")
     write_spair(folder, pairs_per_split=9, images_per_category=3, size=64)
-    other = mp.get_context("spawn").Process(target=work, args=(1, str(folder)))
-    other.start()
-    work(0, str(folder))
-    other.join()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return in_two_processes(work, folder)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -54,6 +54,13 @@ def test_a_frozen_model_has_nothing_to_train(tmp_path):
         trainer(tmp_path).fit(model, data())
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_a_precision_that_annotations_do_not_survive_is_refused(tmp_path, precision):
+    model = corrzoo.create_matcher("Baseline", **TINY)
+    with pytest.raises(ZooError, match=f"{precision} rounds coordinates, too: give {precision[:-4]}mixed"):
+        trainer(tmp_path, precision=precision).test(model, data())
+
+
 @pytest.mark.parametrize(
     "schedule, expected",
     [

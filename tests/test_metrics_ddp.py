@@ -1,15 +1,11 @@
 """PCK over two gloo processes equals PCK in one: with an odd number of pairs, and with fewer pairs than processes."""
 
-from datetime import timedelta
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from corrzoo.metrics import PCK, LabelTransfer
 from corrzoo.types import Pair, ZooError
+from processes import in_two_processes, join, leave
 
 COUNTS = (9, 1, 0)
 
@@ -46,25 +42,17 @@ def results(count: int, mine: list[int]) -> dict[str, object] | str:
 
 
 def work(rank: int, folder: str) -> None:
-    limit = timedelta(seconds=120)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=limit)
+    join(rank, folder)
     out = {}
     for count in COUNTS:
         order = list(range(count)) + list(range(count % 2 if count > 1 else 0))  # as a sampler pads
         out[count] = results(count, order[rank::2])
-    torch.save(out, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave(out, rank, folder)
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[int, object]]:
-    folder: Path = tmp_path_factory.mktemp("gloo")
-    # This process is the first of the two: importing torch once less is half of the test's time.
-    other = mp.get_context("spawn").Process(target=work, args=(1, str(folder)))
-    other.start()
-    work(0, str(folder))
-    other.join()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return in_two_processes(work, tmp_path_factory.mktemp("gloo"))
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")

@@ -92,6 +92,8 @@ def test_mistakes(tmp_path):
         corrzoo.load_official("lpm", {})
     with pytest.raises(ZooError, match="no checkpoint at"):
         corrzoo.load_official("actr", tmp_path / "absent.pth")
+    with pytest.raises(ZooError, match="is not that of the released ACTR"):
+        corrzoo.load_official("actr", {1: torch.zeros(1)})
     torch.save({"state_dict": tmp_path}, tmp_path / "odd.pth")
     with pytest.raises(ZooError, match="more than tensors"):
         corrzoo.load_official("actr", tmp_path / "odd.pth")

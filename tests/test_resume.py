@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import signal
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,6 +14,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 import corrzoo
 from corrzoo.data.module import PairsDataModule
 from corrzoo.data.synthetic import write_spair
+from corrzoo.heads import Baseline
 from corrzoo.resume import Checkpoints, WholeFiles
 from corrzoo.types import ZooError
 
@@ -59,7 +61,9 @@ def fit(folder: Path, case: str, start: str | None = None, workers: int = 0) -> 
         augment="none" if reuses else "cats", options={"synthetic": {"length": {"trn": 14, "val": 5}}}, packed=False,
     )  # fmt: skip
     trainer = Trainer(
-        max_epochs=3, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+        # Lightning resumes otherwise where max_steps is given
+        max_epochs=3, max_steps=9 if case == "LPMFlow" else -1,
+        logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
         devices=1, enable_checkpointing=False, callbacks=[] if start else [KeepAll(folder)], num_sanity_val_steps=0,
     )  # fmt: skip
     trainer.fit(model, data, ckpt_path=folder / f"{start}.ckpt" if start else None)
@@ -183,3 +187,42 @@ def test_the_last_of_an_epoch_s_steps_is_kept_behind_its_validation_alone(tmp_pa
     data = PairsDataModule(train="synthetic", size=64, batch_size=4, workers=0, options=lengths)
     trainer.fit(corrzoo.create_matcher("Baseline", VIT, "random"), data)
     assert happened == ["step 1", "step 2", "validation", "step 3"]
+
+
+@pytest.mark.parametrize("first", [3, 4])  # at an epoch's end, and in the midst of one
+def test_a_run_goes_on_from_where_max_steps_ended_it(tmp_path: Path, first: int) -> None:
+    def run(name: str, steps: int, start: Path | None = None) -> dict[str, torch.Tensor]:
+        seed_everything(0)
+        trainer = Trainer(
+            max_steps=steps, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+            devices=1, callbacks=[Checkpoints(dirpath=tmp_path / name)], num_sanity_val_steps=0,
+        )  # fmt: skip
+        lengths = {"synthetic": {"length": {"trn": 12, "val": 1}}}
+        data = PairsDataModule(train="synthetic", size=64, batch_size=4, workers=0, options=lengths)
+        trainer.fit(corrzoo.create_matcher("Baseline", VIT, "random", backbone_lr=1e-3), data, ckpt_path=start)
+        return torch.load(tmp_path / name / "last.ckpt")["state_dict"]
+
+    whole = run("whole", 7)
+    run("first", first)
+    again = run("second", 7, tmp_path / "first" / "last.ckpt")
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+
+
+def test_a_signal_ends_evaluation_and_the_check_before_training_at_once(tmp_path: Path) -> None:
+    found: list[bool] = []
+
+    class Asking(Baseline):
+        def validation_step(self, *args: object) -> None:
+            found.append(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
+            super().validation_step(*args)
+
+    trainer = Trainer(
+        max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+        devices=1, enable_checkpointing=False, num_sanity_val_steps=1, default_root_dir=tmp_path,
+    )  # fmt: skip
+    lengths = {"synthetic": {"length": {"trn": 4, "val": 1}}}
+    data = PairsDataModule(train="synthetic", size=64, batch_size=4, workers=0, options=lengths)
+    model = Asking(VIT, "random")
+    trainer.fit(model, data)
+    trainer.validate(model, data, verbose=False)
+    assert found == [True, False, True]  # that of an epoch's end waits: there is something to save

@@ -184,6 +184,14 @@ class TestRefusals:
         assert "1 unexpected (decoder.weight)" in message
         assert "1 of another shape (norm.bias)" in message
 
+    @pytest.mark.parametrize("content", [
+        {1: torch.zeros(2)}, {"patch_embed.proj.weight": torch.zeros(3)}, {"_conv_stem.weight": torch.zeros(1)},
+        {"state_dict": torch.zeros(2)},
+    ])  # fmt: skip
+    def test_what_makes_converters_stumble_is_named(self, content, tmp_path):
+        with pytest.raises(ZooError, match=r"odd\.pth does not fit backbone timm/test_vit"):
+            create_backbone(VIT, saved(content, tmp_path / "odd.pth"))
+
     def test_sha256(self, state, tmp_path):
         file = saved(state, tmp_path / "w.pth")
         digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()

@@ -45,13 +45,23 @@ def test_bad_outlines_are_named(tmp_path: Path) -> None:
     start = "x/Faces/image_0001.jpg,x/Faces/image_0002.jpg"
     for row, message in (
         (f'{start},1,"1,2,3","1,2","1,2","1,2"', "csv:2: these are no keypoints"),
-        (f'{start},1,"1,2","1,nan","1,2","1,2"', "csv:2: source point .*nan"),
+        (f'{start},1,"1,2,3","1,nan,3","1,2,3","1,2,1"', "csv:2: source point .*nan"),
         (f'{start},102,"1,2","1,2","1,2","1,2"', "csv:2: unknown category '102'"),
-        (f'{start},1,"1,2","1,2","1,2"', "csv:2: expected 7 columns"),
+        (f'{start},1,"1,2,3","1,2","1,2"', "csv:2: expected 7 columns"),
+        (f'{start},1,"1,2","1,2","1,2,3","1,2,1"', "csv:2: an outline of less than three points"),
+        (f'{start},1,"1,2' + "3" * 140_000, "csv:2: field larger than"),
     ):
         path.write_text(f"header\n{row}\n")
         with pytest.raises(ZooError, match=message):
             create_dataset("caltech101", tmp_path, "test")
+
+
+def test_a_list_without_a_header_is_refused_and_loses_no_pair(tmp_path: Path) -> None:
+    write_caltech(tmp_path)
+    path = tmp_path / "Caltech-101" / "test_pairs_caltech_with_category.csv"
+    path.write_text(path.read_text().partition("\n")[2])
+    with pytest.raises(ZooError, match="with_category.csv: its first line is a pair"):
+        create_dataset("caltech101", tmp_path, "test")
 
 
 SIDE, SHIFT = 32, (3.0, -2.0)

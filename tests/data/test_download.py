@@ -238,8 +238,27 @@ def test_a_bomb_stops_at_the_limit(pack: type, tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"no archive", tar({"a": IMAGE})[:60], gzip.compress(b"not a tar"), b""])
 def test_damaged_archives(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "bad.tar.gz").write_bytes(content)
-    with pytest.raises(ZooError, match="cannot unpack"):
+    with pytest.raises(ZooError, match="cannot unpack") as error:
         extract(tmp_path / "bad.tar.gz", tmp_path / "folder")
+    assert "\n" not in str(error.value)
+
+
+ENTRY = b"PK\x01\x02"  # of a zip's list; from its 8th byte come flags, of which the first means encrypted, and the method
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        zipped({"a": IMAGE}).replace(ENTRY + zipped({"a": IMAGE}).split(ENTRY)[1][:4], ENTRY + b"\x14\x03\x14\x00\x01"),
+        zipped({"x" * 300: IMAGE}),
+        zipped({"a": IMAGE, "a/b": IMAGE}),
+    ],
+    ids=["encrypted", "a name too long", "a file that is a folder"],
+)
+def test_archives_that_cannot_be_unpacked_are_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "bad.zip").write_bytes(content)
+    with pytest.raises(ZooError, match=r"cannot unpack .*bad\.zip"):
+        extract(tmp_path / "bad.zip", tmp_path / "folder")
 
 
 def test_a_damaged_download_leaves_no_dataset(toy: Server, tmp_path: Path) -> None:

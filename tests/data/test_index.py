@@ -178,7 +178,7 @@ def test_an_added_and_a_removed_file_are_noticed(tmp_path: Path, parses: list[st
     assert len(parses) == 3
 
 
-@pytest.mark.parametrize("damage", ["empty", "garbage", "half", "flipped", "foreign"])
+@pytest.mark.parametrize("damage", ["empty", "garbage", "half", "flipped", "method", "array", "foreign"])
 def test_a_damaged_cache_is_made_anew_with_a_warning(tmp_path: Path, parses: list[str], damage: str) -> None:
     write_spair(tmp_path)
     create_dataset("spair71k", tmp_path, "trn")
@@ -191,12 +191,17 @@ def test_a_damaged_cache_is_made_anew_with_a_warning(tmp_path: Path, parses: lis
             "garbage": b"not an archive" * 9,
             "half": good[: len(good) // 2],
             "flipped": good[:at] + b"\xff" + good[at + 1 :],
+            "method": good.replace(b"PK\x01\x02", b"PK\x01\x02\xff", 1),  # shifts how the first array is compressed
+            "array": b"",
             "foreign": good,
         }[damage]
     )
     if damage == "foreign":
         with open(path, "wb") as file:
             np.savez(file, state=np.array(["?"], dtype=object))  # a pickle inside
+    if damage == "array":
+        with open(path, "wb") as file:
+            np.save(file, np.zeros(3))
     with pytest.warns(UserWarning, match="damaged"):
         dataset = create_dataset("spair71k", tmp_path, "trn")
     assert dataset.record(0).src_kps.tolist() == [[10, 12], [30, 20], [50, 40]]

@@ -168,3 +168,13 @@ def test_spair_u_is_a_test_set_whose_absence_is_one_line(tmp_path: Path) -> None
     assert "\n" not in str(error.value)
     with pytest.raises(ZooError, match="spair71k_u has no split 'trn'"):
         create_dataset("spair71k_u", tmp_path, "trn")
+
+
+def test_a_pair_of_spair_u_that_gets_its_first_keypoints_counts_from_the_next_start(tmp_path: Path) -> None:
+    write_spair(tmp_path)
+    bare = write_spair_u(tmp_path)[1]
+    assert len(create_dataset("spair71k_u", tmp_path, "test")) == 2
+    path = tmp_path / "SPair-U/PairAnnotation/test" / f"{bare['filename']}.json"
+    path.write_text(json.dumps(bare | {"src_kps": [[3, 4]], "trg_kps": [[5, 6]]}))
+    dataset = create_dataset("spair71k_u", tmp_path, "test")
+    assert len(dataset) == 3 and dataset.record(1).src_kps.tolist() == [[3, 4]]

@@ -1,6 +1,5 @@
 """ACTR against what its authors' code answers, and its options."""
 
-import gc
 import zlib
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from golden import assert_close, record, without_dropout
 
 
 @pytest.fixture(scope="module")
-def released(golden):
+def released(golden, gigabytes):
     """A training step in float64 without dropout, and what every module answered in it."""
     torch.set_num_threads(2)
     model = load_official("actr", golden.official_state("actr"))
@@ -31,8 +30,6 @@ def released(golden):
     loss.backward()
     torch.set_num_threads(1)
     yield model, single, flow, loss, seen
-    model = seen = flow = loss = None
-    gc.collect()  # gigabytes, in cycles
 
 
 def test_flow(golden, released):

@@ -1,6 +1,5 @@
 """LPMFlow against what its authors' code answers, and its options."""
 
-import gc
 import random
 import zlib
 from pathlib import Path
@@ -20,7 +19,7 @@ from golden import assert_close, record, without_dropout
 
 
 @pytest.fixture(scope="module")
-def released(golden):
+def released(golden, gigabytes):
     """In float64: the evaluation, the same as the authors' test script loads it, a training step without dropout."""
     torch.set_num_threads(2)
     model = load_official("lpmflow", golden.official_state("lpmflow"))
@@ -49,8 +48,6 @@ def released(golden):
     terms["loss"].backward()
     torch.set_num_threads(1)
     yield model, flows, evaluated, match, terms
-    model = flows = evaluated = match = terms = None
-    gc.collect()  # gigabytes, in cycles
 
 
 def authors_ranks(golden):
