@@ -38,11 +38,18 @@ def test_it_needs_none_of_the_original_weights(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "content, expected",
-    [({"state_dict": {}}, "does not say which head"), ([1, 2], "holds a list"), (None, "cannot be read|refused")],
+    [
+        ({"state_dict": {}}, "does not say which head"),
+        ([1, 2], "holds a list"),
+        *(
+            (content, "a.ckpt is damaged, or refused")
+            for content in (b"nothing of the kind", b"", b"hello", b"\x80\x02.")
+        ),
+    ],
 )
 def test_other_files_are_refused(tmp_path, content, expected):
     path = tmp_path / "a.ckpt"
-    path.write_bytes(b"nothing of the kind") if content is None else torch.save(content, path)
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(ZooError, match=expected):
         corrzoo.load(path)
 

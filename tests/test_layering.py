@@ -33,7 +33,7 @@ ALLOWED = {
     },
     "heads": {"types", "registry", "geometry", "ops", "losses", "backbones", "matcher"},
     "modelcard": {"types", "backbones", "markdown"},
-    "checkpoints": {"types", "registry", "heads", "matcher", "modelcard"},
+    "checkpoints": {"types", "registry", "backbones", "heads", "matcher", "modelcard"},
     "apps": {
         *("types", "visualize", "images", "imagepair", "data", "callbacks", "matcher", "heads", "checkpoints"),
         "registry",

@@ -1,16 +1,15 @@
 """Trained matchers to and from files. Nothing but tensors and plain values is ever read."""
 
 import json
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import errors, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from corrzoo.backbones.weights import read_state
 from corrzoo.heads import HEADS, options_of
 from corrzoo.matcher import Matcher
 from corrzoo.modelcard import model_card
@@ -64,24 +63,26 @@ def load(path: str | Path) -> Matcher:
     for name in options.keys() - known:
         hint = nearest(name, known) or ": it is of another version of corrzoo"
         raise ZooError(f"{path} has an option {name!r} that {head} does not know{hint}")
-    matcher = HEADS[head](**options)
-    matcher.trained = content.get("trained")
-    matcher.image_size = content.get("image_size") or (matcher.trained or {}).get("size") or matcher.image_size
     try:
+        matcher = HEADS[head](**options)
+        matcher.trained = content.get("trained")
+        size = content.get("image_size") or (matcher.trained or {}).get("size") or matcher.image_size
+        matcher.image_size = size if isinstance(size, int) else (int(size[0]), int(size[1]))
         matcher.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ZooError(
-            f"{path}: its weights do not fit {head} with its own options: {error}".splitlines()[0]
-        ) from error
+    except Exception as error:  # numbers that are words, too large, or of tensors that are not there
+        reason = " ".join(str(error).split())[:300]
+        raise ZooError(f"{path}: its options or its weights do not fit {head}: {reason}") from error
     return matcher.eval()
 
 
 def read_checkpoint(path: Path) -> tuple[str, dict[str, Any]]:
-    """A checkpoint's head and the options that it was made with.
+    """The head of a checkpoint that Lightning is to load, and the options that it was made with.
 
     Raises:
-        ZooError: like `load`.
+        ZooError: like `load`, and for what only `load` reads.
     """
+    if path.is_dir() or str(path).startswith("hf:"):
+        raise ZooError(f"{path} is for corrzoo.load() and `corrzoo match`: give --ckpt_path a .ckpt of `lightning fit`")
     content = _read(path)
     return content["head"], content["hyper_parameters"]
 
@@ -112,20 +113,19 @@ def _read(path: Path) -> dict[str, Any]:
         raise ZooError(f"{path} is no checkpoint of corrzoo: it does not say which head it holds")
     module = str(content.get("module", "corrzoo"))
     if head not in HEADS and not module.startswith("corrzoo."):  # named, but not imported for a file's sake
-        raise ZooError(f"{path} holds a {head} of {module!r}: import that module first (--plugins {module})")
+        raise ZooError(f"{path} holds a {head} of {module!r}: import that module first (--plugins {module!r})")
     HEADS[head]  # an unknown head names the nearest
     return content | {"hyper_parameters": dict(options)}
 
 
 def _read_folder(path: Path) -> dict[str, Any]:
+    for file in (path / CONFIG, path / WEIGHTS):
+        if not file.is_file():
+            raise ZooError(f"no {file}: a saved matcher has {WEIGHTS} and {CONFIG}, see corrzoo.save()")
     try:
         config = dict(json.loads((path / CONFIG).read_text()))
         weights = load_file(path / WEIGHTS)
-    except FileNotFoundError as error:
-        raise ZooError(
-            f"no {error.filename}: a saved matcher has {WEIGHTS} and {CONFIG}, see corrzoo.save()"
-        ) from error
-    except (ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
         raise ZooError(f"{path} is damaged: {error}") from error
     return config | {"hyper_parameters": config.get("options"), "state_dict": weights}
 
@@ -133,12 +133,4 @@ def _read_folder(path: Path) -> dict[str, Any]:
 def _read_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ZooError(f"no checkpoint at {path}: `lightning fit` writes checkpoints/best.ckpt into the run's folder")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ZooError(f"{path} is refused: it holds more than tensors and plain values, or is damaged") from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ZooError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict):
-        raise ZooError(f"{path} is no checkpoint of corrzoo: it holds a {type(content).__name__}")
-    return content
+    return read_state(path)

@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import importlib.util
-import pickle
 import sys
 import urllib.request
 from pathlib import Path
@@ -44,7 +43,11 @@ def load_weights(model: nn.Module, spec: BackboneSpec, weights: str, sha256: str
     if not path.is_file():
         hint = nearest(weights, ["pretrained", "random"]) or ": expected pretrained, random, or the path of a file"
         raise ZooError(f"weights {weights!r} of {spec.key}: there is no such file{hint}")
-    state, expected = to_timm(read_state(path, sha256), model, spec.branch), model.state_dict()
+    state, expected = read_state(path, sha256), model.state_dict()
+    try:
+        state = to_timm(state, model, spec.branch)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:  # timm's converters
+        raise ZooError(f"{path} does not fit backbone {spec.key}: its keys or shapes are another model's") from error
     state = {key: value for key, value in state.items() if key in expected or not key.startswith(HEADS)}
     faults = {
         # Files older than PyTorch 0.4.1 do not count batches, and evaluation never asks.
@@ -76,9 +79,10 @@ def read_state(path: Path, sha256: str | None = None) -> dict[str, Any]:
         # Full DINO and iBOT checkpoints carry their command line: a Namespace is plain data.
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, safetensors.SafetensorError) as error:
+    except Exception as error:  # what is no pickle raises whatever its bytes happen to ask for
         remedy = "fetch it again, or save its state_dict alone"
-        raise ZooError(f"{path} is damaged, or more than tensors ({type(error).__name__}): {remedy}") from error
+        why = f"is damaged, or refused as more than tensors ({type(error).__name__})"
+        raise ZooError(f"{path} {why}: {remedy}") from error
     if not isinstance(state, dict):
         raise ZooError(f"{path} holds a {type(state).__name__}, expected a dict of tensors: save its state_dict")
     return state
