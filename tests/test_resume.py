@@ -222,7 +222,7 @@ def test_a_signal_ends_evaluation_and_the_check_before_training_at_once(tmp_path
     )  # fmt: skip
     lengths = {"synthetic": {"length": {"trn": 4, "val": 1}}}
     data = PairsDataModule(train="synthetic", size=64, batch_size=4, workers=0, options=lengths)
-    model = Asking(VIT, "random")
+    model = Asking(backbone=VIT, weights="random")
     trainer.fit(model, data)
     trainer.validate(model, data, verbose=False)
     assert found == [True, False, True]  # that of an epoch's end waits: there is something to save

@@ -412,6 +412,14 @@ class Matcher(LightningModule, ABC):
 
     # ------------------------------------------------------------------ what Lightning asks for
 
+    def setup(self, stage: str) -> None:
+        """Refuse a precision that annotations do not survive, and have Lightning count epochs."""
+        if self.trainer.precision in ("bf16-true", "16-true"):
+            mixed = self.trainer.precision.replace("true", "mixed")
+            raise ZooError(f"--trainer.precision {self.trainer.precision} rounds coordinates, too: give {mixed}")
+        # With max_steps it goes on behind an epoch's last step with an epoch that is empty, and all others move on.
+        self.trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
+
     def on_fit_start(self) -> None:
         self.load_weights()  # not in setup(): only now has a checkpoint brought its own, and nothing needs fetching
 

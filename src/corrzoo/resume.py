@@ -85,12 +85,14 @@ class Checkpoints(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self._every and trainer.global_step % self._every == 0 and may_go_on_from(trainer, batch_idx):
+        ends = trainer.global_step == trainer.max_steps
+        if (ends or (self._every and trainer.global_step % self._every == 0)) and may_go_on_from(trainer, batch_idx):
             self._write_last(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
-        self._write_last(trainer)
+        if trainer.is_last_batch or trainer.global_step != trainer.max_steps:
+            self._write_last(trainer)
 
     def _write_last(self, trainer: Trainer) -> None:
         if self._keeps_last and self.dirpath and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -193,6 +195,10 @@ class StopSignals(Callback):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Lightning's handler would note it and go on
 
     on_predict_start = on_test_start
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._before:  # `lightning validate`, or the check before training
+            self.on_test_start(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore()
