@@ -420,7 +420,8 @@ class LabelTransfer(BenchmarkMetric):
         counts = [index, category, gt.numel()]
         for pred in (polygon, mask):
             if pred.shape != gt.shape or not gt.any():
-                raise ZooError(f"expected masks of one shape, the target's not empty: got {pred.shape} for {gt.shape}")
+                got = f"got {pred.shape} for {gt.shape}"
+                raise ZooError(f"pair {index}: expected masks of one shape, the target's not empty: {got}")
             counts += [int((pred == gt).sum()), int((pred & gt).sum()), int((pred | gt).sum())]
         self.table.append(torch.tensor([counts], device=self.device))
 

@@ -60,7 +60,7 @@ def test_a_list_without_a_header_is_refused_and_loses_no_pair(tmp_path: Path) ->
     write_caltech(tmp_path)
     path = tmp_path / "Caltech-101" / "test_pairs_caltech_with_category.csv"
     path.write_text(path.read_text().partition("\n")[2])
-    with pytest.raises(ZooError, match="with_category.csv: its first line is a pair"):
+    with pytest.raises(ZooError, match=r"with_category\.csv: its first line is a pair"):
         create_dataset("caltech101", tmp_path, "test")
 
 

@@ -6,14 +6,16 @@ the file system, so that they differ from machine to machine: compare numbers th
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from corrzoo.data.index import read_box, read_points
+from corrzoo.data.index import BROKEN, read_box
 from corrzoo.data.pairs import DATASETS, FolderDataset
 from corrzoo.geometry import Size
 from corrzoo.registry import nearest
@@ -21,6 +23,9 @@ from corrzoo.types import Record, ZooError
 
 SUBSETS = {"intra-species": "", "cross-species": "_cross_species", "cross-family": "_cross_family"}
 """What the authors call the benchmark's parts, and what their folders' names end in."""
+
+Animal = tuple[Tensor, Tensor, tuple[int, int], Tensor]
+"""Of an image's annotation: keypoints (17, 2), which of them are visible, the image's (w, h), the animal's box."""
 
 
 @DATASETS.register("ap10k")
@@ -55,6 +60,7 @@ class AP10K(FolderDataset):
     def sources(self) -> list[Path]:
         self._images, self._animals = self.need(self.home / "JPEGImages"), self.need(self.home / "ImageAnnotation")
         self._pairs = self.need(self.home / "PairAnnotation" / f"{self.split}{SUBSETS[self.subset]}")
+        self.pair_files = self._pairs
         self._files = sorted(name for name in os.listdir(self._pairs) if name.endswith(".json"))
         self.categories = sorted({self._category(name) for name in self._files})
         return [self._pairs, *sorted(filter(Path.is_dir, self._animals.glob("*/*")))]
@@ -62,52 +68,48 @@ class AP10K(FolderDataset):
     def read(self) -> Iterator[tuple[str, Record]]:
         animal = cache(self._read_animal)
         for name in self._files:
-            where = str(self._pairs / name)
-            try:
-                pair = json.loads((self._pairs / name).read_bytes())
-                # They are relative to where the notebook ran: the last three parts are family, species and file.
-                src, trg = (
-                    PurePosixPath(*PurePosixPath(pair[f"{side}_json_path"]).parts[-3:]) for side in ("src", "trg")
-                )
-            except (KeyError, TypeError, ValueError, OverflowError) as error:
-                raise ZooError(f"{where}: not a pair of AP-10K ({error!r}): write it again") from error
-            (src_kps, src_seen, src_size, src_box), (trg_kps, trg_seen, trg_size, trg_box) = animal(src), animal(trg)
-            both = src_seen & trg_seen
-            yield (
-                where,
-                Record(
-                    src_path=self._images / src.with_suffix(".jpg"),
-                    trg_path=self._images / trg.with_suffix(".jpg"),
-                    src_kps=src_kps[both],
-                    trg_kps=trg_kps[both],
-                    src_size=src_size,
-                    trg_size=trg_size,
-                    category=self._category(name),
-                    src_box=src_box,
-                    trg_box=trg_box,
-                ),
-            )
+            yield str(self._pairs / name), self._read_pair(self._pairs / name, animal)
+
+    def read_pair(self, path: Path) -> Record:
+        return self._read_pair(path, self._read_animal)
+
+    def _read_pair(self, path: Path, animal: Callable[[PurePosixPath], Animal]) -> Record:
+        try:
+            pair = json.loads(path.read_bytes())
+            # They are relative to where the notebook ran: the last three parts are family, species and file.
+            src, trg = (PurePosixPath(*PurePosixPath(pair[f"{side}_json_path"]).parts[-3:]) for side in ("src", "trg"))
+        except BROKEN as error:
+            raise ZooError(f"{path}: not a pair of AP-10K ({error!r}): write it again") from error
+        (src_kps, src_seen, src_size, src_box), (trg_kps, trg_seen, trg_size, trg_box) = animal(src), animal(trg)
+        both = src_seen & trg_seen
+        return Record(
+            src_path=self._images / src.with_suffix(".jpg"),
+            trg_path=self._images / trg.with_suffix(".jpg"),
+            src_kps=src_kps[both],
+            trg_kps=trg_kps[both],
+            src_size=src_size,
+            trg_size=trg_size,
+            category=self._category(path.name),
+            src_box=src_box,
+            trg_box=trg_box,
+        )
 
     def _category(self, name: str) -> str:
         return name.removesuffix(".json").rpartition(":")[2]
 
-    def _read_animal(self, place: PurePosixPath) -> tuple[Tensor, Tensor, tuple[int, int], Tensor]:
-        """Keypoints (17, 2), which of them are visible, the image's (w, h) and the box of an image's annotation."""
+    def _read_animal(self, place: PurePosixPath) -> Animal:
         path = self._animals / place
         try:
             note = json.loads(path.read_bytes())
-            kps, (x, y, w, h) = note["keypoints"], note["bbox"]  # COCO: x, y, visibility; left, top, width, height
-            seen = read_points(zip(kps[2::3], kps[2::3], strict=True), str(path))[:, 0] > 0
+            x, y, w, h = map(float, note["bbox"])  # COCO: left, top, width, height; keypoints are x, y, visibility
+            points = torch.from_numpy(np.array(note["keypoints"], dtype=np.float64).reshape(17, 3))
             box = read_box([x, y, x + w, y + h], str(path))
-            return (
-                read_points(zip(kps[::3], kps[1::3], strict=True), str(path)),
-                seen,
-                (note["width"], note["height"]),
-                box,
-            )
-        except FileNotFoundError:
-            raise ZooError(f"no annotation {path}, which a pair names: restore it, or write the pairs again") from None
+            return points[:, :2], points[:, 2] > 0, (note["width"], note["height"]), box
+        except OSError as error:
+            raise ZooError(
+                f"no annotation {path}, which a pair names ({error.strerror}): restore it, or write the pairs again"
+            ) from None
         except ZooError:
             raise
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except BROKEN as error:
             raise ZooError(f"{path}: not an annotation of AP-10K ({error!r}): write it again") from error

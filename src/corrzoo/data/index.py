@@ -11,8 +11,6 @@ import os
 import stat
 import tempfile
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -25,11 +23,14 @@ from torch import Tensor
 from corrzoo.registry import nearest
 from corrzoo.types import DIFFICULTIES, Record, ZooError
 
-FORMAT = 2
+FORMAT = 3
 """To be raised whenever `Table` or what a reader makes of its files changes, so that older caches are made anew."""
 
 LARGEST = 1 << 20
 """our choice: pixels that an image's side may have, more than any format's decoder takes."""
+
+BROKEN = (KeyError, TypeError, ValueError, OverflowError, RecursionError)
+"""What comes of reading the wrong thing out of a JSON file."""
 
 BORDER = 1.0
 """Pixels that a point may lie outside its image, because annotations count pixels from 1 as well as from 0."""
@@ -171,8 +172,9 @@ def check(table: Table, where: list[str]) -> None:
         ZooError: naming the first such annotation by `where`.
     """
     counts = np.diff(table.starts, axis=0)
-    for i in np.flatnonzero(counts.min(1) == 0)[:1]:
-        raise ZooError(f"{where[i]}: no keypoint that both images have: take the pair off the list")
+    least, lack = (3, "an outline of less than three points") if table.outlines else (1, "no keypoint that both have")
+    for i in np.flatnonzero(counts.min(1) < least)[:1]:
+        raise ZooError(f"{where[i]}: {lack}: take the pair off the list")
     if not table.outlines:
         for i in np.flatnonzero(counts[:, 0] != counts[:, 1])[:1]:
             raise ZooError(
@@ -309,7 +311,7 @@ def _load(path: Path, state: str) -> Table | None:
             return Table(**{name: data[name] for name in Table._fields}) if str(data["state"]) == state else None
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # damage makes zipfile and numpy raise nearly anything
         warnings.warn(f"the annotation cache {path} is damaged ({error}) and is made anew", stacklevel=2)
         return None
 

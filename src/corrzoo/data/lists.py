@@ -23,13 +23,17 @@ def read_list(path: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
     """
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         rows = csv.reader(file)
-        next(rows, None)
-        for row in rows:
-            where = f"{path}:{rows.line_num}"
-            if len(row) >= columns:
-                yield where, [cell.strip() for cell in row]
-            elif row:
-                raise ZooError(f"{where}: expected {columns} columns or more, found {len(row)}: correct the list")
+        try:
+            if "".join(next(rows, [])[:1]).strip().endswith((".jpg", ".png")):
+                raise ZooError(f"{path}: its first line is a pair: put a header above it, which is not read")
+            for row in rows:
+                where = f"{path}:{rows.line_num}"
+                if len(row) >= columns:
+                    yield where, [cell.strip() for cell in row]
+                elif row:
+                    raise ZooError(f"{where}: expected {columns} columns or more, found {len(row)}: correct the list")
+        except csv.Error as error:  # a quotation mark that nothing closes
+            raise ZooError(f"{path}:{rows.line_num}: {error}: correct the list") from error
 
 
 def read_mat(path: Path, key: str) -> NDArray:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from corrzoo.data.index import read_box, read_points
+from corrzoo.data.index import BROKEN, read_box, read_points
 from corrzoo.data.pairs import DATASETS, FolderDataset
 from corrzoo.geometry import Size
 from corrzoo.types import Record, ZooError
@@ -89,7 +89,7 @@ class SPair71k(FolderDataset):
             )
         except ZooError:
             raise
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except BROKEN as error:
             raise ZooError(f"{where}: not an annotation of SPair-71k ({error!r}): fetch it again") from error
 
 
