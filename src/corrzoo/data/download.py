@@ -4,9 +4,9 @@
 and one rename at the end makes the dataset appear: what has the dataset's name is whole.
 """
 
-import gzip
 import hashlib
 import json
+import lzma
 import shutil
 import stat
 import tarfile
@@ -242,8 +242,9 @@ def extract(archive: Path, folder: Path, prefix: str = "", limit: int = LIMIT) -
                     if left < 0:
                         raise ZooError(f"{archive} unpacks to more than {limit} bytes: it is not the official file")
                     out.write(chunk)
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, gzip.BadGzipFile, EOFError) as error:
-        raise ZooError(f"cannot unpack {archive} ({error}): remove it and run this again") from error
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())  # of an encrypted member, a name that no file can have, a full disk
+        raise ZooError(f"cannot unpack {archive} ({reason}): make room, or remove it and run this again") from error
 
 
 def _members(archive: Path) -> Iterator[tuple[str, IO[bytes] | None]]:
