@@ -113,7 +113,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ZooError(f"{path} is no checkpoint of corrzoo: it does not say which head it holds")
     module = str(content.get("module", "corrzoo"))
     if head not in HEADS and not module.startswith("corrzoo."):  # named, but not imported for a file's sake
-        raise ZooError(f"{path} holds a {head} of {module!r}: import that module first (--plugins {module!r})")
+        raise ZooError(f"{path} holds a {head} of {module!r}: import that module first (--plugins {module})")
     HEADS[head]  # an unknown head names the nearest
     return content | {"hyper_parameters": dict(options)}
 

@@ -114,7 +114,7 @@ class ZooCLI(LightningCLI):
         if config.get("ckpt_path") in ("best", "last"):
             config.ckpt_path = str(_newest(f"{config.ckpt_path}.ckpt", config))
         path = config.get("ckpt_path")
-        if not path or str(path) == "hpc" or "://" in str(path):
+        if not path or str(path) == "hpc" or ("://" in str(path) and not str(path).startswith("hf://")):
             return
         head, saved = read_checkpoint(Path(path))
         if (asked := config.model.class_path.rsplit(".", 1)[-1]) != head:

@@ -159,7 +159,11 @@ def _state_of(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
             state = read_state(path)
     if isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
-    return {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
+    return {
+        key.removeprefix("module."): value
+        for key, value in state.items()
+        if isinstance(key, str) and isinstance(value, Tensor)
+    }
 
 
 def _check(theirs: Mapping[str, Tensor], expected: Mapping[str, Tensor], layout: Layout) -> None:
