@@ -362,6 +362,9 @@ def test_it_writes_and_checks(project, capsys):
         (json.dumps(result() | {"pck": {"pck@0.05": "", "pck@0.1": 1.0}}), "its scores are no numbers"),
         (json.dumps(result() | {"breakdown": {"category": {"bus": {"pairs": 5}}}}), "pck@0.05/image"),
         (json.dumps(result() | {"breakdown": {"scale": {"9": {}}}}), "out of range"),
+        (json.dumps(result() | {"pck": {"pck@0.05": float("nan"), "pck@0.1": 1.0}}), "it says NaN"),
+        (json.dumps(result() | {"alphas": []}), "out of range"),
+        *((json.dumps(result() | {key: "word"}), "") for key in ("versions", "options", "trained", "params_head")),
         (b"\xff\xfe", "codec can't decode"),
     ],
 )
@@ -385,6 +388,10 @@ def test_a_corrupt_file_is_named_and_skipped(project, capsys, content, why):
             r"no published numbers at benchmarks/papers\.csv: give --papers",
         ),
         (lambda p: (p / "benchmarks/papers.csv").write_text("paper,table\na,b\n"), "papers.csv has no column 'method'"),
+        (
+            lambda p: (p / "benchmarks/papers.csv").write_text(PAPERS.read_text().replace("35.6,%", "many,%")),
+            "papers.csv: the value 'many' of actr_poster, comparison is no number",
+        ),
         (lambda p: (p / "README.md").write_text("no markers"), r"README\.md has no lines <!-- leaderboard -->"),
         (lambda p: (p / "README.md").unlink(), r"README\.md has no lines <!-- leaderboard -->"),
     ],

@@ -2,12 +2,13 @@
 
 import csv
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from corrzoo.errors import ZooError
 
@@ -118,14 +119,19 @@ def read_results(files: Iterable[Path], warn: Callable[[str], None]) -> list[dic
     results = []
     for path in files:
         try:
-            result = json.loads(path.read_text())
+            result = json.loads(path.read_text(), parse_constant=_no_number)
             _check(result)
-            result["dataset_options"] = _of_split(result)
-        except (ValueError, TypeError, AttributeError, LookupError, OSError) as error:
+            result |= {"path": str(path), "study": path.resolve().parent.name, "dataset_options": _of_split(result)}
+            rank([result])
+        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, OSError) as error:
             warn(f"{path} is skipped, it is no result file: {error}")
         else:
-            results.append(result | {"path": str(path), "study": path.resolve().parent.name})
+            results.append(result)
     return results
+
+
+def _no_number(constant: str) -> NoReturn:
+    raise ValueError(f"it says {constant}")
 
 
 def _check(result: Any) -> None:
@@ -136,7 +142,6 @@ def _check(result: Any) -> None:
             raise ValueError(f"it has no {name!r}")
     if not all(isinstance(value, int | float) for value in scores(result).values()):
         raise ValueError("its scores are no numbers")
-    _groups([result])
 
 
 def _of_split(result: dict[str, Any]) -> dict[str, Any]:
@@ -172,7 +177,7 @@ def rank(results: Iterable[dict[str, Any]], papers: Sequence[dict[str, str]] = (
         one, rows = found[0], _rows(found, papers)
         options = json.dumps(one["dataset_options"], sort_keys=True) if one.get("dataset_options") else ""
         names = one["study"], one["dataset"], one["split"], one["protocol"]
-        out.append(Ranking(*names, list(scores(one)), one.get("pairs"), options, one.get("flaw") or "", rows))
+        out.append(Ranking(*names, list(scores(one)), one.get("pairs"), options, str(one.get("flaw") or ""), rows))
     for ranking in out:
         ranking.rows.sort(key=lambda row: (-row.measured[ranking.headline].mean, row.head, row.backbone, row.variant))
     return sorted(out, key=lambda ranking: (ranking.study, ranking.dataset, ranking.protocol, ranking.options))
@@ -212,7 +217,9 @@ def _variants(runs: Sequence[dict[str, Any]]) -> list[str]:
         counts = usual[run["head"], run["backbone"], name]
         return 2 * counts[value] <= counts.total()
 
-    return [run.get("label") or ", ".join(f"{k}={v}" for k, v in _options(run) if odd(run, k, v)) for run in runs]
+    return [
+        str(run.get("label") or "") or ", ".join(f"{k}={v}" for k, v in _options(run) if odd(run, k, v)) for run in runs
+    ]
 
 
 def _options(run: dict[str, Any]) -> list[tuple[str, str]]:
@@ -231,7 +238,7 @@ def _row(seeds: Sequence[dict[str, Any]], variant: str, papers: Sequence[dict[st
         trained["dataset"] or "" if trained else "" if first.get("checkpoint") else "nothing",
         _side(resize if type(resize) is int else first.get("resolution")),  # True says: to what the head needs
         len(seeds),
-        first.get("device", ""),
+        str(first.get("device", "")),
         {k: fmean(r[k] for r in seeds) for k in ("ms_per_pair", "peak_memory_mb") if all(r.get(k) for r in seeds)},
         {measure: Spread.of([scores(r)[measure] for r in seeds]) for measure in scores(first)},
         groups=_groups(seeds),
@@ -272,12 +279,15 @@ def read_papers(path: Path) -> list[dict[str, str]]:
     """
     try:
         with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+            rows = list(csv.DictReader(file, restval=""))
     except FileNotFoundError as error:
         raise ZooError(f"no published numbers at {path}: give --papers the file, or '' to go without") from error
     for name in (*PAPERS, "alpha", "category", "difficulty", "value"):
         if not rows or name not in rows[0]:
             raise ZooError(f"{path} has no column {name!r}, see benchmarks/papers.md")
+    for row in rows:
+        if not re.fullmatch(r"\d+(\.\d+)?", row["value"]):
+            raise ZooError(f"{path}: the value {row['value']!r} of {row['paper']}, {row['table']} is no number")
     return rows
 
 
