@@ -24,6 +24,13 @@ def test_an_error_that_a_user_can_mend_is_one_line(tmp_path):
     assert str(leaving.value.code).startswith(f"error: no result files under {tmp_path}:")
 
 
+@pytest.mark.parametrize("option", ["--chek", "--che"])
+def test_a_misspelt_option_is_one_line_and_not_taken_for_another(option):
+    with pytest.raises(SystemExit) as leaving:
+        main(["leaderboard", option])
+    assert leaving.value.code == f"error: unrecognized arguments: {option}; --help lists the options"
+
+
 def test_help_mentions_every_command(capsys):
     with pytest.raises(SystemExit) as leaving:
         main(["--help"])

@@ -36,7 +36,7 @@ ALLOWED = {
     "checkpoints": {"types", "registry", "backbones", "heads", "matcher", "modelcard"},
     "apps": {
         *("types", "visualize", "images", "imagepair", "data", "callbacks", "matcher", "heads", "checkpoints"),
-        "registry",
+        *("errors", "registry"),
     },
     "official": {"types", "registry", "backbones", "heads", "matcher"},
     "leaderboard": {"errors", "markdown"},

@@ -1,15 +1,15 @@
 """Commands for one's own images, `corrzoo match` and `corrzoo demo`, and the model that both run."""
 
 import argparse
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from corrzoo.checkpoints import load
+from corrzoo.errors import Parser, ZooError
 from corrzoo.heads import HEADS, Baseline, create_matcher
 from corrzoo.matcher import Matcher
 from corrzoo.registry import import_plugins
-from corrzoo.types import ZooError
 
 BACKBONE, SIZE = "efficientnet_lite0", 320
 ZERO_SHOT: dict[str, Any] = {
@@ -27,26 +27,15 @@ ZERO_SHOT_LITE0: dict[str, Any] = {"levels": ["blocks.4.2", "blocks.5.2"], "stri
 """What belongs to that backbone alone."""
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and which takes no abbreviations."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-
-    def error(self, message: str) -> NoReturn:
-        raise ZooError(f"{message}; --help lists the options")
-
-    def add_model(self) -> None:
-        """The options that `matcher_of` reads."""
-        model = self.add_argument_group("model")
-        model.add_argument("--ckpt", help="a checkpoint, a folder of corrzoo.save(), or hf://user/model")
-        model.add_argument("--plugins", help="modules that register its head or backbone, with commas between them")
-        model.add_argument("--head", help="without --ckpt: Baseline, which matches untrained")
-        model.add_argument("--backbone", help=f"without --ckpt: any of list_backbones() ({BACKBONE})")
-        model.add_argument("--weights", help="without --ckpt: pretrained, random, or a file of the backbone's weights")
-        model.add_argument(
-            "--size", type=int, help=f"side of the network image (the checkpoint's own; {SIZE} without one)"
-        )
+def add_model(parser: Parser) -> None:
+    """The options that `matcher_of` reads."""
+    model = parser.add_argument_group("model")
+    model.add_argument("--ckpt", help="a checkpoint, a folder of corrzoo.save(), or hf://user/model")
+    model.add_argument("--plugins", help="modules that register its head or backbone, with commas between them")
+    model.add_argument("--head", help="without --ckpt: Baseline, which matches untrained")
+    model.add_argument("--backbone", help=f"without --ckpt: any of list_backbones() ({BACKBONE})")
+    model.add_argument("--weights", help="without --ckpt: pretrained, random, or a file of the backbone's weights")
+    model.add_argument("--size", type=int, help=f"side of the network image (the checkpoint's own; {SIZE} without one)")
 
 
 def matcher_of(args: argparse.Namespace) -> Matcher:

@@ -11,12 +11,12 @@ from typing import Any
 
 from PIL import Image
 
-from corrzoo.apps import Parser, matcher_of
+from corrzoo.apps import add_model, matcher_of
 from corrzoo.data import create_dataset
+from corrzoo.errors import Parser, ZooError
 from corrzoo.imagepair import ImagePair
 from corrzoo.images import ImageSource, as_rgb
 from corrzoo.matcher import Matcher
-from corrzoo.types import ZooError
 
 LIMIT = 32 * 2**20
 """Bytes of an image that may be sent."""
@@ -151,7 +151,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("images", nargs="*", help="two images; a drawn pair when not given")
     parser.add_argument("--port", type=int, default=0, help="where to listen (any free port)")
     parser.add_argument("--no-browser", action="store_true", help="only say the address")
-    parser.add_model()
+    add_model(parser)
     said = parser.parse_args(args)
     if len(said.images) not in (0, 2):
         raise ZooError(f"{len(said.images)} image given: expected two, or none for a drawn pair")

@@ -8,11 +8,11 @@ from PIL import Image
 from torch import Tensor
 
 from corrzoo import visualize
-from corrzoo.apps import Parser, matcher_of
+from corrzoo.apps import add_model, matcher_of
 from corrzoo.callbacks import write_csv, write_json
+from corrzoo.errors import Parser, ZooError
 from corrzoo.imagepair import GRID, ROUND_TRIP, ImagePair
 from corrzoo.images import as_rgb
-from corrzoo.types import ZooError
 
 ABOUT = f"""Find points of one image in another.
 
@@ -36,7 +36,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--out", default="matches", help="folder to write into (matches)")
     parser.add_argument("--format", choices=("json", "csv"), default="json", help="of the matches (json)")
     parser.add_argument("--dense", action="store_true", help=DENSE)
-    parser.add_model()
+    add_model(parser)
     said = parser.parse_args(args)
     points = None if said.points is None else parse_points(said.points)
     images = as_rgb(said.a), as_rgb(said.b)  # before the model is loaded

@@ -1,12 +1,11 @@
 """The leaderboard: `corrzoo leaderboard` writes it from result files and published numbers, or checks that it is so."""
 
-import argparse
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from corrzoo.errors import ZooError
+from corrzoo.errors import Parser, ZooError
 from corrzoo.leaderboard.render import to_csv, to_html, to_latex, to_markdown
 from corrzoo.leaderboard.results import find_results, rank, rank_papers, read_papers, read_results
 
@@ -22,7 +21,7 @@ def main(args: Sequence[str]) -> None:
     Raises:
         ZooError: for no results, for results that contradict each other, and for a README without the two markers.
     """
-    parser = argparse.ArgumentParser("corrzoo leaderboard", description="Write the leaderboard, or check it.")
+    parser = Parser(prog="corrzoo leaderboard", description="Write the leaderboard, or check it.")
     parser.add_argument("paths", nargs="*", type=Path, help="result files, or folders of them (benchmarks/results)")
     parser.add_argument("--papers", default="benchmarks/papers.csv", help="published numbers; '' for none")
     parser.add_argument("--readme", help="file with the leaderboard's markers (README.md when no paths are given)")
