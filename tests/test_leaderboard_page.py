@@ -193,6 +193,25 @@ def test_plots_follow_the_rows_and_say_their_numbers(opened):
     assert list(figures())[2] == "PCK @0.05 against cost (head, M)"
 
 
+OVERLAPPING = """
+const ticks = [...document.querySelectorAll("figure svg[role=img] > text[text-anchor=middle]:not(.name)")];
+const ends = ticks.map(tick => tick.getBoundingClientRect()).sort((a, b) => a.left - b.left);
+return [ticks.length, ends.filter((end, i) => i && end.left < ends[i - 1].right).length];
+"""
+
+
+def test_the_ticks_of_a_cost_stand_apart(browser, tmp_path):
+    """A Baseline has one parameter and another head ten millions."""
+    for params in (1, 10_000_000):
+        content = result("Baseline", "resnet18", 50.0, 0, ms=4.0 + params / 1e6, params=params, label=str(params))
+        (tmp_path / f"{params}.json").write_text(json.dumps(content))
+    main([str(tmp_path), "--papers=", f"--out={tmp_path}"])
+    browser.get((tmp_path / "leaderboard.html").as_uri())
+    browser.find_element("css selector", "#cost option[value=params_head]").click()
+    count, overlapping = browser.execute_script(OVERLAPPING)
+    assert count > 3 and not overlapping
+
+
 UNNAMED = """
 const all = what => [...document.querySelectorAll(what)], none = (e, what) => !e.getAttribute(what);
 const tables = "main section > .scroll";
