@@ -22,3 +22,13 @@ def test_each_row_is_as_high_as_its_images_need():
     first, second = (figure.axes[row].get_window_extent() for row in (0, 2))
     assert first.width / first.height == pytest.approx(4, rel=0.1)
     assert second.height / second.width == pytest.approx(2, rel=0.1)
+
+
+def test_a_photograph_is_shrunk_and_a_strip_does_not_make_a_tower():
+    photo, strip = torch.full((3, 10, 5000), 90, dtype=torch.uint8), torch.zeros(3, 3000, 6, dtype=torch.uint8)
+    figure = visualize.draw_flow([photo, strip], [torch.rand(2, 10, 5000), torch.rand(2, 3000, 6)])
+    drawn = [axes.images[0].get_array() for axes in figure.axes]
+    assert max(side for pixels in drawn for side in pixels.shape) <= 2048
+    assert (drawn[0] == 90).all() and drawn[0].shape == (4, 1667, 3)
+    assert figure.axes[0].get_xlim() == (0, 5000)  # where points are drawn, pixels are those of the image
+    assert figure.get_figheight() < 2 * figure.get_figwidth()

@@ -11,12 +11,17 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from PIL import Image
 from torch import Tensor
 
 from corrzoo.types import ZooError
 
 OUTLINE = [withStroke(linewidth=2, foreground="black")]
 """Round white text and rings, so that they stand out from any image."""
+FINEST = 2048
+"""our choice: pixels on a side that a panel needs; drawing all of a photograph's takes half a minute."""
+TALLEST = 4.0
+"""our choice: of a row, by the width of an image, and of its inverse; what is longer is drawn smaller."""
 Images = Tensor | Sequence[Tensor]
 """(B, 3, H, W) uint8, or as many (3, H, W) of any sizes."""
 
@@ -30,6 +35,7 @@ def panels(widths: Sequence[float], *images: Images, titles: Sequence[str] | Non
         titles: A title for each row.
     """
     ratios = [max(image.shape[-2] / image.shape[-1] for image in row) for row in zip(*images, strict=True)]
+    ratios = [min(max(ratio, 1 / TALLEST), TALLEST) for ratio in ratios]
     inches = 3.2 if len(ratios) > 1 else 4.8
     size = (inches * sum(widths), inches * sum(ratios) + 0.25 * len(ratios) + 0.25)
     figure = Figure(figsize=size, dpi=150, layout="constrained")
@@ -51,7 +57,8 @@ def head(axes: Any, *names: str) -> None:
 def show(ax: Axes, image: Tensor) -> None:
     """An image (3, H, W) uint8 in a panel whose coordinates are the zoo's: its top-left corner is (0, 0)."""
     H, W = image.shape[-2:]
-    ax.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="lanczos", extent=(0, W, H, 0))
+    pixels = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).reduce(-(-max(H, W) // FINEST))
+    ax.imshow(np.asarray(pixels), interpolation="lanczos", extent=(0, W, H, 0))
     ax.autoscale(False)  # a point outside does not make the image smaller
 
 
