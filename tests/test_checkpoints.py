@@ -2,12 +2,14 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
 import corrzoo
+from corrzoo.checkpoints import read_checkpoint
 from corrzoo.types import ZooError
 
 TINY = dict(backbone="timm/test_vit.r160_in1k", weights="random")
@@ -106,6 +108,15 @@ def test_a_strangers_folder_is_refused_in_one_line_that_names_it(tmp_path, confi
     path.unlink() if config is None else path.write_text(config)
     with pytest.raises(ZooError, match=r"no .*model/model.safetensors" if config is None else "model is damaged"):
         corrzoo.load(folder)
+
+
+def test_what_lightning_cannot_go_on_from_is_refused_with_what_reads_it(tmp_path):
+    for place in (
+        corrzoo.save(corrzoo.create_matcher("Baseline", **TINY), tmp_path / "model"),
+        Path("hf://user/model"),
+    ):
+        with pytest.raises(ZooError, match=r"is for corrzoo.load\(\) .*: give --ckpt_path a .ckpt"):
+            read_checkpoint(place)
 
 
 RESULT = {

@@ -68,12 +68,10 @@ class AP10K(FolderDataset):
     def read(self) -> Iterator[tuple[str, Record]]:
         animal = cache(self._read_animal)
         for name in self._files:
-            yield str(self._pairs / name), self._read_pair(self._pairs / name, animal)
+            yield str(self._pairs / name), self.read_pair(self._pairs / name, animal)
 
-    def read_pair(self, path: Path) -> Record:
-        return self._read_pair(path, self._read_animal)
-
-    def _read_pair(self, path: Path, animal: Callable[[PurePosixPath], Animal]) -> Record:
+    def read_pair(self, path: Path, animal: Callable[[PurePosixPath], Animal] | None = None) -> Record:
+        animal = animal or self._read_animal
         try:
             pair = json.loads(path.read_bytes())
             # They are relative to where the notebook ran: the last three parts are family, species and file.
