@@ -275,3 +275,4 @@ def test_loggers_by_flag(tmp_path, monkeypatch):
     assert list(tmp_path.rglob("events.out.tfevents*"))
     main(["fit", *few, f"--config={CONFIGS / 'trainer' / 'wandb.yaml'}"])
     assert list(tmp_path.rglob("offline-run-*"))
+    assert list(tmp_path.glob("runs/corrzoo/*/matches-fit.png"))  # not where the next run leaves its own

@@ -137,7 +137,7 @@ class ResultsWriter(Callback):
         self._predictions.clear()
 
     def _folder(self, trainer: Trainer) -> Path:
-        return Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "results")
+        return Path(self.folder or run_folder(trainer) / "results")
 
 
 class ScoreTable(Callback):
@@ -208,7 +208,7 @@ class MatchImages(Callback):
         self._save(trainer, pl_module, trainer.predict_dataloaders, "predict")
 
     def _save(self, trainer: Trainer, module: "Matcher", loaders: Any, stage: str, step: str = "") -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked by every process
+        folder = run_folder(trainer)  # asked by every process
         if not trainer.is_global_zero or not loaders or stage not in (*self.stages, "val"):
             return
         loaders = loaders if isinstance(loaders, list) else [loaders]
@@ -268,6 +268,14 @@ class MatchImages(Callback):
             except ZooError as error:  # without a class token there is no foreground; the other pictures stand
                 print(f"{kind}: not drawn, {error}")
         return figures
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Where a run leaves its files, as every process must ask; `log_dir` is one for all of wandb's runs."""
+    logger = trainer.logger
+    if isinstance(logger, WandbLogger):  # beside its checkpoints; the first process alone knows the run's name
+        return Path(trainer.strategy.broadcast(f"{logger.save_dir}/{logger.name}/{logger.version}"))
+    return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 def log_image(trainer: Trainer, name: str, path: Path, figure: Figure) -> None:
