@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from corrzoo.geometry import Size
@@ -36,7 +36,8 @@ def open_image(path: Path, content: bytes | None = None) -> Image.Image:
     except FileNotFoundError:
         raise ZooError(f"no image {path}: restore the file, or take its pairs off the list") from None
     except _BROKEN as error:
-        raise ZooError(f"cannot read the image {path} ({error}): fetch it again") from error
+        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise ZooError(f"cannot read the image {path} ({reason}): fetch it again") from error
     if image.mode in ("I", "F") or ";16" in image.mode:  # PIL would clip these at 255, not scale them
         raise ZooError(f"the image {path} has mode {image.mode}, more than 8 bits a channel: convert it to 8-bit RGB")
     return image

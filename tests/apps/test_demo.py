@@ -178,8 +178,14 @@ def test_a_click_and_the_keyboard_find_the_match_in_a_real_browser(server, brows
     WebDriverWait(browser, 20).until(
         lambda b: b.find_element("id", "h-src").text.endswith("64 \N{MULTIPLICATION SIGN} 48")
     )
+    Image.new("RGB", (30, 90)).save(tmp_path / "portrait.png")
+    browser.find_element("id", "file-trg").send_keys(str(tmp_path / "portrait.png"))
+    WebDriverWait(browser, 20).until(lambda b: "30" in b.find_element("id", "h-trg").text)
+    assert browser.find_element("id", "trg").size["height"] < 900
     (tmp_path / "text.png").write_text("no image")
     browser.find_element("id", "file-src").send_keys(str(tmp_path / "text.png"))
-    WebDriverWait(browser, 20).until(lambda b: "cannot read the image" in b.find_element("id", "error").text)
+    WebDriverWait(browser, 20).until(
+        lambda b: "that was sent (of no known format)" in b.find_element("id", "error").text
+    )
     loud = [entry for entry in browser.get_log("browser") if "400" not in entry["message"]]
     assert not loud, loud
