@@ -235,7 +235,11 @@ def test_a_bomb_stops_at_the_limit(pack: type, tmp_path: Path) -> None:
     assert (tmp_path / "enough" / "b").stat().st_size == 600
 
 
-@pytest.mark.parametrize("content", [b"no archive", tar({"a": IMAGE})[:60], gzip.compress(b"not a tar"), b""])
+@pytest.mark.parametrize(
+    "content",
+    [b"no archive", tar({"a": IMAGE})[:60], gzip.compress(b"not a tar"), b""],
+    ids=["text", "cut", "no tar in it", "empty"],  # the bytes hold the time: two processes would not agree on a name
+)
 def test_damaged_archives(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "bad.tar.gz").write_bytes(content)
     with pytest.raises(ZooError, match="cannot unpack") as error:
