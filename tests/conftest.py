@@ -36,7 +36,7 @@ def memory_of_the_last_module():
 
 @pytest.fixture(scope="module")
 def gigabytes(tmp_path_factory):
-    """For tests that hold many: of all processes that run tests here, one at a time."""
+    """For tests that hold many: of the processes of a run, one at a time."""
     with (tmp_path_factory.getbasetemp().parent / "gigabytes.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
