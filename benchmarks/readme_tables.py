@@ -11,7 +11,7 @@ from pathlib import Path
 
 import study_tables
 from corrzoo.backbones import describe_backbones, get_spec, list_backbones
-from corrzoo.markdown import table
+from corrzoo.files import table
 from corrzoo.protocols import PADDED, get_protocol, list_protocols
 
 ROOT = Path(__file__).resolve().parents[1]

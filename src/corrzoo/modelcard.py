@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corrzoo.backbones.registry import get_spec
-from corrzoo.markdown import table
+from corrzoo.files import table
 from corrzoo.types import ZooError
 
 if TYPE_CHECKING:

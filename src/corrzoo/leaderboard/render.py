@@ -12,7 +12,7 @@ from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
 from corrzoo.leaderboard.results import Ranking, Row, Spread
-from corrzoo.markdown import table
+from corrzoo.files import table
 
 COSTS = {
     "ms_per_pair": ("ms / pair", ",.1f"),
