@@ -11,8 +11,8 @@ from math import inf
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
-from corrzoo.leaderboard.results import Ranking, Row, Spread
 from corrzoo.files import table
+from corrzoo.leaderboard.results import Ranking, Row, Spread
 
 COSTS = {
     "ms_per_pair": ("ms / pair", ",.1f"),
