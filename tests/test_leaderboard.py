@@ -10,7 +10,7 @@ import pytest
 from corrzoo.errors import ZooError
 from corrzoo.leaderboard import main
 from corrzoo.leaderboard.papers import PAPERS, rank_papers, read_papers
-from corrzoo.leaderboard.render import in_words, tabulate, title_of, to_csv, to_html, to_markdown
+from corrzoo.leaderboard.render import heading_of, in_words, tabulate, to_csv, to_html, to_markdown
 from corrzoo.leaderboard.results import find_results, rank, read_results
 from corrzoo.leaderboard.rows import Spread
 
@@ -19,7 +19,7 @@ def result(pck=50.0, seed=0, **changes):
     """What `lightning test` of corrzoo 0.1.0 writes, shortened: `pck` at 0.1, half of it at 0.05."""
     row = {"pairs": 5, "points": 40} | {f"pck@{a:g}/{w}": pck * a * 10 for a in (0.05, 0.1) for w in ("image", "point")}
     return {
-        **{"label": "", "head": "Baseline", "options": {"stride": 8, "resize": None}, "backbone": "dinov2_b14"},
+        **{"label": "", "head": "Baseline", "options": {"stride": 8, "backbone_size": None}, "backbone": "dinov2_b14"},
         **{"weights": "pretrained", "dataset": "spair71k", "split": "test", "dataset_options": {}, "pairs": 10},
         **{"resolution": 224, "protocol": "default:bbox", "flaw": "", "alphas": [0.05, 0.1], "average": "image"},
         **{"params_backbone": 86_600_000, "params_head": 1, "seed": seed, "checkpoint": "best.ckpt", "device": "cpu"},
@@ -68,7 +68,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row(board):
         {"resolution": 448},
         {"precision": "bf16-mixed"},
         {"device": "a GPU"},
-        {"options": {"stride": 4, "resize": None}},
+        {"options": {"stride": 4, "backbone_size": None}},
         {"trained": None, "checkpoint": None},
         {"trained": {"dataset": "spair71k", "batch_size": 32, "max_epochs": 10, "steps": 100, "seed": 1}},
     ],
@@ -85,7 +85,7 @@ def test_the_same_run_twice_is_refused(board):
 
 
 def test_a_row_is_called_by_its_label_or_by_what_is_unusual_about_it(board):
-    odd = {"stride": 4, "resize": None}
+    odd = {"stride": 4, "backbone_size": None}
     (ranking,) = board(
         result(60, 0),
         result(61, 1, resolution=448),
@@ -156,11 +156,14 @@ def test_a_file_with_its_own_measures_is_read_by_them(board):
     assert groups["geometry", "ambiguous"] == {"PCK @0.1": Spread(30.0), "Error": Spread(7.0)}
 
 
-def test_the_network_image_is_what_the_head_resizes_to(board):
+def test_the_network_image_has_the_size_of_the_backbones_input(board):
     (ranking,) = board(
-        result(60, options={"resize": 256}), result(50, resolution=[224, 320]), result(40, resolution=[96, 96])
+        result(60, options={"backbone_size": 256}),
+        result(55, options={"resize": 320}),  # the option's name in corrzoo 0.1.0
+        result(50, resolution=[224, 320]),
+        result(40, resolution=[96, 96]),
     )
-    assert [row.resolution for row in ranking.rows] == ["256", "224x320", "96"]
+    assert [row.resolution for row in ranking.rows] == ["256", "320", "224x320", "96"]
 
 
 def test_files_from_before_labels_and_training_data_are_read(board):
@@ -206,7 +209,7 @@ def test_what_other_splits_were_given_does_not_matter(board):
     (unsaid,) = board(result(dataset_options={"length": {"trn": 800}}), study="unsaid")[1:]
     assert unsaid.options == {}
     (apart,) = [r for r in board(result(dataset_options={"noise": {"blur": 2}}), study="noise") if r.study == "noise"]
-    assert apart.options == {"noise": {"blur": 2}} and title_of(apart) == "SPair-71k, noise blur 2"
+    assert apart.options == {"noise": {"blur": 2}} and heading_of(apart)[0] == "SPair-71k, noise blur 2"
 
 
 def test_options_are_shown_as_words():
@@ -220,7 +223,7 @@ def test_the_study_of_0_1_0_on_pf_willow_is_shown_as_leave_one_category_out(boar
     kinds = {"kinds": "each in turn is tested, the others are learnt from"}
     learnt = {"dataset": "pfwillow_kinds", "options": kinds, "seed": 0}
     (ranking,) = board(result(dataset="pfwillow_kinds", dataset_options=kinds, trained=learnt))
-    assert title_of(ranking) == "PF-WILLOW, leave-one-category-out"
+    assert heading_of(ranking)[0] == "PF-WILLOW, leave-one-category-out"
     text = to_markdown([ranking])
     assert "| PF-WILLOW |" in text and "kinds" not in text and "{" not in text
 
@@ -466,7 +469,10 @@ def test_a_corrupt_file_is_named_and_skipped(project, capsys, content, why):
     ("break_it", "said"),
     [
         (lambda p: (p / "benchmarks/results/study/one.json").unlink(), "no result files under benchmarks/results:"),
-        (lambda p: (p / "benchmarks/results/study/one.json").write_text("{}"), "none of the files is a result file"),
+        (
+            lambda p: (p / "benchmarks/results/study/one.json").write_text("{}"),
+            "no result files under benchmarks/results:",
+        ),
         (lambda p: (p / "README.md").write_text("no markers"), r"README\.md has no lines <!-- leaderboard -->"),
         (lambda p: (p / "README.md").unlink(), r"README\.md has no lines <!-- leaderboard -->"),
     ],
@@ -492,6 +498,12 @@ def test_bad_papers_are_one_line(project, content, message):
     with pytest.raises(ZooError, match=message) as error:
         main(["--papers", "my.csv"])
     assert "\n" not in str(error.value) and not (project / "docs").exists()
+
+
+def test_an_incomplete_file_is_not_read(project, capsys):
+    (project / "benchmarks" / "results" / "study" / ".two.json.x1.json").write_text("{")
+    main([])
+    assert capsys.readouterr().err == ""
 
 
 def test_a_missing_path_is_named(project):

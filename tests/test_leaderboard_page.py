@@ -160,7 +160,7 @@ def test_synthetic_rankings_are_folded_until_a_link_or_a_filter_opens_them(opene
 
     assert shown() == [True] * 6 + [False]
     opened.find_elements("css selector", "nav a")[-1].click()
-    assert shown() == [True] * 7
+    wait_until(opened, lambda _: shown() == [True] * 7)
     opened.get("about:blank")
     opened.get(page.as_uri())
     assert shown()[-1] is False
@@ -244,14 +244,16 @@ def test_plots_follow_the_rows_and_say_their_numbers(opened):
         *("viewpoint easy", "viewpoint medium", "viewpoint hard", "geometry ambiguous", "geometry other")
     ]
     bars = figures()[titles[0]]
-    assert len(bars.find_elements("css selector", "svg[role=img] rect")) == 4 * 4  # four rows are ticked at first
+    assert (
+        len(bars.find_elements("css selector", "svg[role=img] rect")) == 4 * 4
+    )  # the best rows of four methods are ticked at first
     assert bars.find_element("css selector", "svg[role=img]").get_attribute("aria-label")
     opened.find_elements("css selector", "main section")[STUDY].find_elements("css selector", "tbody input")[0].click()
     bars = figures()[titles[0]]
     assert len(bars.find_elements("css selector", "svg[role=img] rect")) == 3 * 4
     bars.find_element("css selector", "summary").click()
     cells = [td.text for td in bars.find_elements("css selector", "tbody tr:first-child td")]
-    assert cells == ["75.0", "61.0", "57.0"]  # fish, two below the mean over three seeds
+    assert cells == ["61.0", "52.0", "43.0"]  # fish, two below the mean over three seeds, of the other methods' best
     points = figures()[titles[2]].find_elements("css selector", "svg[role=img] > path")
     assert len(points) == 11
     opened.find_element("css selector", "#cost option[value=params_head]").click()
@@ -259,12 +261,18 @@ def test_plots_follow_the_rows_and_say_their_numbers(opened):
     assert list(figures())[2] == "PCK @0.05 against cost (head params (M))"
 
 
+def wait_until(browser, condition):
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    return WebDriverWait(browser, 20).until(condition)
+
+
 def unfold_plots(browser, section):
     found = browser.find_elements("css selector", "main section")[section]
     summary = found.find_element("css selector", ".plots > summary")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", summary)
     summary.click()
-    assert found.find_elements("css selector", "figure")
+    wait_until(browser, lambda _: found.find_elements("css selector", "figure"))  # `toggle` is an asynchronous event
 
 
 OVERLAPPING = """

@@ -14,7 +14,7 @@ from corrzoo.leaderboard.results import find_results, rank, read_results
 
 START, END = "<!-- leaderboard -->\n", "<!-- /leaderboard -->"
 CHECKOUT = Path("benchmarks/results")
-"""The result files of a checkout of corrzoo; the README of that folder is written as well."""
+"""Where a checkout of corrzoo keeps its result files. There the README has the tables as well."""
 
 
 def main(args: Sequence[str]) -> None:
@@ -24,9 +24,7 @@ def main(args: Sequence[str]) -> None:
         ZooError: if there are no results, results contradict each other, or the README lacks the two markers.
     """
     parser = Parser(prog="corrzoo leaderboard", description="Write the leaderboard of result files and papers.")
-    parser.add_argument(
-        "paths", nargs="*", type=Path, help="result files or folders (benchmarks/results, or else runs)"
-    )
+    parser.add_argument("paths", nargs="*", type=Path, help="result files or folders (benchmarks/results, else runs)")
     parser.add_argument("--papers", default=PAPERS, help="CSV file of published numbers, '' for none (corrzoo's own)")
     parser.add_argument("--readme", help="file with the two markers to write tables into (README.md in a checkout)")
     parser.add_argument("--out", default="docs", type=Path, help="folder for leaderboard.html and .csv (docs)")
@@ -39,9 +37,8 @@ def main(args: Sequence[str]) -> None:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if not results:
-        raise ZooError(
-            "none of the files is a result file: `lightning test` writes results/<dataset>.json into its run"
-        )
+        folders = ", ".join(map(str, paths))
+        raise ZooError(f"no result files under {folders}: `lightning test` writes results/<dataset>.json for each run")
     papers = read_papers(Path(options.papers)) if options.papers else []
     measured = rank(results, papers)
     texts = {

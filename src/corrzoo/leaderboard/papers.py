@@ -15,8 +15,9 @@ COLUMNS = (
     "dataset split threshold metric alpha category difficulty value"
 ).split()
 
-TITLES = {"gsf": "GSF", "vitsc": "ViTSC", "actr_poster": "ACTR poster", "lpmflow_poster": "LPMFlow poster"} | {
-    "lpmflow_supplement": "LPMFlow supplement"
+TITLES = {
+    **{"gsf": "GSF", "vitsc": "ViTSC", "actr_poster": "ACTR poster"},
+    **{"lpmflow_poster": "LPMFlow poster", "lpmflow_supplement": "LPMFlow supplement"},
 }
 
 

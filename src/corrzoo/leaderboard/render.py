@@ -70,21 +70,17 @@ def _cells(row: Row, ranking: Ranking) -> dict[str, Any]:
 def text_of(title: str, value: Any) -> str:
     """A cell as text; empty if there is no value."""
     if isinstance(value, int | float):
-        return format(value, FORMATS.get(title) or FORMATS.get(title.split()[0], ","))
+        return format(value, FORMATS.get(title) or FORMATS.get(title.partition(" ")[0], ","))
     return "" if value is None else str(value)
 
 
-def title_of(ranking: Ranking) -> str:
-    """The dataset and its options."""
-    return ", ".join(filter(None, [WORDS.get(ranking.dataset, ranking.dataset), in_words(ranking.options)]))
-
-
-def details_of(ranking: Ranking) -> list[str]:
-    """Origin, split, number of pairs, and protocol or threshold."""
+def heading_of(ranking: Ranking) -> tuple[str, list[str]]:
+    """The dataset with its options; and origin, split, number of pairs, and protocol or threshold."""
+    title = ", ".join(filter(None, [WORDS.get(ranking.dataset, ranking.dataset), in_words(ranking.options)]))
     if not ranking.rows[0].runs:
-        return ["published", f"{ranking.split} split", ranking.protocol.replace("published:", "threshold ")]
+        return title, ["published", f"{ranking.split} split", ranking.protocol.replace("published:", "threshold ")]
     pairs = [f"{ranking.pairs} pairs"] if ranking.pairs else []
-    return [f"measured, study {ranking.study}", f"{ranking.split} split", *pairs, f"protocol {ranking.protocol}"]
+    return title, [f"measured, study {ranking.study}", f"{ranking.split} split", *pairs, f"protocol {ranking.protocol}"]
 
 
 def in_words(options: dict[str, Any]) -> str:
@@ -101,14 +97,12 @@ def to_markdown(rankings: Sequence[Ranking]) -> str:
     """A heading and a table for each ranking. Long tables and those of synthetic datasets are folded."""
     lines = []
     for ranking in rankings:
-        shared, titles, rows = tabulate(ranking)
-        details = [*details_of(ranking), *shared, *([f"flaw: {ranking.flaw}"] if ranking.flaw else [])]
-        lines += [f"### {_plain(title_of(ranking))}", "", _plain(", ".join(details)), ""]
+        (title, details), (shared, titles, rows) = heading_of(ranking), tabulate(ranking)
+        flaw = [f"flaw: {ranking.flaw}"] if ranking.flaw else []
+        lines += [f"### {_plain(title)}", "", _plain(", ".join([*details, *shared, *flaw])), ""]
         folded = len(rows) > FOLD or ranking.dataset.startswith("synthetic")
         lines += [f"<details><summary>{len(rows)} rows</summary>", ""] if folded else []
-        numbers = [
-            k for k, title in enumerate(titles) if any(isinstance(row[title], int | float | Spread) for row in rows)
-        ]
+        numbers = [k for k, name in enumerate(titles) if any(_number(row[name]) is not None for row in rows)]
         lines += [table(titles, ([_plain(text_of(t, row[t])) for t in titles] for row in rows), numbers), ""]
         lines += ["</details>", ""] if folded else []
     return "\n".join(lines)
@@ -160,12 +154,12 @@ def to_html(rankings: Sequence[Ranking]) -> str:
 
 
 def _data(ranking: Ranking) -> dict[str, Any]:
-    shared, titles, rows = tabulate(ranking)
+    (title, details), (shared, titles, rows) = heading_of(ranking), tabulate(ranking)
     return {
         "dataset": WORDS.get(ranking.dataset, ranking.dataset),
         "protocol": ranking.protocol,
-        "title": title_of(ranking),
-        "details": [*details_of(ranking), *shared],
+        "title": title,
+        "details": [*details, *shared],
         "flaw": ranking.flaw,
         "folded": ranking.dataset.startswith("synthetic"),
         "headline": ranking.headline,
@@ -174,9 +168,9 @@ def _data(ranking: Ranking) -> dict[str, Any]:
             {
                 "head": row.head,
                 "backbone": row.backbone,
-                "variant": row.variant or row.source.split(",")[0] * (not row.runs),
+                "variant": row.variant,
                 "supervision": WORDS.get(row.supervision, row.supervision) * (row.runs > 0),
-                "cells": [[text_of(title, cells[title]), _number(cells[title])] for title in titles],
+                "cells": [[text_of(name, cells[name]), _number(cells[name])] for name in titles],
                 "scores": {measure: spread.mean for measure, spread in row.measured.items()} or row.published,
                 "groups": [[*group, {m: spread.mean for m, spread in v.items()}] for group, v in row.groups.items()],
                 "costs": row.costs,

@@ -28,15 +28,13 @@ def find_results(paths: Sequence[Path]) -> list[Path]:
     """List the JSON files among and under `paths`.
 
     Raises:
-        ZooError: if a path does not exist, or if there are no JSON files.
+        ZooError: if a path does not exist.
     """
     for path in paths:
         if not path.exists():
             raise ZooError(f"no such file or folder: {path}")
-    files = sorted({file for path in paths for file in (path.rglob("*.json") if path.is_dir() else [path])})
-    if not files:
-        raise ZooError(f"no result files under {', '.join(map(str, paths))}: `lightning test` writes them into its run")
-    return files
+    # names that begin with a dot are of files that are not complete yet
+    return sorted({file for path in paths for file in (path.rglob("[!.]*.json") if path.is_dir() else [path])})
 
 
 def read_results(files: Iterable[Path], warn: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -199,15 +197,16 @@ def _options(run: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _row(seeds: Sequence[dict[str, Any]], variant: str, papers: Sequence[dict[str, str]]) -> Row:
     first = seeds[0]
-    trained, resize = first.get("trained") or {}, first.get("options", {}).get("resize")
-    size = first.get("resolution") if type(resize) is not int else resize  # True stands for the head's own size
+    trained, options = first.get("trained") or {}, first.get("options", {})
+    size = options.get("backbone_size", options.get("resize"))  # `resize` in 0.1.0; True stands for the head's own size
+    size = size if type(size) is int else first.get("resolution")
     height, width = size if isinstance(size, list) else (size, size)
     row = Row(
         head=first["head"],
         backbone=first["backbone"],
         variant=variant,
         supervision=first["supervision"],
-        trained=trained.get("dataset") or "",
+        trained=str(trained.get("dataset") or ""),
         resolution="" if size is None else str(height) if height == width else f"{height}x{width}",
         pairs_seen=trained.get("pairs_seen"),
         runs=len(seeds),
