@@ -155,7 +155,7 @@ def costs(rounds: int = 5, size: int = 8) -> None:
         for _ in range(rounds + 1):
             for stem, model in models.items():
                 began = time.process_time()
-                model.predict_points(batch)
+                predict_points(model, batch)
                 times[stem].append(1000 * (time.process_time() - began) / size)
     for stem in stems:
         measured = median(times[stem][1:])  # the first round warms up

@@ -23,8 +23,8 @@ BACKBONE = ["--model.backbone=timm/test_vit.r160_in1k", "--model.weights=random"
 TINY = [
     *(
         "--trainer.callbacks=null",
-        "--data.size=64",
-        "--data.workers=0",
+        "--data.image_size=64",
+        "--data.num_workers=0",
         "--data.batch_size=4",
         "--trainer.enable_progress_bar=false",
     ),
@@ -33,7 +33,7 @@ TINY = [
 RUN = """
 import json, os, sys
 import corrzoo.cli  # the seconds that this takes are shared by all commands, each of which is a process of its own
-from corrzoo.commands import main
+from corrzoo.__main__ import main
 for command in json.loads(sys.argv[1]):
     sys.stdout.flush()
     if (child := os.fork()) == 0:

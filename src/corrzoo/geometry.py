@@ -66,6 +66,12 @@ def transfer(points: Tensor, flow: Tensor, image: Size) -> Tensor:
     return points + sample(flow, points, image).to(points.dtype)
 
 
+def cells_to_pixels(cells: Tensor, grid: Size, image: Size) -> Tensor:
+    """Positions (..., 2) in continuous cells of a (h, w) grid -> pixels of the (H, W) image that the grid covers."""
+    x, y = cells.unbind(-1)
+    return torch.stack([x * (image[1] / grid[1]), y * (image[0] / grid[0])], dim=-1)
+
+
 def points_to_flow(points: Tensor, grid: Size, image: Size) -> Tensor:
     """The flow of a grid whose cells were matched to given points.
 

@@ -6,7 +6,7 @@ frozen dataclasses for what is only read.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -111,6 +111,13 @@ class Features(NamedTuple):
     cls: Tensor | None = None
     """(B, C) class token of the last level; None when the backbone has none."""
 
+    def halves(self) -> "tuple[Features, Features]":
+        """Source and target features that were computed as one batch."""
+        maps = zip(*(level.chunk(2) for level in self.maps), strict=True)
+        cls = self.cls.chunk(2) if self.cls is not None else (None, None)
+        src, trg = (Features(*side) for side in zip(self.image.chunk(2), map(list, maps), cls, strict=True))
+        return src, trg
+
 
 class Match(NamedTuple):
     """What a matching head answers."""
@@ -121,6 +128,23 @@ class Match(NamedTuple):
     """(B, h*w, h'*w') scores of every source cell against every target cell, when the head keeps them."""
     extras: dict[str, Tensor] = {}  # noqa: RUF012 - a NamedTuple default; nobody writes into it
     """Whatever else the head's own loss needs."""
+
+
+class PointMatcher(Protocol):
+    """What evaluation and inference need of a model; `matcher.Matcher` is one."""
+
+    backbone: Any
+
+    @property
+    def device(self) -> Any: ...
+
+    def features(self, pair: Pair) -> tuple[Features, Features]: ...
+
+    def prepare(self, features: Features) -> Features: ...
+
+    def match(self, src: Features, trg: Features) -> Match: ...
+
+    def match_points(self, src: Features, trg: Features, points: Tensor) -> Tensor: ...
 
 
 def as_points(points: object) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from corrzoo.files import cache_folder
 from corrzoo.registry import nearest
 from corrzoo.types import DIFFICULTIES, Record, ZooError
 
@@ -224,13 +225,6 @@ def read_box(box: Iterable, where: str) -> Tensor:
     if array.shape != (4,) or not np.isfinite(array).all():
         raise ZooError(f"{where}: expected a box x1, y1, x2, y2, found {box}: correct the annotation")
     return torch.from_numpy(array)
-
-
-def cache_folder() -> Path:
-    """Where packed annotations are kept: $CORRZOO_CACHE, or corrzoo under $XDG_CACHE_HOME or ~/.cache."""
-    if own := os.environ.get("CORRZOO_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "corrzoo"
 
 
 def cached(key: str, sources: list[Path], make: Callable[[], Table], pair_files: Path | None = None) -> Table:

@@ -13,7 +13,8 @@ import PIL
 import torch
 from torch import Tensor
 
-from corrzoo.data.index import cache_folder, fingerprint
+from corrzoo.data.index import fingerprint
+from corrzoo.files import cache_folder
 from corrzoo.geometry import Size
 from corrzoo.types import ZooError
 

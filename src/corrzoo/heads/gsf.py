@@ -27,10 +27,9 @@ from torch import Tensor, nn
 from corrzoo import ops
 from corrzoo.geometry import Size, cell_centres, sample, size_of
 from corrzoo.heads.levels import resize
-from corrzoo.heads.registry import register_head
 from corrzoo.losses import mean_where
-from corrzoo.matcher import Matcher
-from corrzoo.ops.reference import full, full_precision
+from corrzoo.matcher import HEADS, Matcher
+from corrzoo.precision import full, full_precision
 from corrzoo.types import Features, Match, Pair, ZooError
 
 EPS = 1e-5
@@ -272,7 +271,7 @@ class Adaptation(nn.Module):
         return x + self.layers(x)
 
 
-@register_head("GSF")
+@HEADS.register
 class GSF(Matcher):
     """Guided semantic flow: pruning, propagation and matching (section 4.1), trained in two stages (4.3).
 

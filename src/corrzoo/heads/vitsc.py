@@ -16,21 +16,20 @@ from corrzoo import ops
 from corrzoo.backbones import Backbone, BackboneSpec
 from corrzoo.geometry import Size, cell_centres, points_to_flow, sample, size_of
 from corrzoo.heads.levels import resize, stack_levels
-from corrzoo.heads.registry import register_head
 from corrzoo.losses import mean_where
-from corrzoo.matcher import Matcher, cosine_maps
-from corrzoo.ops.reference import full
+from corrzoo.matcher import HEADS, Matcher, cosine_maps
+from corrzoo.precision import full
 from corrzoo.types import Features, Match, Pair, ZooError
 
 STRIDE = 8
 """Pixels to a cell of the grid that is matched on (3.1)."""
-WIDTH, HEADS = 256, 8
+WIDTH, ATTENTION_HEADS = 256, 8
 """Channels and heads of the cross-perception. our choice: the natural width among those that Table 10 allows."""
 PE_CELLS = 28
 """our choice: positions are encoded as if every image had the cells of the training size, 224 / 8, on a side."""
 
 
-@register_head("ViTSC")
+@HEADS.register
 class ViTSC(Matcher):
     """Cross-perception, kernel soft-argmax, correlation-guided upsampler; EPE at full resolution and a triplet loss.
 
@@ -221,8 +220,8 @@ class AttentionBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm_query, self.norm_context, self.norm_self, self.norm_ffn = (nn.LayerNorm(WIDTH) for _ in range(4))
-        self.cross = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
-        self.self_attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        self.cross = nn.MultiheadAttention(WIDTH, ATTENTION_HEADS, batch_first=True)
+        self.self_attention = nn.MultiheadAttention(WIDTH, ATTENTION_HEADS, batch_first=True)
         self.ffn = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), zeroed(nn.Linear(4 * WIDTH, WIDTH)))
         zeroed(self.cross.out_proj)
         zeroed(self.self_attention.out_proj)
