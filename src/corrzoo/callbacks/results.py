@@ -7,6 +7,7 @@ import os
 import platform
 import resource
 import subprocess
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -230,9 +231,8 @@ def writable(folder: Path) -> Path:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):  # a name of its own: several processes ask at once
+            pass
     except OSError as error:
         raise ZooError(f"cannot write results into {folder}: {error.strerror}; choose another folder") from error
     return folder
