@@ -11,6 +11,7 @@ from pathlib import Path
 
 import study_tables
 from corrzoo.backbones import describe_backbones, get_spec, list_backbones
+from corrzoo.data.download import TERMS
 from corrzoo.markdown import table
 from corrzoo.protocols import PADDED, get_protocol, list_protocols
 
@@ -36,6 +37,7 @@ FLAWS = {"the threshold": "A", "padding counts": "B"}
 DATA = {
     "SPair-71k and SPair-U, PF-PASCAL, PF-WILLOW": "for research, under their authors' terms",
     "AP-10K, Caltech-101": "cc-by-4.0",
+    "CUB-200-2011 (`cub`)": TERMS["cub"],
     "drawn pairs (`synthetic`)": "apache-2.0, as the code",
 }
 

@@ -4,7 +4,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from corrzoo.data import ap10k, caltech, pfpascal, pfwillow, spair, synthetic, warps  # noqa: F401 - registers them
+from corrzoo.data import ap10k, caltech, cub, pfpascal, pfwillow, spair, synthetic, warps  # noqa: F401 - registers them
 from corrzoo.data.pairs import DATASETS, Augment, FolderDataset, PairDataset
 from corrzoo.geometry import Size
 from corrzoo.registry import nearest
@@ -20,8 +20,8 @@ def create_dataset(name: str, root: str | Path, split: str, size: int | Size = 2
 
     Args:
         name: One of `list_datasets()`.
-        root: The folder that holds `SPair-71k/`, `PF-PASCAL/`, `PF-WILLOW/`, `Caltech-101/`, `ap-10k/`, as far as
-            needed.
+        root: The folder that holds `SPair-71k/`, `PF-PASCAL/`, `PF-WILLOW/`, `Caltech-101/`, `ap-10k/`,
+            `CUB_200_2011/`, as far as needed.
         split: "trn" (or "train"), "val" or "test".
         size: Side of the square network image, or its (H, W).
         options: `augment`, `seed` and `cache_mb` (see `PairDataset`), and the dataset's own.
