@@ -27,6 +27,7 @@ import torch
 
 import corrzoo.cli  # before the first fork, so that no run imports it anew
 from corrzoo import commands
+from corrzoo.scoring.evaluation import predict_points
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, CONFIGS, RUNS = ROOT / "benchmarks" / "results", ROOT / "zoo_configs", ROOT / "runs" / "study"

@@ -107,7 +107,7 @@ def import_plugins(names: str | list[str]) -> list[str]:
 
 
 def _parser(cls: Any) -> Any:
-    """A parser of the optional arguments of a class: jsonargparse reads them from the signatures of the class and its bases."""
+    """A parser of the optional arguments of a class, read from its signature and those of its bases."""
     from jsonargparse import ArgumentParser  # here, as `import corrzoo.ops` needs torch alone
 
     required = {p.name for p in inspect.signature(cls).parameters.values() if p.default is p.empty}

@@ -49,10 +49,14 @@ class Record:
     """(m, 2) float64 outline of the object (Caltech-101, which has no keypoints): its vertices have no partners."""
     trg_polygon: Tensor | None = None
     """(m', 2) float64."""
+    kps_ids: Tensor | None = None
+    """(n,) int64: the part that each keypoint marks, as the dataset numbers its parts; None if unknown."""
 
 
 EVERYWHERE = torch.ones(1, 1)
 """The mask of an object that may be anywhere in its image."""
+UNKNOWN = torch.tensor([-1])
+"""Keypoint ids when none is known; broadcasts to any number of keypoints."""
 
 
 class Pair(NamedTuple):
@@ -94,6 +98,10 @@ class Pair(NamedTuple):
     """(B, h, w) float in [0, 1], laid over the image: where the object is; one cell of 1 where there is no mask."""
     trg_mask: Tensor = EVERYWHERE
     """(B, h, w), like src_mask."""
+    kps_ids: Tensor = UNKNOWN
+    """(B, K) int64: the part that each keypoint marks in both images; -1 if unknown, and where kps_mask is False."""
+    mirror_ids: Tensor = UNKNOWN
+    """(B, K) int64: kps_ids once both images are mirrored, as a left eye is then a right eye; -1 if unknown."""
 
     def swapped(self) -> "Pair":
         """The same pairs asked the other way round: what was target is queried, what was source is answered."""

@@ -2,11 +2,12 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fixtures import write_caltech, write_pfpascal, write_pfwillow, write_spair
+from fixtures import write_ap10k, write_caltech, write_cub, write_pfpascal, write_pfwillow, write_spair
 from torch.utils.data import DataLoader
 
 from corrzoo.data import create_dataset, index, spair
@@ -46,11 +47,18 @@ def test_parsed_once_and_the_same_from_the_cache(tmp_path: Path, parses: list[st
 
 
 @pytest.mark.parametrize(
-    "write, name", [(write_pfpascal, "pfpascal"), (write_pfwillow, "pfwillow"), (write_caltech, "caltech101")]
+    "write, name, options",
+    [
+        (write_pfpascal, "pfpascal", {}),
+        (write_pfwillow, "pfwillow", {}),
+        (write_caltech, "caltech101", {}),
+        (write_ap10k, "ap10k", {}),
+        (write_cub, "cub", {"length": 20}),
+    ],
 )
-def test_every_reader_survives_its_cache(tmp_path: Path, write: object, name: str) -> None:
+def test_every_reader_survives_its_cache(tmp_path: Path, write: Callable, name: str, options: dict) -> None:
     write(tmp_path)
-    first, second = (create_dataset(name, tmp_path, "test") for _ in range(2))
+    first, second = (create_dataset(name, tmp_path, "test", **options) for _ in range(2))
     assert [repr(first.record(i)) for i in range(len(first))] == [repr(second.record(i)) for i in range(len(second))]
 
 

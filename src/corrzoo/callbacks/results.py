@@ -80,7 +80,8 @@ class ResultsWriter(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         folder = self._folder(trainer)  # every process asks, for Lightning lets the first tell the others
-        for which, (name, metric) in enumerate(pl_module.evaluation.by_name()):
+        datasets = pl_module.evaluation.datasets
+        for which, (dataset, (name, metric)) in enumerate(zip(datasets, pl_module.evaluation.by_name(), strict=True)):
             values = {key: value.item() for key, value in metric.compute().items()}
             breakdown, rows = metric.breakdown(), metric.rows()
             if not trainer.is_global_zero:
@@ -93,6 +94,7 @@ class ResultsWriter(Callback):
                 "ms_per_pair": 1000 * self._seconds[which] / max(self._pairs[which], 1),  # features are reused
                 "peak_memory_mb": _peak_memory_mb(),
             }
+            result |= {"measures": [list(column) for column in metric.columns()], "dataset_title": dataset.title}
             scored = metric.name.lower().replace(" ", "_")
             result |= {"pairs": len(rows), scored: values, "breakdown": breakdown}
             write_json(folder / f"{name}.json", result)
