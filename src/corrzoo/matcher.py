@@ -13,10 +13,12 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from corrzoo import inference
 from corrzoo.backbones import Backbone
 from corrzoo.backbones.cache import FeatureCache
 from corrzoo.callbacks import default_callbacks
 from corrzoo.geometry import Size, pseudo_flow, sample, size_of, transfer
+from corrzoo.images import ImageSource
 from corrzoo.losses import endpoint_error, over_processes, processes
 from corrzoo.registry import Registry
 from corrzoo.scoring.evaluation import Evaluation
@@ -152,8 +154,6 @@ class Matcher(LightningModule, ABC):
         ]
         return [g for g in groups if g["params"]]
 
-    # ------------------------------------------------------------------ forward
-
     def forward(self, src_img: Tensor, trg_img: Tensor) -> Match:
         """Match two batches of images (B, 3, H, W): uint8, or float normalised for the backbone."""
         return self.match(*self.features_of(src_img, trg_img))
@@ -168,6 +168,16 @@ class Matcher(LightningModule, ABC):
     def features(self, pair: Pair) -> tuple[Features, Features]:
         """Prepared features of a batch."""
         return self.features_of(pair.src_img, pair.trg_img, torch.cat([pair.src_id, pair.trg_id]))
+
+    def match_images(
+        self, src: ImageSource, trg: ImageSource, points: object = None, size: int | Size | None = None
+    ) -> inference.ImageMatches:
+        """Match two image files: see `inference.match_images`."""
+        return inference.match_images(self, src, trg, points, size)
+
+    def open_images(self, src: ImageSource, trg: ImageSource, size: int | Size | None = None) -> inference.ImagePair:
+        """Features of two image files, for any number of queries: see `inference.open_pair`."""
+        return inference.open_pair(self, src, trg, size)
 
     def backbones(self) -> list[Backbone]:
         """The backbone, and any other that the head has."""

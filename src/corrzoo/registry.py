@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import inspect
+import re
 from argparse import ArgumentError
 from collections.abc import Iterable
 from typing import Any, Generic, TypeVar
@@ -128,4 +129,6 @@ def _checked(what: str, cls: Any, options: dict[str, Any]) -> dict[str, Any]:
     try:
         return functions | parser.parse_object(plain, defaults=False).as_dict()
     except ArgumentError as error:
-        raise ZooError(f"{what}: {' '.join(str(error).split())}") from error
+        message = " ".join(str(error).split())
+        value, choices = message.rsplit(": ", 1)[-1], re.findall(r"'(\w+)'", message)  # of a Literal
+        raise ZooError(f"{what}: {message}{nearest(value, choices)}") from error

@@ -121,10 +121,12 @@ class Features(NamedTuple):
 
     def halves(self) -> "tuple[Features, Features]":
         """Source and target features that were computed as one batch."""
-        maps = zip(*(level.chunk(2) for level in self.maps), strict=True)
-        cls = self.cls.chunk(2) if self.cls is not None else (None, None)
-        src, trg = (Features(*side) for side in zip(self.image.chunk(2), map(list, maps), cls, strict=True))
-        return src, trg
+        half = len(self.image) // 2
+        src_cls, trg_cls = (None, None) if self.cls is None else (self.cls[:half], self.cls[half:])
+        return (
+            Features(self.image[:half], [level[:half] for level in self.maps], src_cls),
+            Features(self.image[half:], [level[half:] for level in self.maps], trg_cls),
+        )
 
 
 class Match(NamedTuple):

@@ -10,9 +10,10 @@ import pytest
 from fixtures import write_ap10k, write_caltech, write_cub, write_pfpascal, write_pfwillow, write_spair
 from torch.utils.data import DataLoader
 
-from corrzoo.data import create_dataset, index, spair
+from corrzoo.data import create_dataset, index
 from corrzoo.data.index import cache_folder
 from corrzoo.data.pairs import FolderDataset
+from corrzoo.data.readers import spair
 from corrzoo.types import ZooError
 
 

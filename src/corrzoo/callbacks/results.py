@@ -242,6 +242,7 @@ def writable(folder: Path) -> Path:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a file whole or not at all."""
+    writable(path.parent)
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
@@ -251,6 +252,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
+    writable(path.parent)
     write_text(path, text.getvalue())
 
 

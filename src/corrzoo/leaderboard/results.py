@@ -230,7 +230,8 @@ def _options(run: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _row(seeds: Sequence[dict[str, Any]], variant: str, papers: Sequence[dict[str, str]]) -> Row:
     first = seeds[0]
-    trained, resize = first.get("trained"), first.get("options", {}).get("resize")
+    trained, options = first.get("trained"), first.get("options", {})
+    resize = options.get("backbone_size", options.get("resize"))  # resize: its name in version 0.1.0
     row = Row(
         first["head"],
         first["backbone"],

@@ -284,13 +284,15 @@ def _means(table: Tensor) -> Tensor:
 
 
 def _without_images(pair: Pair) -> Pair:
-    """The batch with images of no channel, which keep their size and no memory; masks are dropped."""
+    """The batch with images of no channel, which keep their size and no memory; masks and ids are dropped."""
     (B, _, *src), trg = pair.src_img.shape, pair.trg_img.shape[2:]
     return pair._replace(
         src_img=pair.index.new_empty(B, 0, *src),
         trg_img=pair.index.new_empty(B, 0, *trg),
         src_mask=pair.index.new_empty(B, 0),
         trg_mask=pair.index.new_empty(B, 0),
+        kps_ids=pair.index.new_empty(B, 0),
+        mirror_ids=pair.index.new_empty(B, 0),
     )
 
 

@@ -90,7 +90,7 @@ def test_length_is_one_number_or_one_for_each_split(tmp_path: Path) -> None:
     for length, message in (
         ({"tst": 3}, "cub has no split 'tst' to give a length: choose from trn, val, test"),
         (0, "cub: length 0 of split 'trn': expected at least one pair"),
-        (2.5, "length 2.5 of split 'trn'"),
+        (2.5, "dataset 'cub': .*length.* Given value: 2.5"),
         (None, r"split 'trn' has \d+ pairs of images with 5 common parts, fewer than length 10000: choose a smaller"),
     ):
         with pytest.raises(ZooError, match=message):
@@ -265,7 +265,7 @@ def test_lightning_test_scores_it(tmp_path: Path) -> None:
     write_cub(tmp_path)
     model = create_matcher("Baseline", backbone="timm/test_vit.r160_in1k", weights="random")
     data = PairsDataModule(
-        root=str(tmp_path), test=["cub"], size=64, batch_size=4, workers=0, options={"cub": {"length": 10}}
+        root=str(tmp_path), test=["cub"], image_size=64, batch_size=4, num_workers=0, options={"cub": {"length": 10}}
     )
     quiet = dict(enable_progress_bar=False, enable_model_summary=False, logger=False, accelerator="cpu", devices=1)
     Trainer(default_root_dir=tmp_path, **quiet).test(model, data, verbose=False)
