@@ -164,10 +164,8 @@ def test_features_that_change_are_not_reused_in_training(tmp_path, options):
 
 
 def test_a_small_memory_serves_evaluation_and_rows_are_in_benchmark_order(tmp_path, monkeypatch):
-    # five images
-    monkeypatch.setattr(
-        "corrzoo.scoring.evaluation.FeatureCache", lambda limit: FeatureCache(5 * 8 * 8 * 64 * 4 if limit else 0)
-    )
+    five = 5 * 8 * 8 * 64 * 4  # bytes of five images' features
+    monkeypatch.setattr("corrzoo.scoring.evaluation.FeatureCache", lambda limit: FeatureCache(min(limit, five)))
     drawn(tmp_path, pairs=48)
     listed = tmp_path / "SPair-71k" / "Layout" / "large" / "test.txt"
     listed.write_text("".join(random.Random(0).sample(listed.read_text().splitlines(keepends=True), 48)))
