@@ -130,5 +130,7 @@ def _checked(what: str, cls: Any, options: dict[str, Any]) -> dict[str, Any]:
         return functions | parser.parse_object(plain, defaults=False).as_dict()
     except ArgumentError as error:
         message = " ".join(str(error).split())
-        value, choices = message.rsplit(": ", 1)[-1], re.findall(r"'(\w+)'", message)  # of a Literal
-        raise ZooError(f"{what}: {message}{nearest(value, choices)}") from error
+        value = message.rsplit(": ", 1)[-1]
+        choices = re.findall(r"'(\w+)'", " ".join(re.findall(r"Literal\[(.*?)\]", message)))
+        hint = nearest(value, choices) or (f": expected one of {', '.join(dict.fromkeys(choices))}" if choices else "")
+        raise ZooError(f"{what}: {message}{hint}") from error
