@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -221,8 +222,8 @@ def test_a_damaged_cache_is_made_anew_with_a_warning(tmp_path: Path, parses: lis
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_spair(tmp_path)
 
-    def savez(path: Path, **_: object) -> None:
-        Path(path).write_bytes(b"half")
+    def savez(file: IO[bytes], **_: object) -> None:
+        file.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(index.np, "savez", savez)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: result files, a table of scores, pictures of matches."""
+"""Result files of a run, and tables of its scores in the terminal."""
 
 import csv
 import io
@@ -95,6 +95,7 @@ class ResultsWriter(Callback):
                 "peak_memory_mb": _peak_memory_mb(),
             }
             result |= {"measures": [list(column) for column in metric.columns()], "dataset_title": dataset.title}
+            result |= {"fingerprint": dataset.fingerprint()}
             scored = metric.name.lower().replace(" ", "_")
             result |= {"pairs": len(rows), scored: values, "breakdown": breakdown}
             write_json(folder / f"{name}.json", result)

@@ -9,7 +9,6 @@ import hashlib
 import math
 import os
 import stat
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from corrzoo.files import cache_folder
+from corrzoo.files import cache_folder, whole_file
 from corrzoo.registry import nearest
 from corrzoo.types import DIFFICULTIES, Record, ZooError
 
@@ -339,13 +338,10 @@ def _load(path: Path, state: str) -> Table | None:
 
 
 def _save(path: Path, state: str, table: Table) -> None:
-    """Write under another name first, so that no process ever reads half a cache."""
+    """Keep the table for the next start."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            fresh = Path(folder) / path.name
-            np.savez(fresh, state=np.array(state), **table._asdict())
-            os.replace(fresh, path)
+        with whole_file(path) as partial, open(partial, "wb") as file:
+            np.savez(file, state=np.array(state), **table._asdict())
     except OSError as error:
         remedy = "name a folder that can be written in CORRZOO_CACHE, or they are read again at every start"
         warnings.warn(f"cannot keep annotations in {path.parent} ({error}): {remedy}", stacklevel=2)
