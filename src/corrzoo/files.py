@@ -1,32 +1,88 @@
-"""Files written whole or not at all, and Markdown tables."""
+"""Files and their contents: atomic writing, digests, caches, and tables in Markdown. The standard library alone."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import hashlib
+import os
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from uuid import uuid4
+from typing import Generic, TypeVar
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` and rename it to `path` at the end; after an exception, delete it instead.
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path`, which it replaces when the block ends without an error.
 
-    So a reader never sees half a file, and two processes that write `path` at once do not disturb each other.
+    So a reader finds the old file or the new one, but no half-written one. The folder is made if it is missing.
     """
-    partial = path.with_name(f"{path.name}.{uuid4().hex}.part")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # several processes may write at once
     try:
         yield partial
-        partial.replace(path)
+        os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def table(titles: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[int] = ()) -> str:
-    """Format a Markdown table, without a newline at its end.
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 digest of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_folder() -> Path:
+    """The folder of cached annotations and images: $CORRZOO_CACHE, else corrzoo under $XDG_CACHE_HOME or ~/.cache."""
+    if given := os.environ.get("CORRZOO_CACHE"):
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "corrzoo"
+
+
+class LRU(Generic[K, V]):
+    """A dict of bounded size in bytes; the least recently used items are dropped first.
 
     Args:
-        titles: Column titles.
-        rows: Cells of each row. Vertical bars in them are escaped.
-        numbers: Indices of the right-aligned columns.
+        max_bytes: Upper bound of the sum of the items' sizes.
+        size: The size of an item in bytes.
+    """
+
+    def __init__(self, max_bytes: int, size: Callable[[V], int]) -> None:
+        self.max_bytes, self.size, self.used = max_bytes, size, 0
+        self._items: OrderedDict[K, V] = OrderedDict()
+
+    def get(self, key: K) -> V | None:
+        """The item of `key`, which counts as used now; None if it is not there."""
+        if key in self._items:
+            self._items.move_to_end(key)
+        return self._items.get(key)
+
+    def put(self, key: K, item: V) -> None:
+        """Add an item that is not there yet, and drop others until the bound holds."""
+        if key not in self._items:
+            self._items[key] = item
+            self.used += self.size(item)
+        self._items.move_to_end(key)
+        while self.used > self.max_bytes:
+            self.used -= self.size(self._items.popitem(last=False)[1])
+
+
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[int] = ()) -> str:
+    """A table in Markdown, without a final line break.
+
+    Args:
+        titles: Titles of the columns.
+        rows: Cells, row by row; a bar in a cell is escaped.
+        numbers: Columns that are aligned right, counted from 0.
     """
     rule = "|".join("--:" if k in numbers else "---" for k in range(len(titles)))
     cells = (" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows)

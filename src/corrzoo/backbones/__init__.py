@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from corrzoo.backbones.backbone import Backbone
-from corrzoo.backbones.registry import BACKBONES, BackboneSpec, get_spec, list_backbones, register_backbone
+from corrzoo.backbones.specs import BACKBONES, BackboneSpec, get_spec, list_backbones, register_backbone
 from corrzoo.files import table
 
 __all__ = [

@@ -12,7 +12,7 @@ from corrzoo.errors import ZooError
 from corrzoo.leaderboard.papers import add_published
 from corrzoo.leaderboard.rows import SUPERVISION, Ranking, Row, Spread
 
-SHARED = "study dataset split protocol measures pairs dataset_options flaw".split()
+SHARED = "study dataset dataset_title split protocol measures pairs dataset_options flaw fingerprint".split()
 """Fields that are equal in all result files of a ranking."""
 RUN = "label head options backbone weights resolution precision device params_head params_backbone supervision".split()
 """Fields that are equal in all result files of a row, beside the training data."""
@@ -79,6 +79,7 @@ def _checked(result: Any) -> dict[str, Any]:
     by_head = "weak" if result["head"] in ("GSF", "NCNet") else "keypoints"
     derived = by_head if result.get("trained") or result.get("checkpoint") else "none"
     result |= {"supervision": result.get("supervision") or derived, "dataset_options": _options_of_split(result)}
+    result["dataset_title"] = result.get("dataset_title") or result["dataset"]
     measures = result.get("measures") or _measures(result)
     return result | {"measures": [[f"PCK {name}" if name[0] == "@" else name, *keys] for name, *keys in measures]}
 
@@ -149,7 +150,8 @@ def _ranking(results: Sequence[dict[str, Any]], papers: Sequence[dict[str, str]]
     rows = [_row(group, variant, papers) for group, variant in zip(groups, variants, strict=True)]
     first = results[0]
     ranking = Ranking(
-        **{name: first[name] for name in ("study", "dataset", "split", "protocol")},
+        **{name: first[name] for name in ("study", "split", "protocol")},
+        dataset=first["dataset_title"],
         measures=list(scores(first)),
         pairs=first.get("pairs"),
         options=first["dataset_options"],

@@ -55,7 +55,7 @@ class Ranking(NamedTuple):
     """Comparable rows: same dataset, protocol, pairs and measures."""
 
     study: str  # folder of the result files; "published" for the papers' tables
-    dataset: str
+    dataset: str  # its title, which tells a partial copy from the whole dataset
     split: str
     protocol: str
     measures: list[str]

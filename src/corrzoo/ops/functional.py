@@ -9,7 +9,8 @@ from torch import Tensor
 
 from corrzoo.geometry import Size
 from corrzoo.ops import library, reference
-from corrzoo.ops.reference import Matches, Mutual, full_precision
+from corrzoo.ops.reference import Matches, Mutual
+from corrzoo.precision import full_precision
 from corrzoo.registry import nearest
 from corrzoo.types import ZooError
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.library import custom_op
 
 from corrzoo.ops import streaming
-from corrzoo.ops.reference import Matches, full, full_precision
+from corrzoo.ops.reference import Matches
 from corrzoo.ops.streaming import Grads, Window
+from corrzoo.precision import full, full_precision
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]

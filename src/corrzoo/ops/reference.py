@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from corrzoo.geometry import Size, cell_centres
+from corrzoo.precision import full
 
 OUTSIDE = -1e30
 """Logit of a cell outside a crop: its weight is exactly 0, and 0 times it is 0, which minus infinity would not give."""
@@ -42,16 +43,6 @@ class Mutual(NamedTuple):
     """(B, M) best score of every target cell."""
     col_argmax: Tensor
     """(B, M) its source point."""
-
-
-def full(x: Tensor) -> Tensor:
-    """x in float32, or in float64 when it is so already."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def full_precision(x: Tensor) -> torch.autocast:
-    """Autocast off where x is: at a temperature of 0.02 the rounding of bfloat16 cosines moves the argmax."""
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def inverse_norm(x: Tensor) -> Tensor:
