@@ -1,6 +1,7 @@
 """Result files: read, checked, and ranked where they are comparable."""
 
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from math import isfinite
@@ -21,7 +22,7 @@ NAMES = ("head", "backbone", "dataset", "split", "protocol")
 SPLITS = {"trn", "train", "val", "test"}
 DEGREES, SIDES = ("easy", "medium", "hard"), ("none", "source", "target", "both")
 LEVELS = {"viewpoint": DEGREES, "scale": DEGREES, "truncation": SIDES, "occlusion": SIDES}
-"""Names of SPair-71k's difficulty levels 0, 1, ..."""
+"""SPair-71k's names of the difficulty levels, which result files number from 0."""
 
 
 def find_results(paths: Sequence[Path]) -> list[Path]:
@@ -65,7 +66,7 @@ def _finite(text: str) -> float:
 
 
 def _checked(result: Any) -> dict[str, Any]:
-    """The result with `measures` and `supervision`, which files of corrzoo 0.1.0 lack."""
+    """The result with the fields that files of corrzoo 0.1.0 lack."""
     if not isinstance(result, dict):
         raise ValueError(f"expected an object, got a {type(result).__name__}")
     for name in NAMES:
@@ -73,24 +74,20 @@ def _checked(result: Any) -> dict[str, Any]:
             raise ValueError(f"no text field {name!r}")
     if type(result.get("seed")) not in (int, type(None)):
         raise ValueError(f"seed {result['seed']!r} is not an integer")
-    if result["dataset"] == "pfwillow_kinds":  # the name of this study in 0.1.0
+    if result["dataset"] == "pfwillow_kinds":  # leave-one-category-out in 0.1.0
         result |= {"dataset": "pfwillow", "dataset_options": {"leave-one-category-out": True}}
         result["trained"] = result.get("trained") and result["trained"] | {"dataset": "pfwillow"}
-    by_head = "weak" if result["head"] in ("GSF", "NCNet") else "keypoints"
-    derived = by_head if result.get("trained") or result.get("checkpoint") else "none"
-    result |= {"supervision": result.get("supervision") or derived, "dataset_options": _options_of_split(result)}
-    result["dataset_title"] = result.get("dataset_title") or result["dataset"]
-    measures = result.get("measures") or _measures(result)
-    return result | {"measures": [[f"PCK {name}" if name[0] == "@" else name, *keys] for name, *keys in measures]}
-
-
-def _measures(result: dict[str, Any]) -> list[list[str]]:
-    """Heading, key in the breakdown and key of the score, for files of corrzoo 0.1.0."""
-    if "label_transfer" in result:
-        words = {key: key.replace("lt_acc", "LT-ACC").replace("iou", "IoU") for key in result["label_transfer"]}
-        return [[heading.replace("_", " "), key, key] for key, heading in words.items()]
-    within = "point" if "point" in result.get("average", "image") else "image"
-    return [[f"@{alpha:g}", f"pck@{alpha:g}/{within}", f"pck@{alpha:g}"] for alpha in sorted(result["alphas"])]
+    trained = result.get("trained") or result.get("checkpoint")
+    supervision = ("weak" if result["head"] == "GSF" else "keypoints") if trained else "none"
+    average = "point" if "point" in result.get("average", "") else "image"
+    alphas = [] if "measures" in result else result["alphas"]
+    old = [[f"@{alpha:g}", f"pck@{alpha:g}/{average}", f"pck@{alpha:g}"] for alpha in sorted(alphas)]
+    return result | {
+        "measures": [[re.sub("^@", "PCK @", title), *keys] for title, *keys in result.get("measures", old)],
+        "dataset_title": result.get("dataset_title") or result["dataset"],
+        "dataset_options": _options_of_split(result),
+        "supervision": result.get("supervision") or supervision,
+    }
 
 
 def _options_of_split(result: dict[str, Any]) -> dict[str, Any]:
@@ -160,10 +157,9 @@ def _ranking(results: Sequence[dict[str, Any]], papers: Sequence[dict[str, str]]
     )
     rows.sort(key=lambda row: (-row.measured[ranking.headline].mean, row.head, row.backbone, row.variant))
     rows.sort(key=lambda row: SUPERVISION.index(row.supervision))
-    places: Counter[str] = Counter()
-    for row in rows:
-        places[row.supervision] += 1
-        row.place = places[row.supervision]
+    for supervision in SUPERVISION:
+        for place, row in enumerate((row for row in rows if row.supervision == supervision), 1):
+            row.place = place
     return ranking
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from corrzoo.leaderboard import main
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HEADS = ("Baseline", "ACTR", "ViTSC", "GSF", "LPMFlow")
 
 
@@ -181,7 +181,7 @@ def test_a_ranking_is_grouped_by_supervision(opened):
     assert [head.is_displayed() for head in section.find_elements("css selector", ".group")] == [True, False]
 
 
-def test_it_sorts_each_group_by_mouse_and_by_keyboard(opened):
+def test_groups_are_sorted_by_mouse_and_by_keyboard(opened):
     from selenium.webdriver.common.keys import Keys
 
     assert sorted_by(opened) == {"#": "ascending"}
@@ -203,7 +203,7 @@ def test_empty_cells_come_last_either_way(opened):
         assert "" in cells and cells == sorted(cells, key=lambda cell: cell == "")
 
 
-def test_it_filters(opened):
+def test_filters(opened):
     def choose(name, value):
         opened.find_element("css selector", f"#{name} option[value='{value}']").click()
 
@@ -227,7 +227,7 @@ def test_it_filters(opened):
     assert sections(opened) == ["PF-WILLOW published test split threshold bbox-kp"]
 
 
-def test_plots_follow_the_rows_and_say_their_numbers(opened):
+def test_plots_follow_ticked_rows_and_have_their_numbers_in_a_table(opened):
     def figures():
         section = opened.find_elements("css selector", "main section")[STUDY]
         return {
@@ -282,7 +282,7 @@ return [ticks.length, ends.filter((end, i) => i && end.left < ends[i - 1].right)
 """
 
 
-def test_the_ticks_of_a_cost_stand_apart(browser, tmp_path):
+def test_axis_ticks_do_not_overlap(browser, tmp_path):
     """A Baseline has one parameter and another head ten millions."""
     for params in (1, 10_000_000):
         content = result("Baseline", "resnet18", 50.0, 0, ms=4.0 + params / 1e6, params=params, label=str(params))
@@ -321,7 +321,7 @@ def luminance(rgb):
     return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
-def test_it_can_be_read_without_looking(opened):
+def test_page_is_accessible_to_screen_readers(opened):
     """Every control has a label, every table real heads of rows and columns, every picture words instead."""
     unfold_plots(opened, STUDY)
     assert set(opened.execute_script(UNNAMED).values()) == {0}
@@ -329,7 +329,7 @@ def test_it_can_be_read_without_looking(opened):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_has_a_light_and_a_dark_face_that_can_be_read(opened, scheme, tmp_path):
+def test_light_and_dark_schemes_have_enough_contrast(opened, scheme, tmp_path):
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     unfold_plots(opened, STUDY)
