@@ -146,7 +146,7 @@ def test_the_contents_link_every_ranking_by_dataset(opened):
         *("SPair-71k", "PF-WILLOW", "CUB-200-2011", "PF-PASCAL", "synthetic pairs")
     ]
     assert items[1].text.splitlines()[1:] == [
-        "measured, threshold bbox-kp: 10 rows",
+        "measured, study pfwillow, threshold bbox-kp: 10 rows",
         "published, threshold bbox: 19 rows",
         "published, threshold bbox-kp: 19 rows",
     ]

@@ -211,6 +211,7 @@ def test_partial_copies_of_a_dataset_are_ranked_separately_under_their_titles(bo
         ("cub", 1),
         ("cub (100 species, crops)", 2),
     ]
+    assert [heading_of(ranking)[0] for ranking in rankings] == ["CUB-200-2011", "CUB-200-2011 (100 species, crops)"]
 
 
 def test_studies_are_ranked_separately(board):

@@ -54,7 +54,6 @@ def main(args: Sequence[str]) -> None:
         sys.exit(1 if warnings else 0)
     with ExitStack() as stack:  # the files are renamed into place together, after the last one is complete
         for path, text in texts.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(whole_file(path)).write_bytes(text.encode())
     print(*texts, sep="\n")
 

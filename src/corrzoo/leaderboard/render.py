@@ -53,8 +53,8 @@ def _cells(row: Row, ranking: Ranking) -> dict[str, Any]:
         "method": row.head,
         "backbone": row.backbone,
         "variant": row.variant,
-        "supervision": WORDS.get(row.supervision, row.supervision),
-        "trained on": WORDS.get(row.trained, row.trained),
+        "supervision": in_full(row.supervision),
+        "trained on": in_full(row.trained),
         "pairs seen": row.pairs_seen,
         "px": row.resolution,
         "seeds": row.runs or None,
@@ -74,9 +74,15 @@ def text_of(title: str, value: Any) -> str:
     return "" if value is None else str(value)
 
 
+def in_full(name: str) -> str:
+    """Name of a dataset or kind of supervision for readers: "cub (100 species)" -> "CUB-200-2011 (100 species)"."""
+    word, *note = name.split(" ", 1)
+    return " ".join([WORDS.get(word, word), *note])
+
+
 def heading_of(ranking: Ranking) -> tuple[str, list[str]]:
     """The dataset with its options; and origin, split, number of pairs, and protocol or threshold."""
-    title = ", ".join(filter(None, [WORDS.get(ranking.dataset, ranking.dataset), in_words(ranking.options)]))
+    title = ", ".join(filter(None, [in_full(ranking.dataset), in_words(ranking.options)]))
     if not ranking.rows[0].runs:
         return title, ["published", f"{ranking.split} split", ranking.protocol.replace("published:", "threshold ")]
     pairs = [f"{ranking.pairs} pairs"] if ranking.pairs else []
@@ -156,7 +162,7 @@ def to_html(rankings: Sequence[Ranking]) -> str:
 def _data(ranking: Ranking) -> dict[str, Any]:
     (title, details), (shared, titles, rows) = heading_of(ranking), tabulate(ranking)
     return {
-        "dataset": WORDS.get(ranking.dataset, ranking.dataset),
+        "dataset": in_full(ranking.dataset),
         "protocol": ranking.protocol,
         "title": title,
         "details": [*details, *shared],
@@ -169,7 +175,7 @@ def _data(ranking: Ranking) -> dict[str, Any]:
                 "head": row.head,
                 "backbone": row.backbone,
                 "variant": row.variant,
-                "supervision": WORDS.get(row.supervision, row.supervision) * (row.runs > 0),
+                "supervision": in_full(row.supervision) * (row.runs > 0),
                 "cells": [[text_of(name, cells[name]), _number(cells[name])] for name in titles],
                 "scores": {measure: spread.mean for measure, spread in row.measured.items()} or row.published,
                 "groups": [[*group, {m: spread.mean for m, spread in v.items()}] for group, v in row.groups.items()],
