@@ -154,6 +154,20 @@ def test_the_contents_link_every_ranking_by_dataset(opened):
     assert [link.get_attribute("href").split("#")[1] for link in links] == ["r0", "r1", "r4", "r5", "r2", "r3", "r6"]
 
 
+COVERED = """
+const heading = document.querySelectorAll("main section")[arguments[0]].querySelector("h2").getBoundingClientRect();
+return heading.top < document.querySelector(".filters").getBoundingClientRect().bottom || heading.bottom > innerHeight;
+"""
+
+
+def test_a_link_of_the_contents_shows_the_heading_of_its_ranking(opened):
+    """The filters stay at the top of the window and must not cover it."""
+    opened.find_elements("css selector", "nav a")[4].click()
+    assert opened.current_url.endswith("#r2")
+    wait_until(opened, lambda _: opened.execute_script("return scrollY > 100"))
+    assert not opened.execute_script(COVERED, 2)
+
+
 def test_synthetic_rankings_are_folded_until_a_link_or_a_filter_opens_them(opened, page):
     def shown():
         return opened.execute_script("return [...document.querySelectorAll('.ranking')].map(ranking => ranking.open)")
