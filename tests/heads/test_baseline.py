@@ -10,6 +10,7 @@ import corrzoo
 from corrzoo.geometry import sample, transfer
 from corrzoo.scoring.evaluation import predict_points
 from corrzoo.types import Features
+from hostless import hostless
 
 TINY = dict(backbone="timm/test_vit.r160_in1k", weights="random")
 READOUTS = ["kernel", "soft", "window", "argmax"]
@@ -132,6 +133,38 @@ def test_points_asked_by_their_features_are_matched_as_such():
     best = scores.argmax(1)
     expected = torch.stack([best % 4, best // 4], -1) * 8.0 + 4
     torch.testing.assert_close(model.match_points(src, trg, points)[0], expected.double())
+
+
+def pairs(count=2):
+    dataset = corrzoo.create_dataset("synthetic", "", "test", size=64)
+    return corrzoo.data.PairDataset.collate([dataset[i] for i in range(count)])
+
+
+@pytest.mark.parametrize("options", [{}, {"readout": "window"}, {"readout": "argmax"}, {"mutual": True}])
+def test_no_host_device_synchronisation(options):
+    """In a training step and in an evaluation step, for both ways to match points."""
+    model, pair = head(**options).float().train(), pairs()
+    with hostless():
+        loss = model.loss(model(pair.src_img, pair.trg_img), pair)
+        loss.backward()
+        with torch.no_grad():
+            src, trg = model.eval().features_of(pair.src_img, pair.trg_img)
+            for model.point_query in ("flow", "features"):
+                model.match_points(src, trg, pair.src_kps)
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("readout", READOUTS)
+def test_compiles_without_graph_breaks(readout):
+    torch._dynamo.reset()
+    model, pair = head(readout=readout).float(), pairs(1)
+    src, trg = model.features_of(pair.src_img, pair.trg_img)
+    compiled = torch.compile(model.match, fullgraph=True, backend="aot_eager")
+    flow, plain = compiled(src, trg).flow, model.match(src, trg).flow
+    torch.testing.assert_close(flow, plain, atol=1e-3, rtol=1e-3)
+    if readout != "argmax":
+        ours, theirs = (torch.autograd.grad(f.square().mean(), model.temperature)[0] for f in (flow, plain))
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
 
 
 def test_only_the_temperature_is_new_to_learn():

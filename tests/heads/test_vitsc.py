@@ -11,10 +11,11 @@ import yaml
 
 import corrzoo
 from corrzoo.geometry import sample
-from corrzoo.heads.vitsc import CrossPerception, LowEncoder, position_encoding, triplet_loss
+from corrzoo.heads.vitsc import CrossPerception, LowEncoder, position_encoding, projection, triplet_loss
 from corrzoo.matcher import HEADS
-from corrzoo.scoring.evaluation import predict_points
+from corrzoo.scoring.evaluation import Evaluation
 from corrzoo.types import Features, Match, ZooError
+from hostless import hostless
 
 TINY = dict(backbone="timm/test_vit.r160_in1k", weights="random")
 CONFIGS = Path(__file__).resolve().parents[2] / "zoo_configs"
@@ -106,17 +107,30 @@ def test_the_low_encoder_sees_images_as_imagenet_has_them():
     torch.testing.assert_close(low(seen).image, own, atol=1e-5, rtol=1e-5)
 
 
-def test_the_low_encoder_learns_as_slowly_as_the_backbone_and_is_kept_in_evaluation():
-    model = head()
-    groups = {group["name"]: {id(p) for p in group["params"]} for group in model.param_groups()}
-    assert {id(p) for p in model.low.parameters()} <= groups["backbone"]
+@pytest.mark.parametrize("finetune", ["all", "none"])
+@pytest.mark.parametrize(("weights", "group"), [("pretrained", "backbone"), ("random", "head")])
+def test_a_random_low_encoder_trains_at_the_heads_rate(weights, group, finetune):
+    model = HEADS["ViTSC"](**TINY, low_weights=weights, finetune=finetune)
+    groups = {g["name"]: [id(p) for p in g["params"]] for g in model.param_groups()}
+    rates = {g["name"]: g["lr"] for g in model.param_groups()}
+    assert rates.items() <= {"head": model.hparams.lr, "backbone": model.hparams.backbone_lr}.items()
+    assert {id(p) for p in model.low.parameters() if p.requires_grad} <= set(groups[group])
     assert id(model.temperature) in groups["head"]
+    assert (id(model.backbone.trunk.model.norm.weight) in groups.get("backbone", [])) == (finetune == "all")
+    every = [p for ids in groups.values() for p in ids]
+    assert sorted(every) == sorted(id(p) for p in model.parameters() if p.requires_grad)  # each once
+
+
+def test_the_low_encoders_features_are_kept_in_evaluation():
+    model, pair = head().eval(), pairs(1)
     low = []
     model.low.register_forward_hook(lambda module, args, output: low.append(len(args[0])))
-    dataset = corrzoo.create_dataset("synthetic", "", "test", size=64, length=2)
-    pair = corrzoo.data.PairDataset.collate([dataset[0]])
-    model.eval()._cache = corrzoo.backbones.cache.FeatureCache(2**20)
-    first, second = predict_points(model, pair), predict_points(model, pair)
+
+    class Loader:
+        dataset = corrzoo.create_dataset("synthetic", "", "test", size=64)
+
+    evaluation = Evaluation(model, Loader, "default:bbox", (0.1,), 1)
+    first, second = evaluation.predict(pair, 0), evaluation.predict(pair, 0)
     assert sum(low) == 2  # each image once: on a CPU one by one
     torch.testing.assert_close(first, second)
 
@@ -173,6 +187,23 @@ def test_who_is_updated_when(order, layers):
     found = module(src, trg)
     torch.testing.assert_close(found[0][0].flatten(1).T, a)
     torch.testing.assert_close(found[1][0].flatten(1).T, b)
+
+
+@pytest.mark.parametrize("channels", [32, 152, 256])
+def test_the_projection_starts_with_the_cosines_of_the_features(channels):
+    torch.manual_seed(0)
+    layer = projection(channels).double()
+    maps = torch.randn(1, channels, 3, 4, dtype=torch.float64)
+    cosines = [(f @ f.mT) for f in (F.normalize(x.flatten(2).mT, dim=2) for x in (maps, layer(maps)))]
+    torch.testing.assert_close(*cosines, atol=1e-6, rtol=0)
+
+
+def test_a_projection_to_fewer_channels_starts_orthogonal():
+    torch.manual_seed(0)
+    layer = projection(384)
+    weight = layer.weight.flatten(1)
+    torch.testing.assert_close(weight @ weight.mT, torch.eye(256), atol=1e-5, rtol=0)
+    assert not layer.bias.any()
 
 
 def test_an_untrained_perception_leaves_the_representation_alone():
@@ -261,12 +292,41 @@ def test_the_flow_has_full_resolution_wherever_the_cnns_run():
         head(head_resolution=0.0)
 
 
-def test_compiles_without_graph_breaks():
-    model, pair = awake(head()).eval(), pairs(1)
+@pytest.mark.parametrize("upsampler", ["low", "high", "unguided", "bilinear"])
+def test_compiles_without_graph_breaks(upsampler):
+    torch._dynamo.reset()
+    model, pair = awake(head(upsampler=upsampler)).eval(), pairs(1)
     with torch.no_grad():
         src, trg = model.features_of(pair.src_img, pair.trg_img)
         match = torch.compile(model.match, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(match(src, trg).flow, model.match(src, trg).flow, atol=1e-3, rtol=1e-3)
+
+
+def test_compiled_training_has_the_same_gradients():
+    torch._dynamo.reset()
+    model, pair = awake(head()).train(), pairs(1)
+    src, trg = model.features_of(pair.src_img, pair.trg_img)
+    parameters = [p for module in (model.perception, model.upsampler) for p in module.parameters()]
+    compiled = torch.compile(model.match, fullgraph=True, backend="aot_eager")
+    gradients = (
+        torch.autograd.grad(model.loss(match(src, trg), pair)["loss"], parameters, retain_graph=True)
+        for match in (compiled, model.match)
+    )
+    for ours, plain in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-2 * plain.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"upsampler": "high", "attend_at": "native"}, {"upsampler": "bilinear"}])
+def test_no_host_device_synchronisation(options):
+    """In a training step and in an evaluation step."""
+    model, pair = awake(head(**options)).train(), pairs()
+    with hostless():
+        loss = model.loss(model(pair.src_img, pair.trg_img), pair)["loss"]
+        loss.backward()
+        with torch.no_grad():
+            src, trg = model.eval().features_of(pair.src_img, pair.trg_img)
+            model.match_points(src, trg, pair.src_kps)
+    assert torch.isfinite(loss)
 
 
 # ---------------------------------------------------------------------- 4.3

@@ -1,4 +1,4 @@
-"""Features of an image, computed once: in SPair-71k's test split an image recurs in 68 pairs on average."""
+"""A cache of image features. In SPair-71k's test split an image recurs in 68 pairs on average."""
 
 from collections.abc import Callable
 
@@ -13,20 +13,20 @@ Row = tuple[list[Tensor], Tensor | None]
 
 
 class FeatureCache:
-    """Features by image number, bounded in bytes.
+    """Features by image number, up to a number of bytes.
 
-    On a CPU each image is computed alone: in a batch, the last bits of a CNN's features depend on the batch's size, so
-    a cached feature would differ from a fresh one.
+    On a CPU each image is computed alone. In a batch, the last bits of a CNN's features depend on the batch size, so
+    cached features would differ from fresh ones.
 
     Args:
-        max_bytes: Upper bound of the cached features. A batch that does not fit is computed all the same.
+        max_bytes: Upper bound of the cached features. A batch that does not fit is still computed.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._cache: LRU[int, Row] = LRU(max_bytes, _nbytes)
 
     def __call__(self, images: Tensor, ids: Tensor, compute: Callable[[Tensor], Features]) -> Features:
-        """Features of a batch, computed only for the images that are not in the cache.
+        """Features of a batch; only images that are not in the cache are computed.
 
         Args:
             images: (B, 3, H, W), normalised.
@@ -43,7 +43,7 @@ class FeatureCache:
         for batch in filter(None, batches):
             fresh = compute(images[torch.tensor([first[image] for image in batch], device=images.device)])
             for row, image in enumerate(batch):
-                # clone: a row that is kept as a view would keep its whole batch in memory
+                # a view would keep its whole batch in memory
                 cls = None if fresh.cls is None else fresh.cls[row].clone()
                 known[image] = ([level[row].clone() for level in fresh.maps], cls)
         for image in first:
