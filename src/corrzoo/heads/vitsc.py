@@ -48,8 +48,8 @@ class ViTSC(Matcher):
         head_resolution: Resolution of the upsampler's CNNs as a share of the image's (4.2: 1); their output is
             resized to the rest. 0.5 costs a quarter.
         low_stages: Stages of ResNet-18 in the L-encoder (5.2: 3).
-        low_weights: Weights of the L-encoder: `pretrained` on ImageNet (5.2), `random`, or the path of a file. None
-            is `random` if `weights` is, otherwise `pretrained`.
+        low_weights: Weights of the L-encoder: `pretrained` on ImageNet (5.2), `random` (trained at `lr`), or the path
+            of a file. None is `random` if `weights` is, otherwise `pretrained`.
         temperature: Initial T of eq. 2, which is trained (3.1: 0.03).
         sigma: Width of the soft-argmax kernel in cells. our choice, as for Baseline: a quarter of the grid's longer
             side.
@@ -99,7 +99,7 @@ class ViTSC(Matcher):
     def param_groups(self) -> list[dict[str, Any]]:
         """Optimiser groups as in `Matcher`.
 
-        our choice: an L-encoder of random weights trains at the head's rate, as at the backbone's it would stay random.
+        our choice: an L-encoder with random weights trains at the head's rate; the backbone's keeps pretrained weights.
         """
         groups = super().param_groups()
         if self.low is None or self.low.weights != "random":
