@@ -19,11 +19,11 @@ def test_resize_points_scales_each_axis_by_its_own_ratio():
     assert out.tolist() == [[[20, 10], [0, 0]]]
 
 
-def test_cells_and_pixels_scale_each_axis_by_its_own_ratio():
-    cells = torch.tensor([[[1.0, 1.0], [0.0, 2.0]]])
-    pixels = geometry.cells_to_pixels(cells, (2, 3), (32, 60))
-    assert pixels.tolist() == [[[20, 16], [0, 32]]]
-    assert geometry.pixels_to_cells(pixels, (2, 3), (32, 60)).tolist() == cells.tolist()
+def test_cells_become_pixels_axis_by_axis_and_back():
+    cells = torch.tensor([[[0.0, 0.0], [1.5, 2.0], [4.0, 3.0]]], dtype=torch.float64)
+    pixels = geometry.cells_to_pixels(cells, (3, 4), (30, 64))
+    assert pixels.tolist() == [[[0, 0], [24, 20], [64, 30]]]
+    assert geometry.pixels_to_cells(pixels, (3, 4), (30, 64)).tolist() == cells.tolist()
 
 
 def test_sample_reads_a_linear_map_exactly_between_cell_centres():
@@ -121,8 +121,10 @@ def test_no_host_device_synchronisation():
     with hostless():
         flow = geometry.points_to_flow(geometry.cells_to_pixels(points, grid, image), grid, image)
         read = geometry.sample(maps, geometry.transfer(points, flow, image), image)
+        cosines = geometry.cosine_maps(maps, maps, points, image)
         cells, weights = geometry.bilinear_cells(points, grid, image)
         target, covered = geometry.pseudo_flow(points, points.flip(1), mask, grid, image, 9.0)
-        (read.sum() + weights.square().sum() + (target * covered.unsqueeze(1)).sum()).backward()
+        loss = read.sum() + cosines.sum() + weights.square().sum() + (target * covered.unsqueeze(1)).sum()
+        loss.backward()
         geometry.pixels_to_cells(points, grid, image), geometry.cell_centres(grid, image, points.device)
     assert cells.shape == (2, 24, 4)

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -122,14 +123,11 @@ def test_a_random_low_encoder_trains_at_the_heads_rate(weights, group, finetune)
 
 
 def test_the_low_encoders_features_are_kept_in_evaluation():
-    model, pair = head().eval(), pairs(1)
-    low = []
+    model, low = head().eval(), []
     model.low.register_forward_hook(lambda module, args, output: low.append(len(args[0])))
-
-    class Loader:
-        dataset = corrzoo.create_dataset("synthetic", "", "test", size=64)
-
-    evaluation = Evaluation(model, Loader, "default:bbox", (0.1,), 1)
+    dataset = corrzoo.create_dataset("synthetic", "", "test", size=64, length=2)
+    pair = corrzoo.data.PairDataset.collate([dataset[0]])
+    evaluation = Evaluation(model, SimpleNamespace(dataset=dataset), "default", (0.1,), cache_mb=1)
     first, second = evaluation.predict(pair, 0), evaluation.predict(pair, 0)
     assert sum(low) == 2  # each image once: on a CPU one by one
     torch.testing.assert_close(first, second)

@@ -14,10 +14,19 @@ from torch import Tensor, nn
 
 from corrzoo import ops
 from corrzoo.backbones import Backbone, BackboneSpec
-from corrzoo.geometry import Size, cell_centres, cells_to_pixels, pixels_to_cells, points_to_flow, sample, size_of
+from corrzoo.geometry import (
+    Size,
+    cell_centres,
+    cells_to_pixels,
+    cosine_maps,
+    pixels_to_cells,
+    points_to_flow,
+    sample,
+    size_of,
+)
 from corrzoo.heads.levels import resize, stack_levels
 from corrzoo.losses import mean_where
-from corrzoo.matcher import HEADS, Matcher, cosine_maps
+from corrzoo.matcher import HEADS, Matcher
 from corrzoo.precision import full
 from corrzoo.types import Features, Match, Pair, ZooError
 
