@@ -42,3 +42,17 @@ def test_a_batch_larger_than_the_memory_is_served():
     cache, compute = FeatureCache(1), Counting()
     out = cache(images([1, 2, 1]), torch.tensor([1, 2, 1]), compute)
     assert out.cls[:, 0].tolist() == [1, 2, 1] and compute.seen == [1, 2]
+
+
+def test_channels_last_maps_stay_channels_last():
+    """As a ViT's maps are, so that resizing them does not copy them."""
+
+    def compute(batch):
+        maps = [torch.randn(len(batch), 2, 3, 5).permute(0, 3, 1, 2), torch.randn(len(batch), 5, 2, 3)]
+        return Features(batch, maps, None)
+
+    cache = FeatureCache(10**6)
+    first, again = (cache(images([1, 2]), torch.tensor([1, 2]), compute).maps for _ in range(2))
+    for maps in (first, again):
+        assert [level.stride()[1:] for level in maps] == [(1, 15, 5), (6, 3, 1)]
+    torch.testing.assert_close(again, first, atol=0, rtol=0)

@@ -32,7 +32,7 @@ class Backbone(nn.Module):
         pos_interp: How a plain ViT's position embedding is resized: `official` (as in the code of DINO, iBOT and
             DINOv2; their default) or `timm` (the default of the rest). With registers, the official way is timm's.
         backbone_size: For images whose size is no multiple of the patch: False raises an error, True resizes to the
-            nearest multiple; n resizes every image to n x n pixels (ACTR and LPMFlow: 512 -> 256). Bilinear, without
+            nearest multiple. n resizes every image to n x n pixels (ACTR and LPMFlow: 512 -> 256), bilinearly, without
             antialiasing, as in both papers' code.
 
     Attributes:
@@ -81,11 +81,7 @@ class Backbone(nn.Module):
         self.register_load_state_dict_post_hook(_note_loaded)
 
     def load(self) -> "Backbone":
-        """Load the requested weights, unless they are loaded already; returns itself.
-
-        Raises:
-            ZooError: if they cannot be found, fetched or read, or do not fit the model.
-        """
+        """Load the requested weights, unless they are loaded already; see `load_weights` for errors. Returns itself."""
         if self.pending:
             load_weights(self.trunk.model, self.spec, self.weights)
             self.pending = False
@@ -185,13 +181,7 @@ class Backbone(nn.Module):
 
 
 class Trunk(nn.Module):
-    """A timm model from `build_model` that returns the maps of chosen levels and the class token.
-
-    Args:
-        model: The timm model.
-        levels: Numbers of timm's `forward_intermediates`, or dotted module names.
-        key: The backbone's name, for errors.
-    """
+    """A model from `build_model` that returns the maps of `levels`, see `Backbone`, and the class token."""
 
     def __init__(self, model: Any, levels: list[int | str], key: str) -> None:
         super().__init__()
@@ -216,16 +206,11 @@ class Trunk(nn.Module):
         A ViT's maps are views of its tokens, in channels-last memory.
         """
         numbers, vit = sorted(self.numbers | {self.stop}), self.patch > 1
+        options: dict[str, Any] = {"norm": True, "stop_early": True, "output_fmt": "NLC" if vit else "NCHW"}
         prefixed = getattr(self.model, "num_prefix_tokens", 0) > 0
-        found = self.model.forward_intermediates(
-            image,
-            numbers,
-            norm=True,
-            stop_early=True,
-            output_fmt="NLC" if vit else "NCHW",
-            intermediates_only=True,
-            **({"return_prefix_tokens": True} if prefixed else {}),
-        )
+        if prefixed:
+            options["return_prefix_tokens"] = True
+        found = self.model.forward_intermediates(image, numbers, intermediates_only=True, **options)
         cls = found[-1][1][:, 0] if prefixed and self.model.cls_token is not None else None
         outputs = [output for output, _ in found] if prefixed else found  # ViT: (B, h*w, C), CNN: (B, C, h, w)
         if vit:

@@ -13,13 +13,10 @@ Row = tuple[list[Tensor], Tensor | None]
 
 
 class FeatureCache:
-    """Features by image number, up to a number of bytes.
+    """Features by image number, up to `max_bytes`. A batch that does not fit is still computed.
 
     On a CPU each image is computed alone. In a batch, the last bits of a CNN's features depend on the batch size, so
     cached features would differ from fresh ones.
-
-    Args:
-        max_bytes: Upper bound of the cached features. A batch that does not fit is still computed.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -31,13 +28,7 @@ class FeatureCache:
         return self._cache.used
 
     def __call__(self, images: Tensor, ids: Tensor, compute: Callable[[Tensor], Features]) -> Features:
-        """Features of a batch; only images that are not in the cache are computed.
-
-        Args:
-            images: (B, 3, H, W), normalised.
-            ids: (B,) int64 image numbers, none negative.
-            compute: The backbone, (b, 3, H, W) -> Features.
-        """
+        """Features of normalised images (B, 3, H, W) with numbers `ids` (B,); `compute` is called for the missing."""
         wanted = ids.tolist()
         first: dict[int, int] = {}  # image number -> its first row in the batch
         for row, image in enumerate(wanted):
@@ -54,7 +45,7 @@ class FeatureCache:
         for image in first:
             self._cache.put(image, known[image])
         rows = [known[image] for image in wanted]
-        maps = [torch.stack(level) for level in zip(*(maps for maps, _ in rows), strict=True)]
+        maps = [_stack(level) for level in zip(*(maps for maps, _ in rows), strict=True)]
         cls = None if rows[0][1] is None else torch.stack([c for _, c in rows if c is not None])
         return Features(images, maps, cls)
 
@@ -62,3 +53,10 @@ class FeatureCache:
 def _nbytes(row: Row) -> int:
     maps, cls = row
     return sum(t.nbytes for t in ([*maps, cls] if cls is not None else maps))
+
+
+def _stack(level: tuple[Tensor, ...]) -> Tensor:
+    """(C, h, w) each -> (B, C, h, w) in the same memory format, which `torch.stack` does not keep."""
+    if level[0].is_contiguous():
+        return torch.stack(level)
+    return torch.stack([row.movedim(0, -1) for row in level]).movedim(-1, 1)

@@ -10,21 +10,14 @@ from corrzoo.geometry import Size
 
 
 def resize_pos_embed(embed: Tensor, old: Size, new: Size, prefix: int, official: bool) -> Tensor:
-    """Resize a learned position embedding to another grid; unchanged if the grids are the same.
+    """Resize a learned position embedding (1, prefix + H0*W0, C) to (1, prefix + h*w, C).
 
-    The two ways differ by 10-30% of the embedding's norm at DINOv2's 37 -> 16, so both are offered.
+    The grids `old` (H0, W0) and `new` (h, w) are stored row by row. The leading `prefix` entries belong to tokens
+    without a cell, such as the class token, and are kept. The interpolation runs in float32 or float64.
 
-    Args:
-        embed: (1, prefix + H0*W0, C), row by row.
-        old: (H0, W0), the grid of `embed`.
-        new: (h, w), the grid to resize to.
-        prefix: Leading entries of tokens without a cell, such as the class token; they are kept.
-        official: As DINO, iBOT and DINOv2: bicubic without antialiasing, by the *scale* (h + 0.1) / H0, which reads
-            the old grid every H0 / (h + 0.1) cells. Otherwise as timm and DINOv2 with registers: bicubic with
-            antialiasing, to the size.
-
-    Returns:
-        (1, prefix + h*w, C) in the dtype of `embed`; interpolated in float32 or float64.
+    The two ways differ by 10-30% of the embedding's norm at DINOv2's 37 -> 16, so both are offered. `official`, as
+    DINO, iBOT and DINOv2: bicubic without antialiasing, by the *scale* (h + 0.1) / H0, which reads the old grid every
+    H0 / (h + 0.1) cells. Otherwise as timm and DINOv2 with registers: bicubic with antialiasing, to the size.
     """
     if new == old:
         return embed
@@ -39,14 +32,12 @@ def resize_pos_embed(embed: Tensor, old: Size, new: Size, prefix: int, official:
 
 
 class ResizeOnce:
-    """`resize_pos_embed` that keeps its last result while the embedding does not change.
+    """`resize_pos_embed` that keeps its last result until the embedding is written to or moved, or `forget` is called.
 
-    A result is used again for the same grid until the embedding is written to or moved, or `forget` is called. A copy
-    of the object starts empty, and torch.compile and torch.export see the plain function.
+    A copy of the object starts empty. torch.compile and torch.export see the plain function.
     """
 
-    def __init__(self) -> None:
-        self._kept: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
+    _kept: tuple[tuple[Any, ...], Tensor, Tensor] | None = None  # key, embedding, result
 
     def forget(self) -> None:
         """Drop the result. Fused optimisers and writes to `embed.data` change the embedding, but not its version."""
@@ -60,12 +51,11 @@ class ResizeOnce:
         if trained or traced or new == old or embed.is_inference():
             return resize_pos_embed(embed, old, new, prefix, official)
         key = (old, new, prefix, official, embed._version, embed.data_ptr(), embed.dtype)
-        kept = self._kept
-        if kept is None or kept[0] != key:
+        if self._kept is None or self._kept[0] != key:
             with torch.inference_mode(False), torch.no_grad():  # a training step can use the result, too
                 # The embedding's memory is kept as well, so that no other tensor gets its address.
-                kept = self._kept = key, embed.detach(), resize_pos_embed(embed, old, new, prefix, official)
-        return kept[2]
+                self._kept = key, embed.detach(), resize_pos_embed(embed, old, new, prefix, official)
+        return self._kept[2]
 
     def __reduce__(self) -> tuple[type["ResizeOnce"], tuple[()]]:
         return type(self), ()

