@@ -23,14 +23,14 @@ def tiny(name: str = VIT, **options) -> Backbone:
 
 
 class TestRegistry:
-    def test_every_key_of_the_issue(self):
+    def test_every_key_is_registered(self):
         dino = {f"dinov2_{s}14{reg}" for s in "sbl" for reg in ("", "_reg")} | {f"dinov3_{s}16" for s in "sbl"}
         vits = {"ibot_b16", "ibot22k_b16", "mae_b16", "clip_b16", "siglip_b16"}
         cnns = {f"resnet{n}" for n in (18, 50, 101)} | {f"efficientnet_lite{n}" for n in range(3)}
         assert set(list_backbones()) == dino | vits | cnns
 
     @pytest.mark.parametrize(("key", "count"), [("dinov2_b14", 86_579_712), ("ibot_b16", 85_798_656)])
-    def test_counts_are_the_papers(self, key, count):
+    def test_parameter_counts_equal_the_papers(self, key, count):
         with torch.device("meta"):
             assert Backbone(key).num_params == count
 
@@ -192,7 +192,7 @@ class TestLevels:
         assert [m.shape[1] for m in out.maps] == backbone.channels
         assert [96 // m.shape[2] for m in out.maps] == backbone.strides
 
-    def test_nothing_behind_the_deepest_level_is_computed(self):
+    def test_nothing_after_the_deepest_level_is_computed(self):
         backbone = tiny(RESNET, levels=["layer2.0", 1])
         called = []
         backbone.trunk.model.layer3.register_forward_hook(lambda *_: called.append(True))
@@ -219,7 +219,7 @@ class TestLevels:
             (VIT, "blocks.2", "gives no .*map"),
         ],
     )
-    def test_levels_that_are_not_there(self, name, level, message):
+    def test_unknown_levels_are_errors(self, name, level, message):
         with pytest.raises(ZooError, match=message):
             tiny(name, levels=[level])
 
@@ -228,7 +228,7 @@ class TestFinetune:
     def trained(self, backbone: Backbone) -> set[str]:
         return {name for name, p in backbone.trunk.model.named_parameters() if p.requires_grad}
 
-    def test_none_is_frozen_and_stays_in_eval_mode(self):
+    def test_none_freezes_the_backbone_in_eval_mode(self):
         backbone = tiny(finetune="none").train()
         assert self.trained(backbone) == set()
         assert not any(module.training for module in backbone.trunk.modules())
@@ -262,18 +262,18 @@ class TestFinetune:
             (EFFNET, 2, "no transformer blocks"),
         ],
     )
-    def test_impossible_ones(self, name, finetune, message):
+    def test_invalid_values_are_errors(self, name, finetune, message):
         with pytest.raises(ZooError, match=message):
             tiny(name, finetune=finetune)
 
 
 class TestPending:
-    def test_forward_waits_for_the_weights(self):
+    def test_forward_without_loaded_weights_is_an_error(self):
         backbone = Backbone("timm/test_vit")
         with pytest.raises(ZooError, match=r"weights 'pretrained' of timm/test_vit are not loaded: call load\(\)"):
             backbone(torch.randn(1, 3, 32, 32))
 
-    def test_a_checkpoint_brings_them(self):
+    def test_a_checkpoint_contains_the_weights(self):
         backbone = Backbone("timm/test_vit")
         outer = torch.nn.ModuleDict({"backbone": backbone})
         assert backbone.pending

@@ -49,7 +49,7 @@ def test_timm_is_timms(new):
 
 
 @pytest.mark.parametrize("official", [True, False])
-def test_native_grid_is_left_alone(official):
+def test_the_native_grid_is_unchanged(official):
     embed = torch.randn(1, 1 + 12, 4)
     assert resize_pos_embed(embed, (3, 4), (3, 4), 1, official) is embed
     assert resize_pos_embed(embed, (3, 4), (4, 3), 1, official) is not embed  # as many cells, another grid
@@ -62,7 +62,7 @@ def test_half_precision_is_resized_in_float32():
     assert torch.equal(got, resize_pos_embed(embed.float(), (4, 4), (6, 6), 0, True).bfloat16())
 
 
-def test_the_backbone_uses_what_was_asked():
+def test_the_backbone_uses_the_option_pos_interp():
     image = torch.randn(1, 3, 64, 96)
     official, theirs = (create_backbone("timm/test_vit", "random", pos_interp=p) for p in ("official", "timm"))
     theirs.load_state_dict(official.state_dict())
@@ -137,7 +137,7 @@ def test_a_trained_embedding_is_resized_at_every_step_and_once_in_evaluation(res
 
 @pytest.mark.parametrize("options", [{"foreach": True}, {"foreach": False}, {"fused": True}])
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
-def test_a_step_of_the_optimiser_is_noticed(kind, options):
+def test_an_optimiser_step_invalidates_the_kept_result(kind, options):
     """Those of fused optimisers too, which leave the version as it was."""
     for training in (True, False):
         backbone = vit().train(training)
@@ -174,7 +174,7 @@ def swapped_before_evaluation(backbone):
 
 
 @pytest.mark.parametrize("change", [new_weights, in_place, replaced, rounded, swapped_before_evaluation])
-def test_a_change_of_the_embedding_is_noticed(change):
+def test_a_change_of_the_embedding_invalidates_the_kept_result(change):
     backbone = vit(finetune="none")
     before = backbone(IMAGE).maps[0]
     change(backbone)
@@ -194,7 +194,7 @@ def test_a_copy_resizes_its_own_embedding():
     assert backbone.state_dict().keys() == vit().state_dict().keys()
 
 
-def test_what_inference_mode_resized_serves_a_training_step():
+def test_a_result_from_inference_mode_can_be_used_in_training():
     backbone = vit(finetune=2)
     with torch.inference_mode():
         backbone(IMAGE)

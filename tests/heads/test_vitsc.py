@@ -81,7 +81,7 @@ def test_the_low_encoder_is_resnet18_without_strides_and_last_stage():
     torch.testing.assert_close(out, x)
 
 
-def test_low_weights_come_from_a_file_or_a_checkpoint_and_are_not_forgotten(tmp_path):
+def test_low_weights_load_from_a_file_or_a_checkpoint(tmp_path):
     whole = timm.create_model("resnet18")
     path = tmp_path / "resnet18.pth"
     torch.save(whole.state_dict(), path)
@@ -99,7 +99,7 @@ def test_low_weights_come_from_a_file_or_a_checkpoint_and_are_not_forgotten(tmp_
         HEADS["ViTSC"](**TINY, low_weights="nowhere.pth").load_weights()
 
 
-def test_the_low_encoder_sees_images_as_imagenet_has_them():
+def test_the_low_encoder_normalises_images_for_imagenet():
     pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     lite = corrzoo.backbones.Backbone("efficientnet_lite0", "random")
     low = LowEncoder("random", 1, lite.spec).eval()
@@ -122,7 +122,7 @@ def test_a_random_low_encoder_trains_at_the_heads_rate(weights, group, finetune)
     assert sorted(every) == sorted(id(p) for p in model.parameters() if p.requires_grad)  # each once
 
 
-def test_the_low_encoders_features_are_kept_in_evaluation():
+def test_the_low_encoders_features_are_cached_in_evaluation():
     model, low = head().eval(), []
     model.low.register_forward_hook(lambda module, args, output: low.append(len(args[0])))
     dataset = corrzoo.create_dataset("synthetic", "", "test", size=64, length=2)
@@ -165,7 +165,7 @@ def update(block, x, other, pos, other_pos):
 
 @pytest.mark.parametrize("order", ["interleaved", "symmetric", "asymmetric"])
 @pytest.mark.parametrize("layers", [1, 2, 3])
-def test_who_is_updated_when(order, layers):
+def test_order_of_the_updates_equals_table_4(order, layers):
     torch.manual_seed(0)
     module = awake(CrossPerception(layers, order).double())
     src, trg = torch.randn(1, 256, 2, 3).double(), torch.randn(1, 256, 3, 2).double()
@@ -204,7 +204,7 @@ def test_a_projection_to_fewer_channels_starts_orthogonal():
     assert not layer.bias.any()
 
 
-def test_an_untrained_perception_leaves_the_representation_alone():
+def test_an_untrained_perception_keeps_the_features():
     a, b = torch.randn(1, 256, 3, 3), torch.randn(1, 256, 3, 3)
     expected = tuple(F.layer_norm(x.movedim(1, -1), (256,)).movedim(-1, 1) for x in (a, b))
     torch.testing.assert_close(CrossPerception(2, "interleaved")(a, b), expected)
@@ -261,7 +261,7 @@ def test_look_up_equals_equation_8_in_loops(upsampler):
             torch.testing.assert_close(found[0, :, row, col], torch.tensor(expected, dtype=torch.float64))
 
 
-def test_without_its_modules_it_is_the_baseline_enlarged():
+def test_without_its_modules_the_flow_is_the_baselines_resized():
     pair = pairs(1)
     baseline = corrzoo.create_matcher("Baseline", **TINY)
     for options in ({"upsampler": "bilinear"}, {"upsampler": "low"}):  # what the CNN adds begins at zero
@@ -282,7 +282,7 @@ def test_the_same_weights_serve_every_size(options, attend_at):
         assert flow.shape == (1, 2, *size) and torch.isfinite(flow).all()
 
 
-def test_the_flow_has_full_resolution_wherever_the_cnns_run():
+def test_the_flow_has_full_resolution_at_every_head_resolution():
     pair = pairs(1, size=32)
     full, half = (awake(head(head_resolution=r)).eval()(pair.src_img, pair.trg_img).flow for r in (1.0, 0.5))
     assert full.shape == half.shape == (1, 2, 32, 32) and not torch.equal(full, half)
@@ -398,7 +398,7 @@ def alike_parts(count, generator):
 
 
 @pytest.mark.parametrize("triplet_weight, told_apart", [(10.0, True), (0.0, False)])
-def test_the_triplet_loss_tells_two_alike_parts_apart(triplet_weight, told_apart):
+def test_the_triplet_loss_separates_two_similar_parts(triplet_weight, told_apart):
     generator = torch.Generator().manual_seed(0)
     model = head(upsampler="bilinear", triplet_weight=triplet_weight)
     model.perception = None  # each image speaks for itself: only the loss can bring the hint forward
@@ -417,7 +417,7 @@ def test_the_triplet_loss_tells_two_alike_parts_apart(triplet_weight, told_apart
 
 
 @pytest.mark.parametrize("upsampler, regained", [("low", True), ("unguided", False)])
-def test_a_displacement_below_the_cell_is_regained_by_low_level_guidance(upsampler, regained):
+def test_low_level_guidance_recovers_displacements_below_a_cell(upsampler, regained):
     generator = torch.Generator().manual_seed(0)
     model = head(upsampler=upsampler, enhancement="none")
     optimizer = torch.optim.Adam(model.upsampler.parameters(), lr=2e-3)
