@@ -181,8 +181,12 @@ class Matcher(LightningModule, ABC):
 
     # ------------------------------------------------------------------ training
 
+    def training_losses(self, pair: Pair) -> Tensor | dict[str, Tensor]:
+        """Loss of a training batch, see `loss`. A head that trains in stages overrides this."""
+        return self.loss(self.match(*self.features(pair)), pair)
+
     def training_step(self, pair: Pair, batch_idx: int) -> Tensor:
-        terms = self.loss(self.match(*self.features(pair)), pair)
+        terms = self.training_losses(pair)
         terms = terms if isinstance(terms, dict) else {"loss": terms}
         means = over_processes(torch.stack(list(terms.values()))) / processes()
         logged = {f"train/{name}": mean for name, mean in zip(terms, means, strict=True)}
