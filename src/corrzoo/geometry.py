@@ -54,9 +54,7 @@ def sample(maps: Tensor, points: Tensor, image: Size) -> Tensor:
     Returns:
         (B, n, C).
     """
-    H, W = image
-    scale = points.new_tensor([W, H])
-    grid = (2 * points / scale - 1).to(maps.dtype)
+    grid = (cells_to_pixels(points, image, (2, 2)) - 1).to(maps.dtype)  # the image from -1 to 1
     out = F.grid_sample(maps, grid.unsqueeze(1), mode="bilinear", padding_mode="border", align_corners=False)
     return out.squeeze(2).transpose(1, 2)
 

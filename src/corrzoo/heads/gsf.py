@@ -32,7 +32,6 @@ OBJECT = 0.1
 TRUST = 4.0
 """our choice: added to the pruning network's logits, which start at 0. At sigma(0) = 0.5 no match would pass rho."""
 GROUPS = 8
-
 Term = tuple[Tensor, Tensor]
 """A term of the loss: values of any shape, and a bool mask of those to average."""
 
@@ -65,8 +64,7 @@ class GSF(Matcher):
         mls: Use the propagation. Without it, only confident cells are modulated (Table 3a, footnote 1). our choice:
             G' of the other cells is then the soft-argmax of C.
         matching: Use the matching module, eqs. 8 and 9. Without it, tau is G' (Table 3a).
-        start: What the matching network's residual is added to: `refined`, the soft-argmax of C', or `guidance`, G' as
-            eq. 9 is printed.
+        start: What eq. 9 adds the residual to: `refined`, the soft-argmax of C', or, as printed, `guidance`, G'.
         readout_radius: Take the soft-argmax of C' over this many cells around its maximum (2: a 5 x 5 window), not all.
         rho: Threshold of a confident match (5.1). Above 0.98, set `pruning` to false: its sigmoid starts at 0.982.
         c_p: Width of the propagation's Gaussian in cells. our choice on validation pairs (docs/heads/gsf.md): 5.1
@@ -81,14 +79,12 @@ class GSF(Matcher):
         weight_p: lambda_P of eq. 15. our choice.
         weight_m: lambda_M of eq. 15. our choice.
         weight_sm: lambda_sm of eq. 15. our choice: SFNet's 0.5 relative to the 16 of its flow term.
-        stage1: Share of the training steps in which L_P trains the pruning network alone (4.3). 0: end to end from the
-            start; 1: stage 1 only (Table 3b).
+        stage1: Share of the steps in which L_P trains the pruning network alone (4.3); 0 and 1 are rows of Table 3b.
         **options: Options of `Matcher`.
     """
 
     evaluation_options: ClassVar[frozenset[str]] = Matcher.evaluation_options | {"start", "readout_radius"}
-    stage2_from = 0.0
-    """Training step at which stage 2 begins."""
+    stage2_from = 0.0  # the training step at which stage 2 begins
     cells: Tensor
 
     def __init__(
@@ -150,7 +146,7 @@ class GSF(Matcher):
     def match(self, src: Features, trg: Features) -> Match:
         """Eqs. 1 to 9; the extras hold what the losses read."""
         guidance = self.guide(src, trg)
-        tau = self.refine(guidance)
+        tau = self.refine(guidance)  # (B, N, 2)
         pixels = cells_to_pixels(tau, self.grid, size_of(src.image))
         flow = rearrange(pixels, "b (h w) xy -> b xy h w", h=self.grid[0])
         return Match(flow, guidance.scores, guidance._asdict() | {"tau": tau})
@@ -174,7 +170,7 @@ class GSF(Matcher):
         return Guidance(f, g, scores, initial, logits, kept, confident, field)
 
     def correlate(self, f: Tensor, g: Tensor, levels: list[int]) -> Tensor:
-        """Eq. 1 for features (B, N, C) and (B, N, C) of levels with so many channels: (B, N, N).
+        """Eq. 1 for features (B, N, C), whose C are those of all `levels`: (B, N, N).
 
         our choice, as SFNet: negative cosines become 0, since the square in eq. 4 would make opposites similar.
         """
@@ -214,19 +210,16 @@ class GSF(Matcher):
 
     def pruning_terms(self, guidance: Guidance, inside: Tensor) -> dict[str, Term]:
         """L_P, eq. 10: values and where they count."""
-        # Features are detached: if they could move, they would become equal everywhere.
+        # Detached, because features that could move would become equal everywhere.
         f, g, counted = guidance.src.detach(), guidance.trg.detach(), guidance.confident & inside
-        weight = guidance.kept.amax(2)  # (B, N)
+        weight, where = guidance.kept.amax(2), (self.cells, self.grid, self.hparams.window)
         return {
             "sil": silhouette_loss(guidance.logits, guidance.initial, self.rho, inside),
-            "geo": geometry_loss(f, g, guidance.field, weight, counted, self.cells, self.grid, self.hparams.window),
+            "geo": geometry_loss(f, g, guidance.field, weight, counted, *where),
         }
 
     def weighted(self, terms: dict[str, Term]) -> dict[str, Tensor]:
-        """Mean of each term, and their weighted sum as `loss`.
-
-        our choice: means, where the paper prints sums, so that no weight depends on the size of grid, batch or object.
-        """
+        """Means (our choice; with the sums of the paper, weights depend on grid and batch) and their sum, `loss`."""
         means = {name: mean_where(*term) for name, term in terms.items()}
         return {"loss": torch.stack([self.term_weights[name] * mean for name, mean in means.items()]).sum(), **means}
 
@@ -238,10 +231,10 @@ class GSF(Matcher):
     def on_train_start(self) -> None:
         """Find the step at which stage 2 begins."""
         super().on_train_start()
-        steps = self.trainer.estimated_stepping_batches
-        if steps == torch.inf and self.hparams.stage1:
+        steps, share = self.trainer.estimated_stepping_batches, self.hparams.stage1
+        if steps == torch.inf and share:
             raise ZooError("stage1 is a share of the run, which has no end: set --trainer.max_epochs or max_steps")
-        self.stage2_from = self.hparams.stage1 * steps if self.hparams.stage1 else 0.0
+        self.stage2_from = share * steps if share else 0.0
 
     def training_losses(self, pair: Pair) -> Tensor | dict[str, Tensor]:
         """Eq. 15, or in stage 1 eq. 10 with frozen features and without the matching module."""
@@ -263,8 +256,7 @@ class GSF(Matcher):
             for p in self._frozen_in_stage1():
                 p.grad = None
 
-    def _frozen_in_stage1(self) -> list[nn.Parameter]:
-        """Parameters W_F and W_M."""
+    def _frozen_in_stage1(self) -> list[nn.Parameter]:  # W_F and W_M
         return [p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("pruning.")]
 
 
@@ -284,9 +276,8 @@ class Adaptation(nn.Module):
 class UNet(nn.Module):
     """Encoder and decoder over the source grid; the channels of a cell are its scores against all target cells.
 
-    our choice, as the paper says "encoder-decoder" only: two strides, skips, and group normalisation instead of batch
-    normalisation, so that a batch may have one pair and stage 1 leaves no running statistics. The last layer starts at
-    zero: untrained networks prune nothing and add no residual.
+    our choice, as the paper says "encoder-decoder" only: two strides, skips, and group normalisation, so that a batch
+    may have one pair and stage 1 leaves no statistics. The last layer starts at zero: untrained, it has no effect.
     """
 
     def __init__(self, inputs: int, outputs: int, width: int) -> None:
@@ -323,9 +314,8 @@ def mutual_confidence(scores: Tensor) -> Tensor:
 def truncate(confidence: Tensor, rho: float) -> tuple[Tensor, Tensor]:
     """T(X, rho) of eq. 5 for confidences (B, N, M): X where X > rho, with its gradient, else 0.
 
-    Returns:
-        Q' (B, N, M), and the set S of confident cells (B, N) bool. If no match of a pair passes, the best matches of
-        its `FALLBACK` most confident rows are kept, so S is never empty.
+    Returns Q' (B, N, M) and the set S of confident cells (B, N) bool. If no match of a pair passes, the best matches of
+    its `FALLBACK` most confident rows do, so that S is never empty.
     """
     kept = confidence > rho
     best = confidence.amax(2)  # (B, N)
@@ -350,10 +340,9 @@ def moving_least_squares(values: Tensor, known: Tensor, cells: Tensor, c: float)
     Values (B, N, K), finite, with S as `known` (B, N) bool -> (B, N, K); zero if S is empty. The weights are normalised
     as logarithms: cells many widths away from S follow the nearest cells of S.
     """
-    known = known.unsqueeze(1)
     logits = -(cells.unsqueeze(1) - cells).square().sum(-1) / (2 * c**2)  # (N, N)
-    logits = logits.masked_fill(~known, torch.finfo(logits.dtype).min)  # (B, N, N)
-    return (logits.softmax(2) * known) @ values
+    logits = logits.masked_fill(~known.unsqueeze(1), torch.finfo(logits.dtype).min)  # (B, N, N)
+    return (logits.softmax(2) * known.unsqueeze(1)) @ values
 
 
 def modulate(scores: Tensor, centre: Tensor, cells: Tensor, c: float) -> Tensor:
@@ -392,10 +381,7 @@ def matching_loss(
 
 
 def smoothness_loss(tau: Tensor, inside: Tensor, grid: Size) -> Term:
-    """L_sm: L1 norm of the differences of tau (B, N, 2) between adjacent cells that are both on the object.
-
-    our choice: forward differences; the paper says L1.
-    """
+    """L_sm: L1 norm of the forward differences (our choice) of tau (B, N, 2) between adjacent cells that are inside."""
     flow, mask = tau.unflatten(1, grid), inside.unflatten(1, grid)  # (B, h, w, 2), (B, h, w)
     down, right = (flow.diff(dim=d).abs().sum(-1).flatten(1) for d in (1, 2))
     both = torch.cat([(mask[:, 1:] & mask[:, :-1]).flatten(1), (mask[..., 1:] & mask[..., :-1]).flatten(1)], 1)
