@@ -54,7 +54,8 @@ def sample(maps: Tensor, points: Tensor, image: Size) -> Tensor:
     Returns:
         (B, n, C).
     """
-    grid = (cells_to_pixels(points, image, (2, 2)) - 1).to(maps.dtype)  # the image from -1 to 1
+    (x, y), (H, W) = points.unbind(-1), image
+    grid = torch.stack([2 * x / W - 1, 2 * y / H - 1], dim=-1).to(maps.dtype)
     out = F.grid_sample(maps, grid.unsqueeze(1), mode="bilinear", padding_mode="border", align_corners=False)
     return out.squeeze(2).transpose(1, 2)
 

@@ -245,7 +245,8 @@ def test_cells_on_the_object():
 def soft_argmax(row, radius):
     """Expected target of one row of scores, over all cells or within a radius of its maximum on both axes."""
     best = max(range(N), key=lambda j: float(row[j]))
-    near = [j for j in range(N) if radius is None or max(abs(a - b) for a, b in zip(place(j), place(best))) <= radius]
+    far = [max(abs(a - b) for a, b in zip(place(j), place(best), strict=True)) for j in range(N)]
+    near = [j for j in range(N) if radius is None or far[j] <= radius]
     weights = {j: math.exp(50 * float(row[j])) for j in near}
     return sum(w * CELLS[j] for j, w in weights.items()) / sum(weights.values())
 
@@ -264,7 +265,7 @@ def test_the_whole_head_equals_the_equations_in_loops(mls, start, radius):
     f, g = (m[0].flatten(1).T for m in maps)
     scores = torch.stack([torch.stack([max(a @ b / a.norm() / b.norm(), 0 * a[0]) for b in g]) for a in f])  # eq. 1
     q = mutual_by_loops(scores)  # eq. 4
-    x = q / (1 + torch.exp(-(model.pruning(q.unsqueeze(0), GRID)[0] + gsf.TRUST)))  # eq. 5
+    x = (q / (1 + torch.exp(-(model.pruning(q.unsqueeze(0), GRID)[0] + gsf.TRUST)))).detach()  # eq. 5
     guidance, confident = torch.zeros(N, 2, dtype=torch.float64), []
     for i in range(N):  # eq. 6
         row = x[i] * (x[i] > 0.9)
@@ -331,7 +332,7 @@ def test_confident_neighbours_pull_ambiguous_matches_right(options):
     model = head(grid=[6, 7], c_p=0.7, start="guidance", **options).double().eval()
     if model.pruning:
         model.pruning = Oracle([r * 7 + c for r, c in alike])
-    flow = model.match(model.prepare(src), model.prepare(trg)).flow / 16
+    flow = model.match(model.prepare(src), model.prepare(trg)).flow.detach() / 16
     errors = [float((flow[0, :, r, c] - torch.tensor([1.0, 0.0])).norm()) for r, c in alike]
     if options:  # without propagation, or with nothing pruned, they point between the two
         assert min(errors) > 0.4
@@ -431,6 +432,20 @@ def test_training_reads_no_keypoint():
             assert torch.equal(value, expected[name]), name
 
 
+def test_the_loss_is_eq_10_in_stage_1_and_eq_15_in_stage_2():
+    model, pair = head(weight_p=2.0, weight_sil=3.0, weight_geo=5.0, weight_m=7.0, weight_sm=11.0), batch()
+    nn.init.normal_(model.matching.leave.weight, std=0.01)
+    model.stage2_from = 1
+    first = model.training_losses(pair)
+    model.stage2_from = 0
+    second = model.training_losses(pair)
+    assert first.keys() == {"loss", "sil", "geo"} and second.keys() == {"loss", "sil", "geo", "match", "smooth"}
+    assert all(value > 0 for value in second.values())
+    eq_10 = 2 * (3 * first["sil"] + 5 * first["geo"])
+    torch.testing.assert_close(first["loss"], eq_10)
+    torch.testing.assert_close(second["loss"], eq_10 + 7 * second["match"] + 11 * second["smooth"])
+
+
 def test_pixels_off_the_object_are_not_learnt_from():
     model, pair = head().eval(), batch()
     match = model(pair.src_img, pair.trg_img)
@@ -495,7 +510,7 @@ def test_what_does_not_go_together_is_refused():
 
 def test_the_recipe_has_the_papers_numbers():
     model = head(**{k: v for k, v in recipe().items() if k not in ("backbone", "weights", "levels")})
-    assert (model.rho, model.c_p, model.c_m, model.radius) == (0.9, 1.5, 5, 5)
+    assert (model.rho, model.c_p, model.c_m, model.hparams.radius) == (0.9, 1.5, 5, 5)
     assert recipe()["backbone"] == "resnet101" and recipe()["levels"] == ["layer3.22", "layer4.2"]
 
 
@@ -508,8 +523,8 @@ def test_ablations_differ_as_named(name):
     changed = recipe(f"ablation/gsf_{name}")
     assert changed == ABLATIONS[name]
     model = head(**{k: v for k, v in (recipe() | changed).items() if k not in ("backbone", "weights", "levels")})
-    assert (model.pruning is None) == (name == "no_pruning")
-    assert (model.matching is None) == (name == "no_matching")
+    assert (model.pruning is None) == (name in ("no_pruning", "zero_shot"))
+    assert (model.matching is None) == (name in ("no_matching", "geo_only", "sil_only", "stage1_only"))
     assert model.mls == (name != "no_mls")
 
 
