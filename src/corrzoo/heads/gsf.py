@@ -153,11 +153,10 @@ class GSF(Matcher):
 
     def guide(self, src: Features, trg: Features) -> Guidance:
         """Eqs. 1 to 7: correlation, pruning and propagation."""
-        levels = [level.shape[1] for level in src.maps]
         f, g = (rearrange(torch.cat(x.maps, 1), "b c h w -> b (h w) c") for x in (src, trg))  # (B, N, C)
         with full_precision(f):
             f, g = F.normalize(f, dim=2), F.normalize(g, dim=2)
-            scores = self.correlate(f, g, levels)  # (B, N, N)
+            scores = self.correlate(f, g, [level.shape[1] for level in src.maps])  # (B, N, N)
             initial = mutual_confidence(scores)
         logits = self.pruning(initial, self.grid) + TRUST if self.pruning else torch.full_like(initial, torch.inf)
         with full_precision(f):
@@ -194,7 +193,7 @@ class GSF(Matcher):
 
     def read(self, scores: Tensor, radius: int | None = None) -> Tensor:
         """Soft-argmax of scores (B, N, N), over a window around the maximum or all cells: displacements (B, N, 2)."""
-        window = "none" if radius is None else "crop"
+        window: Literal["none", "crop"] = "none" if radius is None else "crop"
         return ops.readout(scores, self.grid, 1 / self.beta, window, radius=radius).xy - self.cells
 
     def loss(self, match: Match, pair: Pair) -> dict[str, Tensor]:
@@ -213,10 +212,8 @@ class GSF(Matcher):
         # Detached, because features that could move would become equal everywhere.
         f, g, counted = guidance.src.detach(), guidance.trg.detach(), guidance.confident & inside
         weight, where = guidance.kept.amax(2), (self.cells, self.grid, self.hparams.window)
-        return {
-            "sil": silhouette_loss(guidance.logits, guidance.initial, self.rho, inside),
-            "geo": geometry_loss(f, g, guidance.field, weight, counted, *where),
-        }
+        sil = silhouette_loss(guidance.logits, guidance.initial, self.rho, inside)
+        return {"sil": sil, "geo": geometry_loss(f, g, guidance.field, weight, counted, *where)}
 
     def weighted(self, terms: dict[str, Term]) -> dict[str, Tensor]:
         """Means (our choice; with the sums of the paper, weights depend on grid and batch) and their sum, `loss`."""
@@ -314,8 +311,8 @@ def mutual_confidence(scores: Tensor) -> Tensor:
 def truncate(confidence: Tensor, rho: float) -> tuple[Tensor, Tensor]:
     """T(X, rho) of eq. 5 for confidences (B, N, M): X where X > rho, with its gradient, else 0.
 
-    Returns Q' (B, N, M) and the set S of confident cells (B, N) bool. If no match of a pair passes, the best matches of
-    its `FALLBACK` most confident rows do, so that S is never empty.
+    Also the set S of confident cells (B, N) bool. If no match of a pair passes, the best matches of its `FALLBACK` most
+    confident rows do, so that S is never empty.
     """
     kept = confidence > rho
     best = confidence.amax(2)  # (B, N)
