@@ -194,7 +194,7 @@ REAL = {
     "baseline": (),
     "actr": ("--model.grid=6",),
     "vitsc": (),
-    "gsf": ("--model.grid=10", "--model.c_p=0.75", "--model.c_m=2.5"),
+    "gsf": ("--model.grid=10", "--model.c_p=0.75", "--model.c_m=3.5"),
     "lpmflow": (),
 }
 """By head, what is not as in its file: grids for images of 160 pixels."""

@@ -510,7 +510,7 @@ def test_what_does_not_go_together_is_refused():
 
 def test_the_recipe_has_the_papers_numbers():
     model = head(**{k: v for k, v in recipe().items() if k not in ("backbone", "weights", "levels")})
-    assert (model.rho, model.c_p, model.c_m, model.hparams.radius) == (0.9, 1.5, 5, 5)
+    assert (model.rho, model.c_p, model.c_m, model.hparams.radius) == (0.9, 1.5, 7, 5)
     assert recipe()["backbone"] == "resnet101" and recipe()["levels"] == ["layer3.22", "layer4.2"]
 
 

@@ -67,9 +67,9 @@ class GSF(Matcher):
         start: What eq. 9 adds the residual to: `refined`, the soft-argmax of C', or, as printed, `guidance`, G'.
         readout_radius: Take the soft-argmax of C' over this many cells around its maximum (2: a 5 x 5 window), not all.
         rho: Threshold of a confident match (5.1). Above 0.98, set `pruning` to false: its sigmoid starts at 0.982.
-        c_p: Width of the propagation's Gaussian in cells. our choice on validation pairs (docs/heads/gsf.md): 5.1
+        c_p: Width of the propagation's Gaussian in cells. our choice, made on validation pairs (docs/heads/gsf.md): 5.1
             gives 7 and calls it a variance, but eq. 7 squares it.
-        c_m: Width of the modulation's Gaussian in cells (5.1, read as a width). See `c_p`.
+        c_m: Width of the modulation's Gaussian in cells. our choice, made like `c_p`: 5.1 gives 5.
         beta: Inverse temperature of both soft-argmaxes (SFNet).
         window: Radius of the window N_i in eq. 11 in cells. our choice.
         radius: Radius of the window M_i in eq. 14 in cells (5.1).
@@ -101,7 +101,7 @@ class GSF(Matcher):
         readout_radius: int | None = None,
         rho: float = 0.9,
         c_p: float = 1.5,
-        c_m: float = 5.0,
+        c_m: float = 7.0,
         beta: float = 50.0,
         window: int = 2,
         radius: int = 5,
