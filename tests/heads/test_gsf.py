@@ -48,7 +48,7 @@ def head(**options):
 
 
 def batch(size=80, count=2, dataset="synthetic", split="test"):
-    pairs = corrzoo.create_dataset(dataset, "", split, size=size)
+    pairs = corrzoo.create_dataset(dataset, "", split, image_size=size)
     return PairDataset.collate([pairs[i] for i in range(count)])
 
 
@@ -398,7 +398,7 @@ def fit(model, pairs, steps, *callbacks):
 
 
 def samples(size=80, count=8):
-    pairs = corrzoo.create_dataset("synthetic", "", "trn", size=size)
+    pairs = corrzoo.create_dataset("synthetic", "", "trn", image_size=size)
     return [pairs[i] for i in range(count)]
 
 
@@ -485,7 +485,7 @@ def test_a_training_step_does_not_wait_for_the_host(stage):
     model, pair = head(adaptation=True), batch()
     model.stage2_from = 3 - 2 * stage  # above or below step 0
     src, trg = model.features_of(pair.src_img, pair.trg_img)
-    model.features = lambda pair: (src, trg)
+    model.training_features = lambda pair: (src, trg)
     with hostless():
         model.training_losses(pair)
 
