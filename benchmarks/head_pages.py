@@ -1,7 +1,5 @@
 """Write docs/heads/, a page for each head, from docstrings, configurations and results; --check says if they are true.
 
-A page's part between <!-- notes --> and <!-- /notes --> is written by hand and kept.
-
 python benchmarks/head_pages.py [--check]
 """
 
@@ -27,6 +25,7 @@ from corrzoo.matcher import Matcher
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "zoo_configs"
+PAGES = ROOT / "docs" / "heads"
 OURS = re.compile(r"(?<!`)\bour (choice|reading)\b", re.I)
 EMPTY = inspect.Parameter.empty
 
@@ -172,6 +171,12 @@ def link(path: Path) -> str:
     return f"[{path.stem}](../../{path.relative_to(ROOT)})"
 
 
+def by_hand(page: Path) -> str:
+    """The part of a page that is written by hand, and kept: between two comments."""
+    found = re.search(r"<!-- by hand -->.*?<!-- /by hand -->", page.read_text() if page.is_file() else "", re.S)
+    return found[0] if found else ""
+
+
 def of_head(rankings: list[Ranking], head: str) -> list[Ranking]:
     """Rankings with the rows of one head alone."""
     found = [r._replace(rows=[row for row in r.rows if row.head == head]) for r in rankings]
@@ -193,7 +198,6 @@ def page(head: str, measured: list[Ranking], published: list[Ranking]) -> str:
         inspect.cleandoc(module.__doc__ or ""),
         f"## What is implemented\n\n[`{source}`](../../{source})",
         *split_docstring(cls.__doc__)[0],
-        notes(ROOT / "docs" / "heads" / f"{head.lower()}.md"),
         "## Our choice\n\nWhat the paper leaves open, as the code says it.\n",
         "\n".join(choices(cls)) or "Nothing.",
         f"## Options\n\nAnd [those of every head](README.md#options-of-every-head).\n\n{options(cls)}",
@@ -206,18 +210,13 @@ def page(head: str, measured: list[Ranking], published: list[Ranking]) -> str:
             if ablations
             else []
         ),
+        by_hand(PAGES / f"{head.lower()}.md"),
         "## Measured\n",
         re.sub("^### ", "### benchmarks/results/", to_markdown(measured), flags=re.M) or "Nothing yet.",
         "## Published\n",
         re.sub("^### published\n", "", to_markdown(published), flags=re.M) or "Nothing.",
     ]
-    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
-
-
-def notes(path: Path) -> str:
-    """The hand-written part of a page, with its markers."""
-    found = re.search(r"<!-- notes -->.*<!-- /notes -->", path.read_text() if path.is_file() else "", re.S)
-    return found[0] if found else ""
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
 WRITTEN = "*Written by `python benchmarks/head_pages.py` from docstrings, configurations and result files.*"
@@ -247,14 +246,13 @@ def main() -> None:
     pages = {
         f"{name.lower()}.md": page(name, of_head(measured, name), of_head(published, name)) for name in list_heads()
     }
-    folder = ROOT / "docs" / "heads"
     stale = []
     for name, text in (pages | {"README.md": index()}).items():
-        path = folder / name
+        path = PAGES / name
         if check and (not path.is_file() or path.read_text() != text):
             stale.append(name)
         elif not check:
-            folder.mkdir(exist_ok=True)
+            PAGES.mkdir(exist_ok=True)
             path.write_text(text)
     sys.exit(f"{', '.join(stale)}: not what `python benchmarks/head_pages.py` writes" if stale else 0)
 

@@ -48,7 +48,7 @@ def head(**options):
 
 
 def batch(size=80, count=2, dataset="synthetic", split="test"):
-    pairs = corrzoo.create_dataset(dataset, "", split, image_size=size)
+    pairs = corrzoo.create_dataset(dataset, "", split, size=size)
     return PairDataset.collate([pairs[i] for i in range(count)])
 
 
@@ -398,7 +398,7 @@ def fit(model, pairs, steps, *callbacks):
 
 
 def samples(size=80, count=8):
-    pairs = corrzoo.create_dataset("synthetic", "", "trn", image_size=size)
+    pairs = corrzoo.create_dataset("synthetic", "", "trn", size=size)
     return [pairs[i] for i in range(count)]
 
 
@@ -485,7 +485,7 @@ def test_a_training_step_does_not_wait_for_the_host(stage):
     model, pair = head(adaptation=True), batch()
     model.stage2_from = 3 - 2 * stage  # above or below step 0
     src, trg = model.features_of(pair.src_img, pair.trg_img)
-    model.training_features = lambda pair: (src, trg)
+    model.features_of = lambda *images_and_ids: (src, trg)
     with hostless():
         model.training_losses(pair)
 
@@ -512,6 +512,15 @@ def test_the_recipe_has_the_papers_numbers():
     model = head(**{k: v for k, v in recipe().items() if k not in ("backbone", "weights", "levels")})
     assert (model.rho, model.c_p, model.c_m, model.hparams.radius) == (0.9, 1.5, 7, 5)
     assert recipe()["backbone"] == "resnet101" and recipe()["levels"] == ["layer3.22", "layer4.2"]
+
+
+def test_every_configuration_has_the_same_widths_as_shares_of_its_grid():
+    """1.5 and 7 of 20 cells (docs/heads/gsf.md), in the recipe's defaults, the study and the demo."""
+    options = [yaml.safe_load(path.read_text()) for path in CONFIGS.rglob("*.yaml") if "c_p:" in path.read_text()]
+    assert options
+    for init_args in (read["model"]["init_args"] for read in options):
+        assert init_args["c_p"] == pytest.approx(1.5 * init_args["grid"] / 20)
+        assert init_args["c_m"] == pytest.approx(7 * init_args["grid"] / 20)
 
 
 def recipe(name="gsf"):
