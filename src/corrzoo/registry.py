@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import inspect
 from argparse import ArgumentError
 from collections.abc import Iterable
 from typing import Any, Generic, TypeVar
@@ -106,11 +107,12 @@ def import_plugins(names: str | list[str]) -> list[str]:
 
 
 def _parser(cls: Any) -> Any:
-    """A parser of the options of a class: jsonargparse reads them from the signatures of the class and its bases."""
+    """A parser of the optional arguments of a class: jsonargparse reads them from the signatures of the class and its bases."""
     from jsonargparse import ArgumentParser  # here, as `import corrzoo.ops` needs torch alone
 
+    required = {p.name for p in inspect.signature(cls).parameters.values() if p.default is p.empty}
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, fail_untyped=False)
+    parser.add_class_arguments(cls, skip=required, fail_untyped=False)
     return parser
 
 
