@@ -9,8 +9,9 @@ import pytest
 from fixtures import write_caltech, write_pfpascal, write_pfwillow, write_spair
 from torch.utils.data import DataLoader
 
-from corrzoo.data import create_dataset, index, spair
-from corrzoo.data.index import cache_folder
+from corrzoo.data import create_dataset, index
+from corrzoo.data.readers import spair
+from corrzoo.files import cache_folder
 from corrzoo.data.pairs import FolderDataset
 from corrzoo.types import ZooError
 

@@ -1,15 +1,13 @@
-"""Annotations packed into arrays, checked, and kept in a cache that notices when their files change.
+"""Annotation index: all pairs of a split as arrays, validated once and cached on disk.
 
-A reader yields each pair as a `Record`; `pack` turns them into a `Table` of arrays, which gives single records
-back. So SPair-71k's 53,340 annotation files are opened once, and not at every start; whether one has changed since is
-asked when its pair is read.
+A reader yields each pair as a `Record`. `build_index` stores the records in an `AnnotationIndex`, which returns them
+one by one. The cache is rebuilt when the annotation files change. Parsing SPair-71k's 53,340 files takes 57 times as
+long as loading its index (benchmarks/results/data.csv).
 """
 
 import hashlib
 import math
 import os
-import stat
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,25 +18,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from corrzoo.files import cache_folder
+from corrzoo.files import cache_folder, whole_file
 from corrzoo.registry import nearest
 from corrzoo.types import DIFFICULTIES, Record, ZooError
 
-FORMAT = 3
-"""To be raised whenever `Table` or what a reader makes of its files changes, so that older caches are made anew."""
+FORMAT = 4
+"""Version of the cache. Increase it when `AnnotationIndex` or the output of a reader changes."""
 
 LARGEST = 1 << 20
-"""our choice: pixels that an image's side may have, more than any format's decoder takes."""
+"""our choice: upper bound of an image's side in pixels, more than any format's decoder accepts."""
 
 BROKEN = (KeyError, TypeError, ValueError, OverflowError, RecursionError)
-"""What comes of reading the wrong thing out of a JSON file."""
+"""Exceptions that a malformed JSON annotation causes."""
 
 BORDER = 1.0
-"""Pixels that a point may lie outside its image, because annotations count pixels from 1 as well as from 0."""
+"""Pixels that a point may lie outside its image, because some annotations count pixels from 1 and others from 0."""
 
 
-class Table(NamedTuple):
-    """A split's annotations: N pairs of M images, the points of all pairs one after the other."""
+class AnnotationIndex(NamedTuple):
+    """The annotations of a split: N pairs of M images, and the points of all pairs in one array."""
 
     images: NDArray  # (M,) paths relative to the dataset's folder
     sizes: NDArray  # (M, 2) int64 (w, h)
@@ -46,29 +44,20 @@ class Table(NamedTuple):
     category: NDArray  # (N,) int64
     src_points: NDArray  # (P, 2) float64 keypoints, or vertices of outlines
     trg_points: NDArray  # (Q, 2) float64
-    starts: NDArray  # (N + 1, 2) int64: pair i owns src_points[starts[i, 0] : starts[i + 1, 0]], trg_points likewise
-    boxes: NDArray  # (N, 2, 4) float64 of source and target, NaN where there is none
-    flags: NDArray  # (N, 4) int64, -1 where not annotated
+    starts: NDArray  # (N + 1, 2) int64: pair i has src_points[starts[i, 0] : starts[i + 1, 0]], trg_points likewise
+    boxes: NDArray  # (N, 2, 4) float64 of source and target, NaN if there is none
+    flags: NDArray  # (N, 4) int64, -1 if not annotated
     flip: NDArray  # (N,) bool
     outlines: NDArray  # () bool: whether the points are vertices of outlines
-    files: NDArray  # (N,) bytes, the name of each pair's file; (0,) where pairs have none of their own
-    states: NDArray  # (N, 2) int64 size and time of modification that these files had before they were parsed
-
-    def changed(self, i: int, pair_files: Path) -> Path | None:
-        """Pair i's file, which is in the folder `pair_files`, if it has changed since it was parsed.
-
-        Raises:
-            ZooError: when it is gone.
-        """
-        path = f"{pair_files}/{os.fsdecode(self.files[i])}"
-        try:
-            found = os.stat(path)
-        except OSError as error:
-            raise ZooError(f"no annotation {path} ({error.strerror}): restore it, or fetch the dataset again") from None
-        return None if [found.st_size, found.st_mtime_ns] == self.states[i].tolist() else Path(path)
 
     def record(self, i: int, images: list[Path], categories: list[str]) -> Record:
-        """Pair i as its reader gave it to `pack`."""
+        """Pair i as its reader returned it.
+
+        Args:
+            i: Number of the pair.
+            images: The image files by number.
+            categories: Names of the categories by number.
+        """
         src, trg = self.pairs[i].tolist()
         (src_first, trg_first), (src_last, trg_last) = self.starts[i : i + 2].tolist()
         parts = self.src_points[src_first:src_last], self.trg_points[trg_first:trg_last]
@@ -93,21 +82,17 @@ class Table(NamedTuple):
         )
 
 
-def pack(
-    rows: Iterable[tuple[str, Record]], home: Path, categories: list[str], pair_files: Path | None = None
-) -> Table:
-    """Pack and check annotated pairs.
+def build_index(rows: Iterable[tuple[str, Record]], home: Path, categories: list[str]) -> AnnotationIndex:
+    """Validate annotated pairs and store them as arrays.
 
     Args:
-        rows: Where each pair stands (a file, or a file and its line), and the pair.
-        home: The dataset's folder, which all image paths lie under.
-        categories: Their names in order.
-        pair_files: The folder of the files in `rows`, if each pair has one of its own.
+        rows: The place of each pair (a file, or a file and a line), for errors, and the pair.
+        home: The dataset's folder, which must contain all images.
+        categories: Names of the categories by number.
 
     Raises:
-        ZooError: for no pairs at all, an unknown category, a missing image, and whatever `check` refuses.
+        ZooError: if there are no pairs, a category is unknown, an image is missing, or `check` refuses an annotation.
     """
-    states = dict(zip(*_states(pair_files), strict=True)) if pair_files else {}  # before the rows are read
     numbers: dict[Path | None, int] = {}
     sizes: list[tuple[int, int]] = []
     where, pairs, category, src_points, trg_points, boxes, flags, flip = [], [], [], [], [], [], [], []
@@ -119,10 +104,7 @@ def pack(
         for path, size in ((r.src_path, r.src_size), (r.trg_path, r.trg_size)):
             number = numbers.setdefault(path, len(sizes))
             if number == len(sizes):
-                if path and not os.path.normpath(path).startswith(os.path.normpath(home) + os.sep):
-                    raise ZooError(f"{place}: the image {path} is not in {home}: correct the annotation")
-                if not all(isinstance(side, int) and 0 < side <= LARGEST for side in size):
-                    raise ZooError(f"{place}: {path} has size {size}, not a width and a height: correct the annotation")
+                _check_image(path, size, home, place)
                 sizes.append(size)
             elif sizes[number] != size:
                 raise ZooError(
@@ -142,10 +124,9 @@ def pack(
         raise ZooError(f"the split has no pairs in {home}: fill its list, or choose another split")
     images = [path for path in numbers if path is not None]
     for path in images:
-        if not os.path.isfile(path):  # also of names that no file can have
-            raise ZooError(f"no image {path}: restore the file, or take its pairs off the list")
-    names = [os.path.basename(place) for place in where] if pair_files else []
-    table = Table(
+        if not os.path.isfile(path):  # False also for names that no file can have
+            raise ZooError(f"no image {path}: restore the file, or remove its pairs from the list")
+    index = AnnotationIndex(
         images=np.array([path.relative_to(home).as_posix() for path in images]),
         sizes=np.array(sizes),
         pairs=np.array(pairs),
@@ -157,58 +138,71 @@ def pack(
         flags=np.array(flags),
         flip=np.array(flip),
         outlines=np.array(r.src_polygon is not None),
-        files=np.array([os.fsencode(name) for name in names]),
-        states=np.array([states.get(name, (-1, -1)) for name in names]),
     )
-    check(table, where)
-    return table
+    check(index, where)
+    return index
 
 
-def check(table: Table, where: list[str]) -> None:
+def _check_image(path: Path | None, size: tuple[int, int], home: Path, place: str) -> None:
+    if path and not os.path.normpath(path).startswith(os.path.normpath(home) + os.sep):
+        raise ZooError(f"{place}: the image {path} is not in {home}: correct the annotation")
+    if not all(isinstance(side, int) and 0 < side <= LARGEST for side in size):
+        raise ZooError(f"{place}: {path} has size {size}, not a width and a height: correct the annotation")
+
+
+def check(index: AnnotationIndex, where: list[str]) -> None:
     """Refuse pairs without points, with unequal numbers of keypoints, and with points or boxes outside the image.
 
-    Only outlines may leave the image (some of Caltech-101's do): their protocol clips them.
+    Vertices of outlines may lie outside the image (some of Caltech-101's do): their protocol clips them.
+
+    Args:
+        index: The annotations.
+        where: The place of each pair, for errors.
 
     Raises:
-        ZooError: naming the first such annotation by `where`.
+        ZooError: if an annotation is invalid; it names the first one.
     """
-    counts = np.diff(table.starts, axis=0)
-    least, lack = (3, "an outline of less than three points") if table.outlines else (1, "no keypoint that both have")
+    counts = np.diff(index.starts, axis=0)  # (N, 2)
+    least, fault = (3, "an outline of fewer than 3 points") if index.outlines else (1, "no keypoints in common")
     for i in np.flatnonzero(counts.min(1) < least)[:1]:
-        raise ZooError(f"{where[i]}: {lack}: take the pair off the list")
-    if not table.outlines:
+        raise ZooError(f"{where[i]}: {fault}: remove the pair from the list")
+    if not index.outlines:
         for i in np.flatnonzero(counts[:, 0] != counts[:, 1])[:1]:
             raise ZooError(
-                f"{where[i]}: {counts[i, 0]} source but {counts[i, 1]} target keypoints: each needs its partner"
+                f"{where[i]}: {counts[i, 0]} source but {counts[i, 1]} target keypoints: expected as many of each"
             )
-    for side, (name, points) in enumerate((("source", table.src_points), ("target", table.trg_points))):
-        owner = np.repeat(np.arange(len(where)), counts[:, side])
-        limit = table.sizes[table.pairs[:, side]]  # (N, 2)
+    for side, (name, points) in enumerate((("source", index.src_points), ("target", index.trg_points))):
+        owner = np.repeat(np.arange(len(where)), counts[:, side])  # the pair of each point
+        limit = index.sizes[index.pairs[:, side]]  # (N, 2)
         bad = ~np.isfinite(points)
-        if not table.outlines:
+        if not index.outlines:
             bad |= (points < -BORDER) | (points > limit[owner] + BORDER)
         for p in np.flatnonzero(bad.any(1))[:1]:
             size = "x".join(map(str, limit[owner[p]]))
             raise ZooError(
                 f"{where[owner[p]]}: {name} point {points[p].tolist()} is not in its {size} image: correct or remove it"
             )
-        low, high = table.boxes[:, side, :2], table.boxes[:, side, 2:]  # NaN compares false: no box is no bad box
+        low, high = index.boxes[:, side, :2], index.boxes[:, side, 2:]  # NaN, no box, compares false
         bad = (low >= high) | (low < -BORDER) | (high > limit + BORDER)
         for i in np.flatnonzero(bad.any(1))[:1]:
-            size, box = "x".join(map(str, limit[i])), table.boxes[i, side].tolist()
+            size, box = "x".join(map(str, limit[i])), index.boxes[i, side].tolist()
             raise ZooError(f"{where[i]}: {name} box {box} is not x1, y1, x2, y2 in its {size} image: correct it")
 
 
 def read_points(points: Iterable, where: str) -> Tensor:
-    """(n, 2) float64 points from what an annotation holds: sequences, or `zip(x, y, strict=True)`.
+    """Convert annotated points to (n, 2) float64.
+
+    Args:
+        points: Sequences of two numbers, or `zip(x, y, strict=True)`.
+        where: The place of the annotation, for errors.
 
     Raises:
-        ZooError: when they are not such points.
+        ZooError: if they are not n points of two numbers.
     """
     try:
         array = np.array(list(points), dtype=np.float64)
     except (TypeError, ValueError, OverflowError) as error:
-        raise ZooError(f"{where}: these are no keypoints ({error}): correct the annotation") from error
+        raise ZooError(f"{where}: expected keypoints ({error}): correct the annotation") from error
     if not array.size:
         array = array.reshape(0, 2)
     if array.ndim != 2 or array.shape[1] != 2:
@@ -217,7 +211,11 @@ def read_points(points: Iterable, where: str) -> Tensor:
 
 
 def read_box(box: Iterable, where: str) -> Tensor:
-    """(4,) float64 box; unsigned integers become floats before anybody subtracts them."""
+    """Convert an annotated box to (4,) float64. (Differences of unsigned integers, as in .mat files, would wrap.)
+
+    Raises:
+        ZooError: if it is not four finite numbers.
+    """
     try:
         array = np.array(box, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
@@ -227,97 +225,74 @@ def read_box(box: Iterable, where: str) -> Tensor:
     return torch.from_numpy(array)
 
 
-def cached(key: str, sources: list[Path], make: Callable[[], Table], pair_files: Path | None = None) -> Table:
-    """The table that `make` gives, made only when the files it comes from have changed since the last time.
+def cached_index(
+    key: str,
+    sources: list[Path],
+    build: Callable[[], AnnotationIndex],
+    pair_folder: Path | None = None,
+    refresh: bool = False,
+) -> AnnotationIndex:
+    """Load an index from the cache, or build it if its sources have changed since.
 
     Args:
-        key: File name of the cache, without its ending.
-        sources: Files, and folders that stand for the files directly in them. Any change of a name, size or time of
-            modification makes the table anew.
-        make: Reads the files.
-        pair_files: One of these folders, of whose files only the names count: see `Table.changed`.
+        key: File name in the cache, without suffix.
+        sources: See `fingerprint`.
+        build: Reads the sources.
+        pair_folder: See `fingerprint`.
+        refresh: Build the index in any case.
     """
-    path, state = cache_folder() / f"{key}.npz", fingerprint(sources, pair_files=pair_files)
-    table = _load(path, state)
-    if table is None:
-        table = make()
-        _save(path, state, table)
-    return table
+    path, state = cache_folder() / f"{key}.npz", fingerprint(sources, pair_folder=pair_folder)
+    index = None if refresh else _load(path, state)
+    if index is None:
+        index = build()
+        _save(path, state, index)
+    return index
 
 
-def forget(key: str) -> None:
-    """Have `cached` make a table anew the next time."""
-    path = cache_folder() / f"{key}.npz"
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        warnings.warn(f"cannot remove the stale {path} ({error}): name another folder in CORRZOO_CACHE", stacklevel=2)
+def fingerprint(sources: list[Path], salt: str = "", pair_folder: Path | None = None) -> str:
+    """Digest of the names, sizes and times of files. It changes if one of them is edited, replaced, added or removed.
 
+    The time of the last status change is included: it cannot be set, unlike the time of modification.
 
-def fingerprint(sources: list[Path], salt: str = "", pair_files: Path | None = None) -> str:
-    """Digest of the names, sizes and modification times of files, and of the files directly in folders.
-
-    Of those in the folder `pair_files` only the names: to ask for 53,340 states takes four times as long.
+    Args:
+        sources: Files, and folders that stand for the files directly in them.
+        salt: Further text to digest.
+        pair_folder: One of the folders, which counts by its own time. An edit of a file in it is not noticed. our
+            choice: asking for the states of SPair-71k's 53,340 annotations would take most of the start-up time.
 
     Raises:
-        ZooError: when one of them is gone.
+        ZooError: if a source is missing.
     """
     digest = hashlib.blake2b(f"{FORMAT}{salt}".encode(), digest_size=16)
     for source in sources:
         try:
-            names, states = (sorted(os.listdir(source)), []) if source == pair_files else _states(source)
+            folder = source != pair_folder and source.is_dir()
+            for path in (f"{source}/{name}" for name in sorted(os.listdir(source))) if folder else [str(source)]:
+                found = os.stat(path)
+                state = f"{path}/{found.st_size}/{found.st_mtime_ns}/{found.st_ctime_ns}/"
+                digest.update(state.encode(errors="surrogateescape"))
         except FileNotFoundError as error:
-            raise ZooError(
-                f"no file {error.filename} in {source.parent}: restore it, or fetch the dataset again"
-            ) from None
-        digest.update("/".join([str(source), *names]).encode(errors="surrogateescape"))
-        digest.update(np.array(states, dtype=np.int64).tobytes())
+            raise ZooError(f"no file {error.filename}: restore it, or fetch the dataset again") from None
     return digest.hexdigest()
 
 
-def _states(source: Path) -> tuple[list[str], list[tuple[int, int]]]:
-    """Names, and sizes and times of modification, of a file or of the files in a folder.
-
-    Those in a folder are asked relative to it, once opened: for SPair-71k's 53,340 annotations in half the time.
-    """
-    if not source.is_dir():
-        state = source.stat()
-        return [], [(state.st_size, state.st_mtime_ns)]
-    names, states = [], []
-    opened = os.open(source, os.O_RDONLY)
-    try:
-        for name in sorted(os.listdir(opened)):
-            try:
-                state = os.stat(name, dir_fd=opened)
-            except FileNotFoundError:  # a link to nowhere, such as editors leave, is not a file
-                continue
-            if stat.S_ISREG(state.st_mode):
-                names.append(name)
-                states.append((state.st_size, state.st_mtime_ns))
-    finally:
-        os.close(opened)
-    return names, states
-
-
-def _load(path: Path, state: str) -> Table | None:
+def _load(path: Path, state: str) -> AnnotationIndex | None:
     try:
         with np.load(path, allow_pickle=False) as data:
-            return Table(**{name: data[name] for name in Table._fields}) if str(data["state"]) == state else None
+            if str(data["state"]) != state:
+                return None
+            return AnnotationIndex(**{name: data[name] for name in AnnotationIndex._fields})
     except FileNotFoundError:
         return None
     except Exception as error:  # damage makes zipfile and numpy raise nearly anything
-        warnings.warn(f"the annotation cache {path} is damaged ({error}) and is made anew", stacklevel=2)
+        warnings.warn(f"the annotation cache {path} is damaged ({error}) and is rebuilt", stacklevel=2)
         return None
 
 
-def _save(path: Path, state: str, table: Table) -> None:
-    """Write under another name first, so that no process ever reads half a cache."""
+def _save(path: Path, state: str, index: AnnotationIndex) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            fresh = Path(folder) / path.name
-            np.savez(fresh, state=np.array(state), **table._asdict())
-            os.replace(fresh, path)
+        with whole_file(path) as partial:
+            np.savez(partial, state=np.array(state), **index._asdict())
     except OSError as error:
-        remedy = "name a folder that can be written in CORRZOO_CACHE, or they are read again at every start"
-        warnings.warn(f"cannot keep annotations in {path.parent} ({error}): {remedy}", stacklevel=2)
+        remedy = "set CORRZOO_CACHE to a writable folder, or annotations are parsed at every start"
+        warnings.warn(f"cannot cache annotations in {path.parent} ({error}): {remedy}", stacklevel=2)
