@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-from corrzoo.data.synthetic.pairs import write_spair
+from fixtures import write_synthetic_spair
 
 VIT = "timm/test_vit.r160_in1k"
 FIT = [
@@ -152,7 +151,7 @@ def read(path: Path) -> dict:
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a dataset, where an uninterrupted run has been."""
     folder = tmp_path_factory.mktemp("whole")
-    write_spair(folder / "data", pairs_per_split=8, images_per_category=3, size=64)
+    write_synthetic_spair(folder / "data", pairs_per_split=8, images_per_category=3, size=64)
     assert run(folder, FIT)[0] == 0
     assert read(newest(folder))["global_step"] == STEPS
     return folder

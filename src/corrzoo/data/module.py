@@ -135,7 +135,8 @@ class PairsDataModule(LightningDataModule):
         dataset = self.datasets[name, "trn"]
         if len(dataset) < batch_size:  # Lightning would train on nothing
             raise ZooError(
-                f"{name} has {len(dataset)} training pairs, fewer than data.batch_size {batch_size}: choose a smaller one"
+                f"{name} has {len(dataset)} training pairs, fewer than data.batch_size {batch_size}: choose a smaller "
+                "batch_size"
             )
         processes, rank = self._processes()
         sampler = Shuffled(dataset, processes, rank, seed=int(os.environ.get("PL_GLOBAL_SEED", 0)), drop_last=True)

@@ -134,8 +134,8 @@ def test_bad_inline_keypoints_are_named(tmp_path: Path) -> None:
     write_pfpascal(tmp_path, mats=False)
     start = "a/2008_000010.jpg,a/2009_000020.jpg,7"
     for cells, message in (
-        ("1;2,1,1,1", "no keypoints"),
-        ("1;x,1;2,1;2,1;2", "no keypoints"),
+        ("1;2,1,1,1", "expected keypoints"),
+        ("1;x,1;2,1;2,1;2", "expected keypoints"),
         ("1;2,1;2,3,3", "2 source"),
     ):
         (tmp_path / "PF-PASCAL" / "test_pairs.csv").write_text(f"header\n{start},{cells}\n")

@@ -71,15 +71,15 @@ def change(root: Path, **values: object) -> Path:
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"src_kps": [], "trg_kps": []}, "no keypoint"),
+        ({"src_kps": [], "trg_kps": []}, "no keypoints in common"),
         ({"src_kps": [[8, 8], [float("nan"), 30], [40, 52]]}, "source point .*nan.* is not in its 48x60 image"),
         ({"src_kps": [[8, 8], [None, 30], [40, 52]]}, "source point .*nan"),
         ({"trg_kps": [[10, 12], [66.5, 20], [50, 40]]}, r"target point \[66.5, 20.0\] is not in its 64x48 image"),
         ({"trg_kps": [[10, -1.5], [6, 20], [50, 40]]}, r"target point \[10.0, -1.5\]"),
         ({"src_kps": [[8, 8], [24, 30]]}, "2 source but 3 target"),
         ({"src_kps": [[8, 8, 1], [24, 30, 1], [1, 1, 1]]}, r"shape \(n, 2\), found \(3, 3\)"),
-        ({"src_kps": [[8, 8], [24], [1, 1]]}, "no keypoints"),
-        ({"src_kps": "left"}, "no keypoints"),
+        ({"src_kps": [[8, 8], [24], [1, 1]]}, "expected keypoints"),
+        ({"src_kps": "left"}, "expected keypoints"),
         ({"src_bndbox": [40, 1, 10, 30]}, r"source box \[40.0, 1.0, 10.0, 30.0\]"),
         ({"trg_bndbox": [1, 1, 640, 48]}, "target box .* 64x48 image"),
         ({"trg_bndbox": [1, 1, 64]}, "expected a box"),
@@ -124,7 +124,7 @@ def test_missing_parts_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ZooError, match=r"no .*PairAnnotation.test"):
         create_dataset("spair71k", tmp_path, "test")
     change(tmp_path).unlink()
-    with pytest.raises(ZooError, match=r"no annotation .*000002-.*, which .*trn\.txt names"):
+    with pytest.raises(ZooError, match=r"no annotation .*000002-.*, listed in .*trn\.txt"):
         create_dataset("spair71k", tmp_path, "trn")
 
 

@@ -43,7 +43,7 @@ class AP10K(FolderDataset):
     name = "ap10k"
     folder = "ap-10k"
     holds = "JPEGImages, ImageAnnotation and PairAnnotation"
-    origin = "make them of AP-10K by GeoAware-SC's notebook prepare_ap10k"
+    origin = "create them from AP-10K with GeoAware-SC's notebook prepare_ap10k"
     splits = ("trn", "val", "test")
 
     def __init__(
