@@ -74,8 +74,10 @@ def as_rgb(source: ImageSource) -> Image.Image:
     if isinstance(source, Image.Image):
         _check_depth(source, "given")
         return _decode(source, "given", rotate=False)
-    if isinstance(source, str | Path | bytes):
-        return _read_upright(source)
+    if isinstance(source, bytes):
+        return _read_upload(source)
+    if isinstance(source, str | Path):
+        return _read_file(source)
     pixels = source.permute(1, 2, 0).cpu().numpy() if isinstance(source, Tensor) and source.ndim == 3 else source
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         found = f"{tuple(source.shape)} {source.dtype}" if hasattr(source, "shape") else type(source).__name__
@@ -89,16 +91,19 @@ def to_tensor(image: Image.Image, size: Size) -> Tensor:
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
 
 
-def _read_upright(source: str | Path | bytes) -> Image.Image:
-    uploaded = isinstance(source, bytes)
-    if not uploaded and not os.path.isfile(source):
-        raise ZooError(f"there is no image file {source}")
-    name = "that was uploaded" if uploaded else str(source)
-    with _open(BytesIO(source) if isinstance(source, bytes) else source, name, "save it as PNG or JPEG") as image:
+def _read_file(path: str | Path) -> Image.Image:
+    if not os.path.isfile(path):  # False also for names that no file can have
+        raise ZooError(f"there is no image file {path}")
+    with _open(path, str(path), "save it as PNG or JPEG") as image:
+        return _decode(image, str(path), rotate=True)
+
+
+def _read_upload(content: bytes) -> Image.Image:
+    with _open(BytesIO(content), "that was uploaded", "save it as PNG or JPEG") as image:
         w, h = image.size
-        if uploaded and w * h > MAX_UPLOAD_PIXELS:
-            raise ZooError(f"the image {name} is {w}x{h}: expected at most {MAX_UPLOAD_PIXELS:,} pixels, shrink it")
-        return _decode(image, name, rotate=True)
+        if w * h > MAX_UPLOAD_PIXELS:
+            raise ZooError(f"the image is {w}x{h}: expected at most {MAX_UPLOAD_PIXELS:,} pixels, shrink it")
+        return _decode(image, "that was uploaded", rotate=True)
 
 
 def _open(file: str | Path | BytesIO, name: str, remedy: str) -> Image.Image:

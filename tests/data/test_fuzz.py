@@ -27,8 +27,13 @@ from corrzoo.types import Record, ZooError
 
 def fuzz(examples: int) -> Callable:
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-    limit = timedelta(seconds=20)  # of one example; most take 20 ms, and the machine may be shared
-    return settings(max_examples=examples, derandomize=True, deadline=limit, database=None, suppress_health_check=checks)
+    return settings(
+        max_examples=examples,
+        derandomize=True,
+        deadline=timedelta(seconds=20),  # of one example; most take 20 ms, and the machine may be shared
+        database=None,
+        suppress_health_check=checks,
+    )
 
 
 NASTY = st.sampled_from(
@@ -228,8 +233,8 @@ def test_bytes_of_ap10k(
     path.write_bytes(damaged(original, change))
     for record in records("ap10k", root, "test") or []:
         for side in ("src", "trg"):
-            image = getattr(record, f"{side}_path")
-            note = json.loads((root / "ap-10k/ImageAnnotation" / image.parent.parent.name / image.parent.name / f"{image.stem}.json").read_bytes())
+            image = getattr(record, f"{side}_path").relative_to(root / "ap-10k/JPEGImages")
+            note = json.loads((root / "ap-10k/ImageAnnotation" / image.with_suffix(".json")).read_bytes())
             points = np.array(note["keypoints"], dtype=float).reshape(17, 3)[:, :2].tolist()
             assert all(point in points for point in getattr(record, f"{side}_kps").tolist())
             x, y, w, h = map(float, note["bbox"])

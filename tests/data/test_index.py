@@ -1,4 +1,4 @@
-"""The annotation index: rebuilt after changes of the files and on request, never trusted when damaged, never half-written."""
+"""The annotation index: rebuilt after changes of the files and on request, refused when damaged, written whole."""
 
 import json
 import os

@@ -264,7 +264,8 @@ def extract(archive: Path, folder: Path, prefix: str = "", limit: int = LIMIT) -
     def keep(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
         if member.isdir() or (name := target(member.name, member.size, member.isreg())) is None:
             return None
-        return tarfile.data_filter(member.replace(name=name, mtime=None, deep=False), folder)
+        renamed = member.replace(name=name, mtime=None, deep=False)  # type: ignore[arg-type]  # None: now
+        return tarfile.data_filter(renamed, folder)
 
     try:
         if not zipfile.is_zipfile(archive):

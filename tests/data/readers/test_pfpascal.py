@@ -99,7 +99,7 @@ def test_bad_mats_are_named(tmp_path: Path) -> None:
         create_dataset("pfpascal", tmp_path, "val")
     for boxes in ([["a", "b", "c", "d"]], [[1, 2, 50, 70j]]):
         scipy.io.savemat(mat(tmp_path), {"kps": np.ones((4, 2)), "bbox": np.array(boxes)})
-        with pytest.raises(ZooError, match=r"2009_000020\.mat: 'bbox' is no matrix of real numbers"):
+        with pytest.raises(ZooError, match=r"2009_000020\.mat: 'bbox' is not a matrix of real numbers"):
             create_dataset("pfpascal", tmp_path, "val")
     version73 = b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + bytes(384) + b"\x89HDF\r\n\x1a\n" + bytes(99)
     mat(tmp_path).write_bytes(version73)

@@ -60,15 +60,16 @@ class AP10K(FolderDataset):
 
     def sources(self) -> list[Path]:
         self._images, self._animals = self.need(self.home / "JPEGImages"), self.need(self.home / "ImageAnnotation")
-        self.pair_folder = self.need(self.home / "PairAnnotation" / f"{self.split}{SUBSETS[self.subset]}")
-        self._names = sorted(name for name in os.listdir(self.pair_folder) if name.endswith(".json"))
+        self._pairs = self.need(self.home / "PairAnnotation" / f"{self.split}{SUBSETS[self.subset]}")
+        self.pair_folder = self._pairs
+        self._names = sorted(name for name in os.listdir(self._pairs) if name.endswith(".json"))
         self.categories = sorted({_category(name) for name in self._names})
-        return [self.pair_folder, *sorted(filter(Path.is_dir, self._animals.glob("*/*")))]
+        return [self._pairs, *sorted(filter(Path.is_dir, self._animals.glob("*/*")))]
 
     def read(self) -> Iterator[tuple[str, Record]]:
         animal = cache(self._read_animal)
         for name in self._names:
-            path = self.pair_folder / name
+            path = self._pairs / name
             try:
                 pair = json.loads(path.read_bytes())
                 # Their folder is the notebook's; the last three parts are family, species and file.
