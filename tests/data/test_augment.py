@@ -116,7 +116,7 @@ def test_crops_of_any_box_are_valid(seed: int, corners: list[float]) -> None:
     assert (after.src_size > 0).all()
 
 
-def test_rows_that_are_no_keypoints_stay_zero() -> None:
+def test_padding_rows_stay_zero() -> None:
     before = sample(1)
     pad = torch.zeros(1, 2)
     padded = before._replace(

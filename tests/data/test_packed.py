@@ -56,7 +56,7 @@ def test_samples_are_the_same_to_the_bit(tmp_path: Path, augment: str) -> None:
         assert same(plain, other)
 
 
-def test_what_is_done_to_a_sample_stays_with_it(tmp_path: Path) -> None:
+def test_writing_into_a_sample_does_not_change_the_file(tmp_path: Path) -> None:
     write_spair(tmp_path)
     dataset = spair(tmp_path)
     dataset.pack(tmp_path / "packed")

@@ -4,16 +4,12 @@ Only `download(name, root)` uses the network; no import does. All work happens i
 at the end creates the dataset's folder, so a folder of that name is complete.
 """
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 import stat
 import tarfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
@@ -22,7 +18,7 @@ from urllib.request import Request, urlopen
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
-from corrzoo.files import sha256
+from corrzoo.files import locked, sha256
 from corrzoo.registry import nearest
 from corrzoo.types import ZooError
 
@@ -119,50 +115,38 @@ def download(name: str, root: str | Path) -> Path:
     if folder.exists():
         return folder
     work = folder.with_name(folder.name + ".download")
-    with _locked(work):
-        if folder.exists():  # another process was faster
-            return folder
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        try:
-            with Progress(*columns) as progress:
+    try:
+        with locked(work / "lock"):
+            if not folder.exists():  # otherwise another process was faster
+                notes = _fetch_parts(name, folder, work, parts)
+                stage = work / "unpacked"
+                shutil.rmtree(stage, ignore_errors=True)  # of a run that was killed
+                stage.mkdir()
                 for part in parts:
-                    if not (work / part.file).exists():
-                        _fetch(part.url, work / part.file, progress)
-        except (OSError, HTTPException) as error:
-            todo = " and ".join(f"{p.url} to {work / p.file}" for p in parts if not (work / p.file).exists())
-            raise ZooError(
-                f"cannot download {name!r} ({error}): where there is a network, fetch {todo}, then run this again; "
-                f"or put the unpacked dataset at {folder}; or run without data by adding --config zoo_configs/demo.yaml"
-            ) from error
-        notes = [_verified(work / part.file, part) for part in parts]
-        stage = work / "unpacked"
-        shutil.rmtree(stage, ignore_errors=True)  # of a run that was killed
-        stage.mkdir()
-        for part in parts:
-            _unpack(work / part.file, part, stage)
-        (stage / "download.json").write_text(json.dumps(notes, indent=1) + "\n")
-        stage.rename(folder)
-        shutil.rmtree(work)
+                    _unpack(work / part.file, part, stage)
+                (stage / "download.json").write_text(json.dumps(notes, indent=1) + "\n")
+                stage.rename(folder)
+                shutil.rmtree(work)
+    except OSError as error:
+        raise ZooError(f"cannot write to {work} ({error}): make room, or choose another --data.root") from error
     return folder
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Create a folder, and let one process at a time work in it. The lock ends with the process."""
+def _fetch_parts(name: str, folder: Path, work: Path, parts: list[Part]) -> list[dict[str, str | int]]:
+    """Download all parts that are not in `work`, check them, and return their entries in `download.json`."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise ZooError(f"cannot create {folder} ({error.strerror}): choose a writable --data.root") from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that downloads into {folder}", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
+        with Progress(*columns) as progress:
+            for part in parts:
+                if not (work / part.file).exists():
+                    _fetch(part.url, work / part.file, progress)
+    except (OSError, HTTPException) as error:
+        todo = " and ".join(f"{p.url} to {work / p.file}" for p in parts if not (work / p.file).exists())
+        raise ZooError(
+            f"cannot download {name!r} ({error}): where there is a network, fetch {todo}, then run this again; "
+            f"or put the unpacked dataset at {folder}; or run without data by adding --config zoo_configs/demo.yaml"
+        ) from error
+    return [_verified(work / part.file, part) for part in parts]
 
 
 def _fetch(url: str, path: Path, progress: Progress) -> None:
@@ -214,7 +198,7 @@ def _verified(path: Path, part: Part) -> dict[str, str | int]:
             aside = path.replace(path.with_name(path.name + ".wrong"))
             raise ZooError(
                 f"{path.name} from {part.url} has {algorithm} {found}, expected {expected}: "
-                f"it was moved to {aside}, run this again to fetch it anew"
+                f"it was moved to {aside}, run this again for another download"
             )
     return {"file": path.name, "url": part.url, "bytes": path.stat().st_size, "sha256": sha256(path)}
 

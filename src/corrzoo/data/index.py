@@ -93,61 +93,58 @@ def build_index(rows: Iterable[tuple[str, Record]], home: Path, categories: list
     Raises:
         ZooError: if there are no pairs, a category is unknown, an image is missing, or `check` refuses an annotation.
     """
-    numbers: dict[Path | None, int] = {}
-    sizes: list[tuple[int, int]] = []
-    where, pairs, category, src_points, trg_points, boxes, flags, flip = [], [], [], [], [], [], [], []
-    known = {name: number for number, name in enumerate(categories)}
-    no_box = torch.full((4,), torch.nan, dtype=torch.float64)
-    for place, r in rows:
-        if r.category not in known:
-            raise ZooError(f"{place}: unknown category {r.category!r}{nearest(r.category, categories)}")
-        for path, size in ((r.src_path, r.src_size), (r.trg_path, r.trg_size)):
-            number = numbers.setdefault(path, len(sizes))
-            if number == len(sizes):
-                _check_image(path, size, home, place)
-                sizes.append(size)
-            elif sizes[number] != size:
-                raise ZooError(
-                    f"{place}: {path} has size {size} here and {sizes[number]} elsewhere: correct the wrong one"
-                )
-        if not all(0 <= flag <= 3 for flag in r.flags.values()):
-            raise ZooError(f"{place}: difficulty flags {r.flags}: expected numbers from 0 to 3, correct the annotation")
+    records, where = [], []
+    sizes: dict[Path | None, tuple[int, int]] = {}
+    for place, record in rows:
+        _check_record(record, place, home, categories, sizes)
+        records.append(record)
         where.append(place)
-        pairs.append([numbers[r.src_path], numbers[r.trg_path]])
-        category.append(known[r.category])
-        src_points.append(r.src_kps if r.src_polygon is None else r.src_polygon)
-        trg_points.append(r.trg_kps if r.trg_polygon is None else r.trg_polygon)
-        boxes += [no_box if box is None else box for box in (r.src_box, r.trg_box)]
-        flags.append([r.flags.get(name, -1) for name in DIFFICULTIES])
-        flip.append(r.flip)
-    if not where:
+    if not records:
         raise ZooError(f"the split has no pairs in {home}: fill its list, or choose another split")
-    images = [path for path in numbers if path is not None]
+    images = [path for path in sizes if path is not None]
     for path in images:
         if not os.path.isfile(path):  # False also for names that no file can have
             raise ZooError(f"no image {path}: restore the file, or remove its pairs from the list")
+    image_number = {path: k for k, path in enumerate(sizes)}
+    category_number = {name: k for k, name in enumerate(categories)}
+    src_points = [r.src_kps if r.src_polygon is None else r.src_polygon for r in records]
+    trg_points = [r.trg_kps if r.trg_polygon is None else r.trg_polygon for r in records]
+    no_box = torch.full((4,), torch.nan, dtype=torch.float64)
+    boxes = [no_box if box is None else box for r in records for box in (r.src_box, r.trg_box)]
     index = AnnotationIndex(
         images=np.array([path.relative_to(home).as_posix() for path in images]),
-        sizes=np.array(sizes),
-        pairs=np.array(pairs),
-        category=np.array(category),
+        sizes=np.array([*sizes.values()]),
+        pairs=np.array([[image_number[r.src_path], image_number[r.trg_path]] for r in records]),
+        category=np.array([category_number[r.category] for r in records]),
         src_points=torch.cat(src_points).numpy(),
         trg_points=torch.cat(trg_points).numpy(),
         starts=np.cumsum([(0, 0), *((len(src), len(trg)) for src, trg in zip(src_points, trg_points, strict=True))], 0),
         boxes=torch.stack(boxes).view(-1, 2, 4).numpy(),
-        flags=np.array(flags),
-        flip=np.array(flip),
-        outlines=np.array(r.src_polygon is not None),
+        flags=np.array([[r.flags.get(name, -1) for name in DIFFICULTIES] for r in records]),
+        flip=np.array([r.flip for r in records]),
+        outlines=np.array(records[0].src_polygon is not None),
     )
     check(index, where)
     return index
 
 
-def _check_image(path: Path | None, size: tuple[int, int], home: Path, place: str) -> None:
-    if path and not os.path.normpath(path).startswith(os.path.normpath(home) + os.sep):
-        raise ZooError(f"{place}: the image {path} is not in {home}: correct the annotation")
-    if not all(isinstance(side, int) and 0 < side <= LARGEST for side in size):
-        raise ZooError(f"{place}: {path} has size {size}, not a width and a height: correct the annotation")
+def _check_record(
+    record: Record, place: str, home: Path, categories: list[str], sizes: dict[Path | None, tuple[int, int]]
+) -> None:
+    """Check a record on its own, and its image sizes against those of earlier records, which it adds to `sizes`."""
+    if record.category not in categories:
+        raise ZooError(f"{place}: unknown category {record.category!r}{nearest(record.category, categories)}")
+    if not all(0 <= flag <= 3 for flag in record.flags.values()):
+        raise ZooError(f"{place}: difficulty flags {record.flags}: expected 0 to 3, correct the annotation")
+    for path, size in ((record.src_path, record.src_size), (record.trg_path, record.trg_size)):
+        if path not in sizes:
+            if path and not os.path.normpath(path).startswith(os.path.normpath(home) + os.sep):
+                raise ZooError(f"{place}: the image {path} is not in {home}: correct the annotation")
+            if not all(isinstance(side, int) and 0 < side <= LARGEST for side in size):
+                raise ZooError(f"{place}: {path} has size {size}, not a width and a height: correct the annotation")
+            sizes[path] = size
+        elif sizes[path] != size:
+            raise ZooError(f"{place}: {path} has size {size} here and {sizes[path]} elsewhere: correct the wrong one")
 
 
 def check(index: AnnotationIndex, where: list[str]) -> None:

@@ -1,7 +1,6 @@
 """Packed images: all images of a split in one file, decoded and at network size, mapped by every process."""
 
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from corrzoo.data.index import fingerprint
-from corrzoo.files import cache_folder, whole_file
+from corrzoo.files import cache_folder, locked, whole_file
 from corrzoo.geometry import Size
 from corrzoo.types import ZooError
 
@@ -74,13 +73,9 @@ def pack_images(
     need = len(files) * 3 * H * W
     try:
         if not _is_complete(path, need):
-            folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / f"{key}.lock", "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # released when the process ends, also by a kill
+            with locked(folder / f"{key}.lock"):
                 if not _is_complete(path, need):
-                    print(
-                        f"packing {len(files):,} images at {H}x{W} into {path} ({need / 1e6:.0f} MB), once", flush=True
-                    )
+                    print(f"packing {len(files):,} images at {H}x{W} into {path} ({need / 1e6:.0f} MB)", flush=True)
                     _make_room(folder, key, need)
                     _write(path, len(files), read)
         return PackedImages(path, len(files), size)

@@ -186,9 +186,6 @@ class FolderDataset(PairDataset):
     """A benchmark on disk. Its annotations are parsed once and then loaded from a cache, see `index`.
 
     Args:
-        root: Folder that contains the benchmark's own folder.
-        split: "trn" (or "train"), "val" or "test"; not every dataset has all three.
-        size: Side of the square network image, or its (H, W).
         refresh: Parse the annotations again even if they seem unchanged.
 
     Raises:

@@ -110,7 +110,7 @@ def test_masks_are_mirrored_and_cropped_with_their_images():
     assert crop(bare, generator(), p=1.0).src_mask is EVERYWHERE
 
 
-def test_there_are_no_warps_to_score():
+def test_warps_have_no_evaluation_split():
     with pytest.raises(ZooError, match="no split 'val'"):
         create_dataset("synthetic_warps", "", "val")
     with pytest.raises(ZooError, match="length"):
@@ -159,7 +159,7 @@ def test_voc_images_with_their_masks_without_those_of_pf_pascals_test(voc):
     assert len(create_dataset("voc_warps", voc, "trn", exclude="")) == 4
 
 
-def test_voc_says_what_is_missing(voc):
+def test_missing_voc_files_are_named(voc):
     with pytest.raises(ZooError, match=r"no .*val.txt: fetch VOC 2012"):
         create_dataset("voc_warps", voc, "trn", images="val")
     with pytest.raises(ZooError, match=r"no .*nowhere.csv: .*exclude: ''"):

@@ -33,9 +33,6 @@ class AP10K(FolderDataset):
     """AP-10K, with 17 keypoints shared by all species. A pair has those that are visible in both images.
 
     Args:
-        root: Folder that contains `ap-10k/`.
-        split: "trn" (or "train"), "val" or "test".
-        size: Side of the square network image, or its (H, W).
         subset: `intra-species`, whose categories are species; `cross-species`, whose categories are families; or
             `cross-family`, with the one category `all`. Only the first has training pairs.
     """

@@ -22,9 +22,6 @@ class SPair71k(FolderDataset):
     """SPair-71k, with boxes and difficulty flags.
 
     Args:
-        root: Folder that contains `SPair-71k/`.
-        split: "trn" (or "train"), "val" or "test".
-        size: Side of the square network image, or its (H, W).
         layout: "large" for all pairs, "small" for the subset of 10,652 / 1,070 / 2,438.
     """
 

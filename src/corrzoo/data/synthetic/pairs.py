@@ -71,7 +71,6 @@ class SyntheticPairs(RenderedDataset):
 
     Args:
         root: Not used.
-        split: "trn" (or "train"), "val" or "test".
         size: Side of the square network image, or its (H, W). Original sizes vary around it.
         length: Pairs of the split, or of each split by its name; `LENGTHS` by default.
         augment: Augmentation of every sample, for training.

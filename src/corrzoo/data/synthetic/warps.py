@@ -42,9 +42,6 @@ class WarpDataset(PairDataset):
     """Two warps of each image, with masks of the object part that both warps show. Training split only, no keypoints.
 
     Args:
-        root: Folder that contains the datasets' own folders.
-        split: "trn" (or "train").
-        size: Side of the square network image, or its (H, W).
         augment: Augmentation after the warps, such as "photometric".
     """
 
@@ -79,9 +76,6 @@ class SyntheticWarps(RenderedDataset, WarpDataset):
     """Warps of synthetic objects. Every epoch has new objects.
 
     Args:
-        root: Not used.
-        split: "trn" (or "train").
-        size: Side of the square network image, or its (H, W).
         length: Images in an epoch.
     """
 
@@ -118,8 +112,6 @@ class VOCWarps(WarpDataset):
 
     Args:
         root: Folder that contains `VOC2012/`, which is `VOCdevkit/VOC2012` of VOC's archive.
-        split: "trn" (or "train").
-        size: Side of the square network image, or its (H, W).
         images: VOC's list of images: `train`, `val` or `trainval`.
         exclude: List of image pairs, below root, whose images are left out; empty for none. SFNet leaves out
             PF-PASCAL's test pairs.
