@@ -22,7 +22,7 @@ from corrzoo.files import cache_folder, whole_file
 from corrzoo.registry import nearest
 from corrzoo.types import DIFFICULTIES, Record, ZooError
 
-FORMAT = 4
+FORMAT = 5
 """Version of the cache. Increase it when `AnnotationIndex` or the output of a reader changes."""
 
 LARGEST = 1 << 20
@@ -46,6 +46,7 @@ class AnnotationIndex(NamedTuple):
     trg_points: NDArray  # (Q, 2) float64
     starts: NDArray  # (N + 1, 2) int64: pair i has src_points[starts[i, 0] : starts[i + 1, 0]], trg_points likewise
     boxes: NDArray  # (N, 2, 4) float64 of source and target, NaN if there is none
+    kps_ids: NDArray  # (P,) int64 of src_points, -1 if unknown; (0,) for outlines
     flags: NDArray  # (N, 4) int64, -1 if not annotated
     flip: NDArray  # (N,) bool
     outlines: NDArray  # () bool: whether the points are vertices of outlines
@@ -64,6 +65,7 @@ class AnnotationIndex(NamedTuple):
         points = [torch.from_numpy(part.copy()) for part in parts]  # torch.tensor takes several times as long
         outlines = bool(self.outlines)
         src_kps, trg_kps = torch.zeros(2, 0, 2, dtype=torch.float64) if outlines else points
+        kps_ids = self.kps_ids[src_first:src_last]
         src_box, trg_box = (None if math.isnan(box[0]) else torch.from_numpy(box.copy()) for box in self.boxes[i])
         return Record(
             src_path=images[src],
@@ -79,16 +81,20 @@ class AnnotationIndex(NamedTuple):
             flip=bool(self.flip[i]),
             src_polygon=points[0] if outlines else None,
             trg_polygon=points[1] if outlines else None,
+            kps_ids=torch.from_numpy(kps_ids.copy()) if (kps_ids >= 0).any() else None,
         )
 
 
-def build_index(rows: Iterable[tuple[str, Record]], home: Path, categories: list[str]) -> AnnotationIndex:
+def build_index(
+    rows: Iterable[tuple[str, Record]], home: Path, categories: list[str], border: float = BORDER
+) -> AnnotationIndex:
     """Validate annotated pairs and store them as arrays.
 
     Args:
         rows: The place of each pair (a file, or a file and a line), for errors, and the pair.
         home: The dataset's folder, which must contain all images.
         categories: Names of the categories by number.
+        border: Pixels that a point or a box may lie outside its image.
 
     Raises:
         ZooError: if there are no pairs, a category is unknown, an image is missing, or `check` refuses an annotation.
@@ -109,6 +115,7 @@ def build_index(rows: Iterable[tuple[str, Record]], home: Path, categories: list
     category_number = {name: k for k, name in enumerate(categories)}
     src_points = [r.src_kps if r.src_polygon is None else r.src_polygon for r in records]
     trg_points = [r.trg_kps if r.trg_polygon is None else r.trg_polygon for r in records]
+    kps_ids = [torch.full((len(r.src_kps),), -1) if r.kps_ids is None else r.kps_ids for r in records]
     no_box = torch.full((4,), torch.nan, dtype=torch.float64)
     boxes = [no_box if box is None else box for r in records for box in (r.src_box, r.trg_box)]
     index = AnnotationIndex(
@@ -119,12 +126,16 @@ def build_index(rows: Iterable[tuple[str, Record]], home: Path, categories: list
         src_points=torch.cat(src_points).numpy(),
         trg_points=torch.cat(trg_points).numpy(),
         starts=np.cumsum([(0, 0), *((len(src), len(trg)) for src, trg in zip(src_points, trg_points, strict=True))], 0),
+        kps_ids=torch.cat(kps_ids).numpy(),
         boxes=torch.stack(boxes).view(-1, 2, 4).numpy(),
         flags=np.array([[r.flags.get(name, -1) for name in DIFFICULTIES] for r in records]),
         flip=np.array([r.flip for r in records]),
         outlines=np.array(records[0].src_polygon is not None),
     )
-    check(index, where)
+    check(index, where, border)
+    for place, record, ids in zip(where, records, kps_ids, strict=True):
+        if len(ids) != len(record.src_kps):
+            raise ZooError(f"{place}: {len(record.src_kps)} keypoints but {len(ids)} ids: correct the annotation")
     return index
 
 
@@ -147,7 +158,7 @@ def _check_record(
             raise ZooError(f"{place}: {path} has size {size} here and {sizes[path]} elsewhere: correct the wrong one")
 
 
-def check(index: AnnotationIndex, where: list[str]) -> None:
+def check(index: AnnotationIndex, where: list[str], border: float = BORDER) -> None:
     """Refuse pairs without points, with unequal numbers of keypoints, and with points or boxes outside the image.
 
     Vertices of outlines may lie outside the image (some of Caltech-101's do): their protocol clips them.
@@ -155,6 +166,7 @@ def check(index: AnnotationIndex, where: list[str]) -> None:
     Args:
         index: The annotations.
         where: The place of each pair, for errors.
+        border: Pixels that a point or a box may lie outside its image.
 
     Raises:
         ZooError: if an annotation is invalid; it names the first one.
@@ -173,14 +185,14 @@ def check(index: AnnotationIndex, where: list[str]) -> None:
         limit = index.sizes[index.pairs[:, side]]  # (N, 2)
         bad = ~np.isfinite(points)
         if not index.outlines:
-            bad |= (points < -BORDER) | (points > limit[owner] + BORDER)
+            bad |= (points < -border) | (points > limit[owner] + border)
         for p in np.flatnonzero(bad.any(1))[:1]:
             size = "x".join(map(str, limit[owner[p]]))
             raise ZooError(
                 f"{where[owner[p]]}: {name} point {points[p].tolist()} is not in its {size} image: correct or remove it"
             )
         low, high = index.boxes[:, side, :2], index.boxes[:, side, 2:]  # NaN, no box, compares false
-        bad = (low >= high) | (low < -BORDER) | (high > limit + BORDER)
+        bad = (low >= high) | (low < -border) | (high > limit + border)
         for i in np.flatnonzero(bad.any(1))[:1]:
             size, box = "x".join(map(str, limit[i])), index.boxes[i, side].tolist()
             raise ZooError(f"{where[i]}: {name} box {box} is not x1, y1, x2, y2 in its {size} image: correct it")
@@ -204,6 +216,21 @@ def read_points(points: Iterable, where: str) -> Tensor:
         array = array.reshape(0, 2)
     if array.ndim != 2 or array.shape[1] != 2:
         raise ZooError(f"{where}: expected keypoints of shape (n, 2), found {array.shape}: correct the annotation")
+    return torch.from_numpy(array)
+
+
+def read_ids(ids: Iterable, where: str) -> Tensor:
+    """Convert annotated keypoint ids, numbers or their texts, to (n,) int64.
+
+    Raises:
+        ZooError: if they are not whole numbers from 0.
+    """
+    try:
+        array = np.array(list(ids), dtype=np.int64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ZooError(f"{where}: expected keypoint ids ({error}): correct the annotation") from error
+    if array.ndim != 1 or (array < 0).any():
+        raise ZooError(f"{where}: keypoint ids {ids}: expected a list of 0, 1, 2, ..., correct the annotation")
     return torch.from_numpy(array)
 
 
@@ -288,8 +315,8 @@ def _load(path: Path, state: str) -> AnnotationIndex | None:
 
 def _save(path: Path, state: str, index: AnnotationIndex) -> None:
     try:
-        with whole_file(path) as partial:
-            np.savez(partial, state=np.array(state), **index._asdict())
+        with whole_file(path) as partial, open(partial, "wb") as file:
+            np.savez(file, state=np.array(state), **index._asdict())
     except OSError as error:
         remedy = "set CORRZOO_CACHE to a writable folder, or annotations are parsed at every start"
         warnings.warn(f"cannot cache annotations in {path.parent} ({error}): {remedy}", stacklevel=2)

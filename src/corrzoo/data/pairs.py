@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from corrzoo.data.index import build_index, cached_index
+from corrzoo.data.index import BORDER, build_index, cached_index
 from corrzoo.data.packed import PackedImages, pack_images
 from corrzoo.geometry import Size, resize_points
 from corrzoo.images import read_rgb, to_tensor
@@ -50,6 +50,8 @@ class PairDataset(Dataset[Pair], ABC):
     """The kind of PCK threshold that is customary for the dataset."""
     outlines: ClassVar[bool] = False
     """Whether records have outlines of objects, which are scored by label transfer, instead of keypoints."""
+    mirror_pairs: ClassVar[dict[str, list[tuple[int, int]]]] = {}
+    """Pairs of keypoint ids that a horizontal mirror swaps, by category; "*" for all other categories."""
     categories: list[str]
     images: list[Path]
     """The image files by image number; empty if images are rendered."""
@@ -67,6 +69,33 @@ class PairDataset(Dataset[Pair], ABC):
         self.augment, self.seed = augment, seed
         self._packed: PackedImages | None = None
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def _of_split(self, option: str, given: int | dict[str, int] | None, usual: dict[str, int]) -> int:
+        """The split's value of an option that is given as one value, or by the names of splits."""
+        values = given if isinstance(given, dict) else {} if given is None else {self.split: given}
+        if unknown := values.keys() - usual.keys():
+            raise ZooError(
+                f"{self.name} has no split {min(unknown)!r} to give a {option}: choose from {', '.join(usual)}"
+            )
+        return (usual | values)[self.split]
+
+    @property
+    def title(self) -> str:
+        """Name of the dataset in tables, which tells a partial copy from the whole dataset."""
+        return self.name
+
+    def fingerprint(self) -> str:
+        """Digest of all pairs: names and sizes of their images. Scores with different digests are not comparable.
+
+        It depends neither on the order of the pairs nor on the place of the dataset on disk.
+        """
+        pairs = []
+        for i in range(len(self)):
+            r = self.record(i)
+            sides = zip((r.src_path, r.trg_path), self.image_numbers(i), strict=True)
+            names = [path.parts[-2:] if path else number for path, number in sides]
+            pairs.append(str((names, r.src_size, r.trg_size, r.flip)))
+        return _digest(sorted(pairs))
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -115,6 +144,7 @@ class PairDataset(Dataset[Pair], ABC):
         index, src_id, trg_id, category = numbers[:4].unbind()
         sizes = torch.from_numpy(np.array([record.src_size, record.trg_size, self.size[::-1]], dtype=np.float64))
         src_size, trg_size, new = sizes.unbind()  # (w, h) each
+        kps_ids, mirror_ids = torch.from_numpy(self._ids(record)).unbind()
         sample = Pair(
             src_img=self._image(src),
             trg_img=self._image(trg),
@@ -130,6 +160,8 @@ class PairDataset(Dataset[Pair], ABC):
             trg_id=trg_id,
             category=category,
             difficulty=numbers[4:],
+            kps_ids=kps_ids,
+            mirror_ids=mirror_ids,
         )
         if record.flip:  # mirrored images are numbered after the images on disk
             sample = mirror(sample)._replace(
@@ -141,6 +173,14 @@ class PairDataset(Dataset[Pair], ABC):
             sample = sample._replace(src_id=torch.tensor(-1), trg_id=torch.tensor(-1))  # no longer the images on disk
         return sample
 
+    def _ids(self, record: Record) -> NDArray:
+        """(2, n) int64: `Pair.kps_ids` and `Pair.mirror_ids`."""
+        ids = [-1] * len(record.src_kps) if record.kps_ids is None else record.kps_ids.tolist()
+        pairs = self.mirror_pairs.get(record.category, self.mirror_pairs.get("*"))
+        swap = {a: b for pair in pairs or () for a, b in (pair, pair[::-1])}
+        mirrored = [-1] * len(ids) if pairs is None else [swap.get(k, k) for k in ids]
+        return np.array([ids, mirrored], dtype=np.int64)
+
     def _image(self, number: int) -> Tensor:
         return self._decode(number) if self._packed is None else self._packed[number]
 
@@ -150,13 +190,23 @@ class PairDataset(Dataset[Pair], ABC):
     @staticmethod
     def collate(samples: Sequence[Pair]) -> Pair:
         """Stack samples to a batch. Keypoints are padded to the largest number in a sample."""
-        ragged = ("src_kps", "trg_kps", "kps_mask")
+        padding = {"src_kps": 0, "trg_kps": 0, "kps_mask": 0, "kps_ids": -1, "mirror_ids": -1}
         columns = zip(Pair._fields, map(list, zip(*samples, strict=True)), strict=True)
-        return Pair(*(pad_sequence(c, batch_first=True) if name in ragged else torch.stack(c) for name, c in columns))
+        return Pair(
+            *(
+                pad_sequence(column, batch_first=True, padding_value=padding[name])
+                if name in padding
+                else torch.stack(column)
+                for name, column in columns
+            )
+        )
 
 
 def mirror(sample: Pair) -> Pair:
-    """Mirror both images of a sample left to right, with their keypoints (x' = W - x), boxes and masks."""
+    """Mirror both images of a sample left to right, with their keypoints (x' = W - x), boxes and masks.
+
+    Keypoint k still marks the same part in both images, but under another id: a left eye becomes a right eye.
+    """
 
     def side(img: Tensor, kps: Tensor, size: Tensor, box: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x1, y1, x2, y2 = box
@@ -168,6 +218,7 @@ def mirror(sample: Pair) -> Pair:
     return sample._replace(
         src_img=src_img, trg_img=trg_img, src_kps=src_kps, trg_kps=trg_kps, src_box=src_box, trg_box=trg_box,
         src_mask=sample.src_mask.flip(-1), trg_mask=sample.trg_mask.flip(-1),
+        kps_ids=sample.mirror_ids, mirror_ids=sample.kps_ids,
     )  # fmt: skip
 
 
@@ -177,9 +228,8 @@ def z_order(x: NDArray, y: NDArray) -> NDArray:
     return sum((((x >> bit & 1) | (y >> bit & 1) << 1) << 2 * bit for bit in bits), np.zeros_like(x))
 
 
-def _digest(paths: Iterable[Path]) -> str:
-    """Digest of file names, for the names of caches."""
-    return hashlib.blake2b("|".join(map(str, paths)).encode(errors="surrogateescape"), digest_size=8).hexdigest()
+def _digest(parts: Iterable[object]) -> str:
+    return hashlib.blake2b("|".join(map(str, parts)).encode(errors="surrogateescape"), digest_size=8).hexdigest()
 
 
 class FolderDataset(PairDataset):
@@ -196,6 +246,8 @@ class FolderDataset(PairDataset):
     """Contents of the folder, for the error if it is missing."""
     origin: ClassVar[str] = "fetch the dataset with download=true (--data.download true) where there is a network"
     """Source of the dataset, for the same error."""
+    border: ClassVar[float] = BORDER
+    """Pixels that a keypoint or a box may lie outside its image."""
     pair_folder: Path | None = None
     """The one of `sources` with a file for each pair, if any. At the start only the folder's own time is checked:
     added, removed and renamed files are noticed, and `refresh` is needed after a file was edited in place."""
@@ -207,13 +259,17 @@ class FolderDataset(PairDataset):
         self.need(self.home)
         sources = self.sources()
         self._index = cached_index(
-            f"{self.name}-{self.split}-{_digest(path.resolve() for path in sources)}",
+            f"{self.name}-{self.split}{self.variant()}-{_digest(path.resolve() for path in sources)}",
             sources,
-            lambda: build_index(self.read(), self.home, self.categories),
+            lambda: build_index(self.read(), self.home, self.categories, self.border),
             self.pair_folder,
             refresh,
         )
         self.images = [self.home / image for image in self._index.images.tolist()]
+
+    def variant(self) -> str:
+        """Part of the cache's name, for options that choose different pairs from the same files."""
+        return ""
 
     @abstractmethod
     def sources(self) -> list[Path]:

@@ -85,6 +85,7 @@ class AP10K(FolderDataset):
                 category=_category(name),
                 src_box=src_box,
                 trg_box=trg_box,
+                kps_ids=both.nonzero()[:, 0],
             )
             yield str(path), record
 

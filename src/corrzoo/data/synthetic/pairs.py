@@ -96,13 +96,6 @@ class SyntheticPairs(RenderedDataset):
         self.length = self._checked(self._of_split("length", length, LENGTHS))
         self.stream = self.splits.index(self.split)
 
-    def _of_split(self, name: str, given: int | dict[str, int] | None, usual: dict[str, int]) -> int:
-        """This split's value of an option that is given as one value, or by the names of splits."""
-        values = given if isinstance(given, dict) else {} if given is None else {self.split: given}
-        if unknown := values.keys() - usual.keys():
-            raise ZooError(f"synthetic has no split {min(unknown)!r} to give a {name}: choose from {', '.join(usual)}")
-        return (usual | values)[self.split]
-
     def record(self, i: int) -> Record:
         number = self._number(i)
         src, trg = self._views(number)
