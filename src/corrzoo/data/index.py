@@ -97,14 +97,14 @@ def build_index(
         border: Pixels that a point or a box may lie outside its image.
 
     Raises:
-        ZooError: if there are no pairs, a category is unknown, an image is missing, or `check` refuses an annotation.
+        ZooError: if there are no pairs, an image is missing, or an annotation is invalid; it names the first one.
     """
-    records, where = [], []
+    records = []
     sizes: dict[Path | None, tuple[int, int]] = {}
     for place, record in rows:
-        _check_record(record, place, home, categories, sizes)
+        _check_images(record, place, home, sizes)
+        _check_annotation(record, place, categories, border)
         records.append(record)
-        where.append(place)
     if not records:
         raise ZooError(f"the split has no pairs in {home}: fill its list, or choose another split")
     images = [path for path in sizes if path is not None]
@@ -113,12 +113,11 @@ def build_index(
             raise ZooError(f"no image {path}: restore the file, or remove its pairs from the list")
     image_number = {path: k for k, path in enumerate(sizes)}
     category_number = {name: k for k, name in enumerate(categories)}
-    src_points = [r.src_kps if r.src_polygon is None else r.src_polygon for r in records]
-    trg_points = [r.trg_kps if r.trg_polygon is None else r.trg_polygon for r in records]
+    src_points, trg_points = ([_points(r)[side] for r in records] for side in (0, 1))
     kps_ids = [torch.full((len(r.src_kps),), -1) if r.kps_ids is None else r.kps_ids for r in records]
     no_box = torch.full((4,), torch.nan, dtype=torch.float64)
     boxes = [no_box if box is None else box for r in records for box in (r.src_box, r.trg_box)]
-    index = AnnotationIndex(
+    return AnnotationIndex(
         images=np.array([path.relative_to(home).as_posix() for path in images]),
         sizes=np.array([*sizes.values()]),
         pairs=np.array([[image_number[r.src_path], image_number[r.trg_path]] for r in records]),
@@ -126,27 +125,23 @@ def build_index(
         src_points=torch.cat(src_points).numpy(),
         trg_points=torch.cat(trg_points).numpy(),
         starts=np.cumsum([(0, 0), *((len(src), len(trg)) for src, trg in zip(src_points, trg_points, strict=True))], 0),
-        kps_ids=torch.cat(kps_ids).numpy(),
         boxes=torch.stack(boxes).view(-1, 2, 4).numpy(),
+        kps_ids=torch.cat(kps_ids).numpy(),
         flags=np.array([[r.flags.get(name, -1) for name in DIFFICULTIES] for r in records]),
         flip=np.array([r.flip for r in records]),
         outlines=np.array(records[0].src_polygon is not None),
     )
-    check(index, where, border)
-    for place, record, ids in zip(where, records, kps_ids, strict=True):
-        if len(ids) != len(record.src_kps):
-            raise ZooError(f"{place}: {len(record.src_kps)} keypoints but {len(ids)} ids: correct the annotation")
-    return index
 
 
-def _check_record(
-    record: Record, place: str, home: Path, categories: list[str], sizes: dict[Path | None, tuple[int, int]]
-) -> None:
-    """Check a record on its own, and its image sizes against those of earlier records, which it adds to `sizes`."""
-    if record.category not in categories:
-        raise ZooError(f"{place}: unknown category {record.category!r}{nearest(record.category, categories)}")
-    if not all(0 <= flag <= 3 for flag in record.flags.values()):
-        raise ZooError(f"{place}: difficulty flags {record.flags}: expected 0 to 3, correct the annotation")
+def _points(record: Record) -> tuple[Tensor, Tensor]:
+    """Source and target keypoints, or vertices of outlines."""
+    if record.src_polygon is None or record.trg_polygon is None:
+        return record.src_kps, record.trg_kps
+    return record.src_polygon, record.trg_polygon
+
+
+def _check_images(record: Record, place: str, home: Path, sizes: dict[Path | None, tuple[int, int]]) -> None:
+    """Check image paths, and image sizes against those of earlier records, which are added to `sizes`."""
     for path, size in ((record.src_path, record.src_size), (record.trg_path, record.trg_size)):
         if path not in sizes:
             if path and not os.path.normpath(path).startswith(os.path.normpath(home) + os.sep):
@@ -158,44 +153,35 @@ def _check_record(
             raise ZooError(f"{place}: {path} has size {size} here and {sizes[path]} elsewhere: correct the wrong one")
 
 
-def check(index: AnnotationIndex, where: list[str], border: float = BORDER) -> None:
-    """Refuse pairs without points, with unequal numbers of keypoints, and with points or boxes outside the image.
-
-    Vertices of outlines may lie outside the image (some of Caltech-101's do): their protocol clips them.
-
-    Args:
-        index: The annotations.
-        where: The place of each pair, for errors.
-        border: Pixels that a point or a box may lie outside its image.
-
-    Raises:
-        ZooError: if an annotation is invalid; it names the first one.
-    """
-    counts = np.diff(index.starts, axis=0)  # (N, 2)
-    least, fault = (3, "an outline of fewer than 3 points") if index.outlines else (1, "no keypoints in common")
-    for i in np.flatnonzero(counts.min(1) < least)[:1]:
-        raise ZooError(f"{where[i]}: {fault}: remove the pair from the list")
-    if not index.outlines:
-        for i in np.flatnonzero(counts[:, 0] != counts[:, 1])[:1]:
-            raise ZooError(
-                f"{where[i]}: {counts[i, 0]} source but {counts[i, 1]} target keypoints: expected as many of each"
-            )
-    for side, (name, points) in enumerate((("source", index.src_points), ("target", index.trg_points))):
-        owner = np.repeat(np.arange(len(where)), counts[:, side])  # the pair of each point
-        limit = index.sizes[index.pairs[:, side]]  # (N, 2)
-        bad = ~np.isfinite(points)
-        if not index.outlines:
-            bad |= (points < -border) | (points > limit[owner] + border)
-        for p in np.flatnonzero(bad.any(1))[:1]:
-            size = "x".join(map(str, limit[owner[p]]))
-            raise ZooError(
-                f"{where[owner[p]]}: {name} point {points[p].tolist()} is not in its {size} image: correct or remove it"
-            )
-        low, high = index.boxes[:, side, :2], index.boxes[:, side, 2:]  # NaN, no box, compares false
-        bad = (low >= high) | (low < -border) | (high > limit + border)
-        for i in np.flatnonzero(bad.any(1))[:1]:
-            size, box = "x".join(map(str, limit[i])), index.boxes[i, side].tolist()
-            raise ZooError(f"{where[i]}: {name} box {box} is not x1, y1, x2, y2 in its {size} image: correct it")
+def _check_annotation(record: Record, place: str, categories: list[str], border: float) -> None:
+    """Check category, flags, points and boxes."""
+    if record.category not in categories:
+        raise ZooError(f"{place}: unknown category {record.category!r}{nearest(record.category, categories)}")
+    if not all(0 <= flag <= 3 for flag in record.flags.values()):
+        raise ZooError(f"{place}: difficulty flags {record.flags}: expected 0 to 3, correct the annotation")
+    points, outlines = _points(record), record.src_polygon is not None
+    n, m = map(len, points)
+    least, fault = (3, "an outline of fewer than 3 points") if outlines else (1, "no keypoints in common")
+    if min(n, m) < least:
+        raise ZooError(f"{place}: {fault}: remove the pair from the list")
+    if n != m and not outlines:
+        raise ZooError(f"{place}: {n} source but {m} target keypoints: expected as many of each")
+    if record.kps_ids is not None and len(record.kps_ids) != n:
+        raise ZooError(f"{place}: {n} keypoints but {len(record.kps_ids)} ids: correct the annotation")
+    # Outlines may lie outside the image (some of Caltech-101's do): their protocol clips them.
+    margin = math.inf if outlines else border
+    sides = (("source", record.src_size, record.src_box), ("target", record.trg_size, record.trg_box))
+    for (name, (w, h), box), kps in zip(sides, points, strict=True):
+        for x, y in kps.tolist():
+            inside = -margin <= x <= w + margin and -margin <= y <= h + margin
+            if not (inside and math.isfinite(x) and math.isfinite(y)):
+                raise ZooError(f"{place}: {name} point {[x, y]} is not in its {w}x{h} image: correct or remove it")
+        if box is not None:
+            x1, y1, x2, y2 = box.tolist()
+            if not (-border <= x1 < x2 <= w + border and -border <= y1 < y2 <= h + border):
+                raise ZooError(
+                    f"{place}: {name} box {[x1, y1, x2, y2]} is not x1, y1, x2, y2 in its {w}x{h} image: correct it"
+                )
 
 
 def read_points(points: Iterable, where: str) -> Tensor:
@@ -208,10 +194,7 @@ def read_points(points: Iterable, where: str) -> Tensor:
     Raises:
         ZooError: if they are not n points of two numbers.
     """
-    try:
-        array = np.array(list(points), dtype=np.float64)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ZooError(f"{where}: expected keypoints ({error}): correct the annotation") from error
+    array = _to_array(points, np.float64, "keypoints", where)
     if not array.size:
         array = array.reshape(0, 2)
     if array.ndim != 2 or array.shape[1] != 2:
@@ -220,33 +203,26 @@ def read_points(points: Iterable, where: str) -> Tensor:
 
 
 def read_ids(ids: Iterable, where: str) -> Tensor:
-    """Convert annotated keypoint ids, numbers or their texts, to (n,) int64.
-
-    Raises:
-        ZooError: if they are not whole numbers from 0.
-    """
-    try:
-        array = np.array(list(ids), dtype=np.int64)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ZooError(f"{where}: expected keypoint ids ({error}): correct the annotation") from error
+    """Convert annotated keypoint ids, numbers or their texts, to (n,) int64. Raises ZooError, as `read_points`."""
+    array = _to_array(ids, np.int64, "keypoint ids", where)
     if array.ndim != 1 or (array < 0).any():
         raise ZooError(f"{where}: keypoint ids {ids}: expected a list of 0, 1, 2, ..., correct the annotation")
     return torch.from_numpy(array)
 
 
 def read_box(box: Iterable, where: str) -> Tensor:
-    """Convert an annotated box to (4,) float64. (Differences of unsigned integers, as in .mat files, would wrap.)
-
-    Raises:
-        ZooError: if it is not four finite numbers.
-    """
-    try:
-        array = np.array(box, dtype=np.float64)
-    except (TypeError, ValueError, OverflowError):
-        array = np.empty(0)
+    """Convert an annotated box to (4,) float64. Raises ZooError, as `read_points`."""
+    array = _to_array(box, np.float64, "a box x1, y1, x2, y2", where)  # also because unsigned integers would wrap
     if array.shape != (4,) or not np.isfinite(array).all():
         raise ZooError(f"{where}: expected a box x1, y1, x2, y2, found {box}: correct the annotation")
     return torch.from_numpy(array)
+
+
+def _to_array(values: Iterable, dtype: type, what: str, where: str) -> NDArray:
+    try:
+        return np.array(list(values), dtype)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ZooError(f"{where}: expected {what} ({error}): correct the annotation") from error
 
 
 def cached_index(
