@@ -112,6 +112,14 @@ def test_a_dataset_appears_whole(toy: Server, tmp_path: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["TOY"]
 
 
+def test_a_root_in_the_home_folder_is_where_readers_look(
+    toy: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert download("toy", "~/data") == tmp_path / "data" / "TOY"
+    assert (tmp_path / "data" / "TOY" / "trn.csv").is_file()
+
+
 def test_terms_of_use_are_printed_before_the_download(
     toy: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

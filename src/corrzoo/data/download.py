@@ -118,7 +118,7 @@ def download(name: str, root: str | Path) -> Path:
     if name not in SOURCES:
         hint = nearest(name, SOURCES) or f": choose one of {', '.join(SOURCES)}"
         raise ZooError(f"no download is known for dataset {name!r}{hint}")
-    folder, parts = Path(root) / SOURCES[name][0], SOURCES[name][1]
+    folder, parts = Path(root).expanduser() / SOURCES[name][0], SOURCES[name][1]
     if folder.exists():
         return folder
     work = folder.with_name(folder.name + ".download")

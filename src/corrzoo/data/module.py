@@ -6,7 +6,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -120,8 +119,7 @@ class PairsDataModule(LightningDataModule):
         """Fetch the datasets of the coming stage that are not there yet."""
         for name, _ in self._wanted(None):
             if self.hparams.download and name in downloads.SOURCES:
-                if not (Path(self.hparams.root) / DATASETS[name].folder).exists():
-                    downloads.download(name, self.hparams.root)
+                downloads.download(name, self.hparams.root)
 
     def setup(self, stage: str) -> None:
         """Read the annotations of the stage, so that invalid data stops the run before it starts."""
