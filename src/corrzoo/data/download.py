@@ -38,14 +38,10 @@ class Part:
     """One published file of a dataset."""
 
     url: str
-    file: str
-    """Its name on disk. A list (.csv) is copied into the dataset's folder."""
-    prefix: str = ""
-    """Leading folder of the names in the archive, which is removed."""
-    inner: str = ""
-    """For an archive in an archive: the name of the inner one, which is unpacked."""
-    checksum: str = ""
-    """`algorithm:hex`, if one was published. The sha256 is written to `download.json` in any case."""
+    file: str  # its name on disk; a list (.csv) is copied into the dataset's folder
+    prefix: str = ""  # leading folder of the names in the archive, which is removed
+    inner: str = ""  # for an archive in an archive: the name of the inner one, which is unpacked
+    checksum: str = ""  # algorithm:hex, if published; download.json has the sha256 in any case
 
 
 _SPAIR = "https://cvlab.postech.ac.kr/research/SPair-71k/data/SPair-71k.tar.gz"

@@ -236,12 +236,12 @@ def cached_index(
 
     Args:
         key: File name in the cache, without suffix.
-        sources: See `fingerprint`.
+        sources: See `files_state`.
         build: Reads the sources.
-        pair_folder: See `fingerprint`.
+        pair_folder: See `files_state`.
         refresh: Build the index in any case.
     """
-    path, state = cache_folder() / f"{key}.npz", fingerprint(sources, pair_folder=pair_folder)
+    path, state = cache_folder() / f"{key}.npz", files_state(sources, pair_folder=pair_folder)
     index = None if refresh else _load(path, state)
     if index is None:
         index = build()
@@ -249,7 +249,7 @@ def cached_index(
     return index
 
 
-def fingerprint(sources: list[Path], salt: str = "", pair_folder: Path | None = None) -> str:
+def files_state(sources: list[Path], salt: str = "", pair_folder: Path | None = None) -> str:
     """Digest of the names, sizes and times of files. It changes if one of them is edited, replaced, added or removed.
 
     The time of the last status change is included: it cannot be set, unlike the time of modification.

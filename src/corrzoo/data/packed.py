@@ -12,7 +12,7 @@ import PIL
 import torch
 from torch import Tensor
 
-from corrzoo.data.index import fingerprint
+from corrzoo.data.index import files_state
 from corrzoo.files import cache_folder, locked, whole_file
 from corrzoo.geometry import Size
 from corrzoo.types import ZooError
@@ -69,7 +69,7 @@ def pack_images(
     H, W = size
     key = f"{key}-{H}x{W}"
     # With Pillow's version: another one may decode or resize to slightly different values.
-    path = folder / f"{key}-{fingerprint(files, PIL.__version__)}.u8"
+    path = folder / f"{key}-{files_state(files, PIL.__version__)}.u8"
     need = len(files) * 3 * H * W
     try:
         if not _is_complete(path, need):

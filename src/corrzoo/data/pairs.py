@@ -79,6 +79,11 @@ class PairDataset(Dataset[Pair], ABC):
             )
         return (usual | values)[self.split]
 
+    def _checked(self, length: int) -> int:
+        if length < 1:
+            raise ZooError(f"{self.name}: length {length} of split {self.split!r}: expected at least one pair")
+        return length
+
     @property
     def title(self) -> str:
         """Name of the dataset in tables, which tells a partial copy from the whole dataset."""

@@ -32,23 +32,16 @@ SHARP = 2
 class View(NamedTuple):
     """An object placed in an image. All coordinates are in pixels of that image."""
 
-    size: tuple[int, int]
-    """(w, h)."""
-    shapes: list[tuple[Points, Colour]]
-    """Polygons and colours from back to front, without the occluder."""
+    size: tuple[int, int]  # (w, h)
+    shapes: list[tuple[Points, Colour]]  # from back to front, without the occluder
     occluder: tuple[Points, Colour] | None
-    kps: Points
-    """(10, 2)."""
-    visible: NDArray[np.bool_]
-    """(10,): inside the image and not covered by the occluder."""
-    box: Points
-    """(4,) xyxy, clipped to the image."""
+    kps: Points  # (10, 2)
+    visible: NDArray[np.bool_]  # (10,) inside the image and not covered by the occluder
+    box: Points  # (4,) xyxy, clipped to the image
     mirrored: bool
-    yaw: float
-    """Rotation out of the image plane, in degrees."""
+    yaw: float  # rotation out of the image plane, in degrees
     truncated: bool
-    seed: int
-    """Seed of the background, light and grain."""
+    seed: int  # of the background, light and grain
 
 
 def hue(rng: Generator, saturation: tuple[float, float], value: tuple[float, float]) -> Colour:

@@ -11,7 +11,7 @@ from PIL import Image
 from corrzoo.data.pairs import DATASETS, Augment, PairDataset
 from corrzoo.data.synthetic.drawing import OBJECTS, View, render, view
 from corrzoo.geometry import Size
-from corrzoo.types import Record, ZooError
+from corrzoo.types import Record
 
 CATEGORIES = list(OBJECTS)
 LENGTHS = {"trn": 2000, "val": 200, "test": 400}
@@ -58,11 +58,6 @@ class RenderedDataset(PairDataset):
             category, side = self._category(number), max(self.size)
             self._last = number, [view(category, side, rng) for _ in range(self.views_per_pair)]
         return self._last[1]
-
-    def _checked(self, length: int) -> int:
-        if length < 1:
-            raise ZooError(f"{self.name}: length {length} of split {self.split!r}: expected at least one pair")
-        return length
 
 
 @DATASETS.register
