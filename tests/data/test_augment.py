@@ -188,7 +188,7 @@ def test_brightness_and_contrast_follow_albumentations() -> None:
         assert abs(int(got[0, value // 16, value % 16]) - expected) < 1
 
 
-def test_names() -> None:
+def test_names_of_augmentations() -> None:
     assert create_augment("none") is None
     assert {"none", "flip", "photometric", "cats"} <= set(list_augments())
     with pytest.raises(ZooError, match="did you mean 'cats'"):

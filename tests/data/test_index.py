@@ -163,7 +163,7 @@ def test_an_added_and_a_removed_file_are_noticed(tmp_path: Path, parses: list[st
 
 
 @pytest.mark.parametrize("damage", ["empty", "garbage", "half", "flipped", "method", "array", "foreign"])
-def test_a_damaged_cache_is_made_anew_with_a_warning(tmp_path: Path, parses: list[str], damage: str) -> None:
+def test_a_damaged_cache_is_rebuilt_with_a_warning(tmp_path: Path, parses: list[str], damage: str) -> None:
     write_spair(tmp_path)
     create_dataset("spair71k", tmp_path, "trn")
     (path,) = cache_folder().iterdir()

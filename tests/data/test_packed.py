@@ -152,7 +152,7 @@ def test_a_killed_process_leaves_nothing_that_is_read(tmp_path: Path, monkeypatc
     assert same(dataset, spair(tmp_path)) and not list((tmp_path / "packed").glob(".*"))
 
 
-def test_a_file_of_another_length_is_made_anew(tmp_path: Path) -> None:
+def test_a_file_of_another_length_is_written_again(tmp_path: Path) -> None:
     write_spair(tmp_path)
     spair(tmp_path).pack(tmp_path / "packed")
     (path,) = (tmp_path / "packed").glob("*.u8")
@@ -162,7 +162,7 @@ def test_a_file_of_another_length_is_made_anew(tmp_path: Path) -> None:
     assert same(dataset, spair(tmp_path))
 
 
-def test_disk_use_is_bounded_and_the_first_made_leave_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_use_is_bounded_and_the_oldest_files_are_removed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_spair(tmp_path)
     monkeypatch.setattr(packed, "LIMIT", 5 * 3 * (16 * 16 + 20 * 20))
     for second, size in enumerate((16, 20, 18)):

@@ -1,7 +1,7 @@
 """Annotation index: all pairs of a split as arrays, validated once and cached on disk.
 
 A reader yields each pair as a `Record`. `build_index` stores the records in an `AnnotationIndex`, which returns them
-one by one. The cache is rebuilt when the annotation files change. Parsing SPair-71k's 53,340 files takes 57 times as
+one by one. The cache is rebuilt when the annotation files change. Parsing SPair-71k's 53,340 files takes 98 times as
 long as loading its index (benchmarks/results/data.csv).
 """
 

@@ -63,7 +63,7 @@ def test_records_follow_the_files_and_the_rule(tmp_path: Path, split: str) -> No
 
 
 @pytest.mark.parametrize(("split", "count"), [("trn", 3959), ("val", 520), ("test", 1419)])
-def test_the_given_copy(shared: Path, split: str, count: int) -> None:
+def test_the_copy_in_the_shared_folder(shared: Path, split: str, count: int) -> None:
     images = read_cub(shared / "CUB_200_2011")
     assert sum(it["split"] == split and len(it["parts"]) >= 5 for it in images.values()) == count
     dataset = create_dataset("cub", shared, split)
@@ -97,7 +97,7 @@ def test_length_is_one_number_or_one_for_each_split(tmp_path: Path) -> None:
             open_cub(tmp_path, "trn", length)
 
 
-def test_all_possible_pairs_can_be_drawn(tmp_path: Path) -> None:
+def test_all_possible_pairs_can_be_chosen(tmp_path: Path) -> None:
     images = read_cub(write_cub(tmp_path, share=0.5))
     parts = [set(it["parts"]) for it in images.values() if it["split"] == "val" and len(it["parts"]) >= 5]
     possible = sum(len(a & b) >= 5 for i, a in enumerate(parts) for b in parts[:i])
@@ -107,7 +107,7 @@ def test_all_possible_pairs_can_be_drawn(tmp_path: Path) -> None:
         open_cub(tmp_path, "val", possible + 1)
 
 
-def test_pairs_of_no_image_and_of_one() -> None:
+def test_fewer_than_two_images_make_no_pairs() -> None:
     assert possible_pairs(np.ones((0, 15), dtype=bool)) == possible_pairs(np.ones((1, 15), dtype=bool)) == 0
     assert list(draw_pairs("val", np.ones((2, 15), dtype=bool), 1)) in ([(0, 1)], [(1, 0)])
 
@@ -179,7 +179,7 @@ def test_a_broken_image_is_named(tmp_path: Path) -> None:
         open_cub(tmp_path)
 
 
-def test_parts_outside_their_image_are_kept_as_they_are_but_not_those_of_another_copy(tmp_path: Path) -> None:
+def test_parts_outside_their_image_are_kept_unless_they_are_far_outside(tmp_path: Path) -> None:
     home = write_cub(tmp_path, species=[1], images=3, side=64, share=1.0)
     first = (home / "parts" / "part_locs.txt").read_text().split("\n")[0]
     for x in (-99.5, 163.5, -101, 500):

@@ -143,7 +143,7 @@ def test_bad_inline_keypoints_are_named(tmp_path: Path) -> None:
             create_dataset("pfpascal", tmp_path, "test")
 
 
-def test_missing_list_names_the_others_that_would_do(tmp_path: Path) -> None:
+def test_a_missing_list_is_an_error_that_names_the_alternatives(tmp_path: Path) -> None:
     write_pfpascal(tmp_path)
     (tmp_path / "PF-PASCAL" / "trn_pairs.csv").unlink()
     with pytest.raises(ZooError, match=r"trn_pairs\.csv \(nor train_pairs\.csv, .*image_pairs.train_pairs\.csv\)"):

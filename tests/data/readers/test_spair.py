@@ -47,7 +47,7 @@ def test_sample_carries_flags_category_and_boxes(tmp_path: Path) -> None:
     assert [dataset.images[n].name for n in (sample.src_id, sample.trg_id)] == [pair["src_imname"], pair["trg_imname"]]
 
 
-def test_ids_are_those_of_the_annotation_and_unknown_after_a_mirror(tmp_path: Path) -> None:
+def test_ids_are_read_from_the_annotation_and_unknown_after_a_mirror(tmp_path: Path) -> None:
     """The reader has no table of left and right parts."""
     write_spair(tmp_path)
     change(tmp_path, kps_ids=["3", "12", "7"])

@@ -121,7 +121,7 @@ def test_points_are_on_the_object(views: list[tuple[str, View]]) -> None:
             assert any(to_edge(point, shape) < 0.02 * max(v.size) or inside(point, shape) for shape, _ in v.shapes)
 
 
-def test_which_point_is_which(views: list[tuple[str, View]]) -> None:
+def test_the_order_of_keypoints(views: list[tuple[str, View]]) -> None:
     """Turns of up to 20 degrees keep left left, and a mirrored car has its headlight on the left."""
     for category, v in views:
         x, y = v.kps.T
