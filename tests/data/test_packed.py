@@ -162,7 +162,9 @@ def test_a_file_of_another_length_is_written_again(tmp_path: Path) -> None:
     assert same(dataset, spair(tmp_path))
 
 
-def test_disk_use_is_bounded_and_the_oldest_files_are_removed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_use_is_bounded_and_the_oldest_files_are_removed_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_spair(tmp_path)
     monkeypatch.setattr(packed, "LIMIT", 5 * 3 * (16 * 16 + 20 * 20))
     for second, size in enumerate((16, 20, 18)):
