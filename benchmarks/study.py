@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 import corrzoo.cli  # before the first fork, so that no run imports it anew
-from corrzoo import commands
+from corrzoo.__main__ import main as run_command
+from corrzoo.scoring.evaluation import predict_points
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, CONFIGS, RUNS = ROOT / "benchmarks" / "results", ROOT / "zoo_configs", ROOT / "runs" / "study"
@@ -71,7 +72,7 @@ def _run(folder: Path, args: list[str]) -> None:
     with (folder / "log").open("a") as log:
         os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
     os.chdir(folder)
-    commands.main(args)
+    run_command(args)
 
 
 def run(into: Path, folder: Path, name: str, label: str, stack: Iterable[str], seed: int, *, fit: bool = True) -> None:

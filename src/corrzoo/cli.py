@@ -230,7 +230,7 @@ def _logged_in_to_wandb() -> bool:
 
 
 def main(args: ArgsType = None) -> None:
-    """What `commands.main` runs when it is none of its own commands."""
+    """What `__main__.main` runs when it is none of its own commands."""
     try:
         ZooCLI(args)
     except Stopped as stopped:

@@ -100,7 +100,7 @@ def test_every_head_reads_the_same_frozen_features_and_learns_as_long(head, caps
         config = yaml.safe_load(capsys.readouterr().out)
         model, data = config["model"]["init_args"], config["data"]
         assert (model["finetune"], model["weights"], model["lr"]) == ("none", study.FEATURES, 1e-3)
-        assert data["batch_size"] * config["trainer"]["max_epochs"] == 8 and data["size"] == 96
+        assert data["batch_size"] * config["trainer"]["max_epochs"] == 8 and data["image_size"] == 96
         assert "options" not in data or not data["options"]  # `drawings` has them
 
 
