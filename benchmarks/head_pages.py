@@ -1,5 +1,7 @@
 """Write docs/heads/, a page for each head, from docstrings, configurations and results; --check says if they are true.
 
+A page's part between <!-- notes --> and <!-- /notes --> is written by hand and kept.
+
 python benchmarks/head_pages.py [--check]
 """
 
@@ -191,6 +193,7 @@ def page(head: str, measured: list[Ranking], published: list[Ranking]) -> str:
         inspect.cleandoc(module.__doc__ or ""),
         f"## What is implemented\n\n[`{source}`](../../{source})",
         *split_docstring(cls.__doc__)[0],
+        notes(ROOT / "docs" / "heads" / f"{head.lower()}.md"),
         "## Our choice\n\nWhat the paper leaves open, as the code says it.\n",
         "\n".join(choices(cls)) or "Nothing.",
         f"## Options\n\nAnd [those of every head](README.md#options-of-every-head).\n\n{options(cls)}",
@@ -208,7 +211,13 @@ def page(head: str, measured: list[Ranking], published: list[Ranking]) -> str:
         "## Published\n",
         re.sub("^### published\n", "", to_markdown(published), flags=re.M) or "Nothing.",
     ]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+
+
+def notes(path: Path) -> str:
+    """The hand-written part of a page, with its markers."""
+    found = re.search(r"<!-- notes -->.*<!-- /notes -->", path.read_text() if path.is_file() else "", re.S)
+    return found[0] if found else ""
 
 
 WRITTEN = "*Written by `python benchmarks/head_pages.py` from docstrings, configurations and result files.*"

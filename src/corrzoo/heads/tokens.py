@@ -198,18 +198,7 @@ class WindowRefinement(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         """(B, C, h, w) -> the same."""
         if self.checkpointing and torch.is_grad_enabled():
-            import os
-            from functools import partial
-            from torch.utils.checkpoint import create_selective_checkpoint_contexts as c
-
-            a = torch.ops.aten
-            kw = {}
-            mode = os.environ.get("SAC", "")
-            if mode == "big" and maps.shape[1] > 100 or mode == "all":
-                kw = {"context_fn": partial(c, [a.mm.default, a.addmm.default])}
-            if mode == "noup" and maps.shape[1] > 100:
-                return self.refine(maps)
-            return checkpoint(self.refine, maps, use_reentrant=False, **kw)
+            return checkpoint(self.refine, maps, use_reentrant=False)
         return self.refine(maps)
 
     def refine(self, maps: Tensor) -> Tensor:
