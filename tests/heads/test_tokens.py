@@ -5,8 +5,12 @@ import pytest
 import torch
 from torch import nn
 
+import corrzoo
+from corrzoo.data import PairDataset
 from corrzoo.geometry import transfer
 from corrzoo.heads import tokens
+from corrzoo.types import Features
+from golden import without_dropout
 
 
 def test_arf_is_its_formula_and_never_overflows():
@@ -89,3 +93,62 @@ def test_points_read_as_released(golden, grid):
 def test_pixels_outside_the_image_are_clamped():
     flow, points = torch.zeros(1, 2, 4, 4), torch.tensor([[[-3.2, 5.9], [700.0, 64.0]]])
     assert tokens.read_pixels(points, flow, (64, 128)).tolist() == [[[0, 5], [127, 63]]]
+
+
+# ---------------------------------------------------------------------- options of both heads
+
+SMALL = {"ACTR": {"depth": 2, "windows": [4, 8]}, "LPMFlow": {"depth": 1, "top_k": 16}}
+
+
+def build(head, **options):
+    torch.manual_seed(0)
+    options = SMALL[head] | {"backbone_size": 128} | options
+    return corrzoo.create_matcher(head, "timm/test_vit.r160_in1k", weights="random", **options)
+
+
+@pytest.mark.parametrize("head", SMALL)
+def test_checkpointing_changes_memory_but_neither_loss_nor_gradients(head):
+    dataset = corrzoo.create_dataset("synthetic", "", "test", 64)
+    pair, outcomes = PairDataset.collate([dataset[0]]), []
+    for checkpointing in (False, True):
+        model, kept = build(head, checkpointing=checkpointing).train(), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.nbytes) or x, lambda x: x):
+            torch.manual_seed(1)
+            terms = model.loss(model.match(*model.features(pair)), pair)
+        loss = terms["loss"] if isinstance(terms, dict) else terms
+        forward = sum(kept)
+        loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        outcomes.append((loss, gradients, forward))
+    (loss, gradients, kept), (same_loss, same_gradients, fewer) = outcomes
+    assert loss == same_loss and loss > 0 and gradients.keys() == same_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(same_gradients[name], gradient, rtol=0, atol=0, msg=name)
+    assert fewer < 0.7 * kept
+
+
+def own_cell_rate(head, **options):
+    """Share of cells with the highest correlation at themselves, for two images with the same random features."""
+    model = without_dropout(build(head, **options))
+    maps = torch.randn(2, 64, 8, 8, generator=torch.Generator().manual_seed(2))
+    same = model.prepare(Features(torch.zeros(2, 3, 128, 128), [maps], maps.mean((2, 3))))
+    with torch.no_grad():
+        best = model.eval().match(same, same).correlation.argmax(-1)
+    return (best == torch.arange(best.shape[1])).float().mean().item()
+
+
+@pytest.mark.parametrize("head", SMALL)
+def test_aligned_heads_start_from_feature_similarity(head):
+    """With independent maps for queries and keys, the match of identical features is random."""
+    assert own_cell_rate(head) < 0.1 and own_cell_rate(head, init="aligned") > 0.9
+
+
+@pytest.mark.parametrize("head", SMALL)
+def test_alignment_changes_queries_and_keys_alone(head):
+    paper, aligned = (build(head, init=init).state_dict() for init in ("paper", "aligned"))
+    changed = {name for name in paper if not torch.equal(paper[name], aligned[name])}
+    assert changed and all("cross_attention.qkv" in name for name in changed)
+    for name in (name for name in changed if name.endswith("weight")):
+        queries, keys, values = aligned[name].chunk(3)
+        torch.testing.assert_close(queries @ queries.T, torch.eye(64), rtol=0, atol=1e-5)
+        assert torch.equal(queries, keys) and torch.equal(values, paper[name].chunk(3)[2])
