@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,44 +23,43 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import corrzoo
-from corrzoo.heads import ACTR, LPMFlow, actr, layers, lpmflow
+from corrzoo.heads import ACTR, LPMFlow, actr, lpmflow, tokens
 from corrzoo.matcher import Matcher
 from corrzoo.types import Features, Match
 
-HEADS = layers.HEADS
+HEADS = tokens.ATTENTION_HEADS
 
 
 def split_heads(x: Tensor) -> Tensor:
     return rearrange(x, "b n (h d) -> b h n d", h=HEADS)
 
 
-def attention(self: layers.Attention, x: Tensor, bias: Tensor | None = None) -> Tensor:
+def attention(self: tokens.Attention, x: Tensor, bias: Tensor | None = None) -> Tensor:
     q, k, v = (split_heads(part) for part in self.qkv(x).chunk(3, -1))
     logits = q @ k.mT * q.shape[-1] ** -0.5
     weights = (logits if bias is None else logits + bias).softmax(-1)
     return self.proj(rearrange(weights @ v, "b h n d -> b n (h d)"))
 
 
-def window_attention(self: layers.WindowAttention, x: Tensor, bias: None = None) -> Tensor:
-    side = self.index.shape[0]
+def window_attention(self: tokens.WindowAttention, x: Tensor, bias: None = None) -> Tensor:
+    """Windows are cut out, and put together again after the attention."""
+    side, (rows, columns) = self.index.shape[0], (length // self.window for length in x.shape[1:3])
+    cut = rearrange(x, "b (r i) (s j) c -> (b r s) (i j) c", i=self.window, j=self.window)
     table = self.bias_table[self.index.flatten()].view(side, side, HEADS)
-    return attention(self, x, table.permute(2, 0, 1).contiguous())
+    found = attention(self, cut, table.permute(2, 0, 1).contiguous())
+    return rearrange(found, "(b r s) (i j) c -> b (r i) (s j) c", r=rows, s=columns, i=self.window)
 
 
-def cross_attention(self: layers.CrossAttention, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+def cross_attention(self: tokens.CrossAttention, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     q = split_heads(self.qkv(s).chunk(3, -1)[0])
     _, k, v = (split_heads(part) for part in self.qkv(t).chunk(3, -1))
     weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
     return self.proj(rearrange(weights @ v, "b h n d -> b n (h d)")), weights.sum(1)
 
 
-def refinement(self: layers.WindowRefinement, maps: Tensor) -> Tensor:
-    """Windows are cut for the attention alone, and put together again behind it."""
-    rows, columns = (side // self.window for side in maps.shape[-2:])
+def refinement(self: tokens.WindowRefinement, maps: Tensor) -> Tensor:
     x = rearrange(maps, "b c h w -> b h w c")
-    cut = rearrange(self.norm1(x), "b (r i) (s j) c -> (b r s) (i j) c", i=self.window, j=self.window)
-    found = self.attention(cut)
-    z = x + rearrange(found, "(b r s) (i j) c -> b (r i) (s j) c", r=rows, s=columns, i=self.window)
+    z = x + self.attention(self.norm1(x))
     z = z + self.mlp(self.norm2(z))
     return self.channels(rearrange(x + self.norm(z), "b h w c -> b c h w"))
 
@@ -70,7 +70,7 @@ def alignment(self: actr.AsymmetricAlignment, s: Tensor, t: Tensor) -> tuple[Ten
     s = s + s_update + self.mlp(self.norm2(s_update))
     t = t + t_update + self.mlp(self.norm2(t_update))
     update, correlation = self.cross_attention(self.norm1(s), self.norm1(t))
-    update = layers.arf(update)
+    update = tokens.arf(update)
     s = s + update + self.mlp(self.norm2(update))
     if self.target_weight is not None:
         t = t + t * self.target_weight * correlation.detach().mean(1).unsqueeze(-1).sigmoid()
@@ -83,8 +83,8 @@ def match_actr(self: ACTR, src: Features, trg: Features) -> Match:
     for block in self.blocks:
         s, t, correlation = block(s, t)
         coarse.append(self.soft_argmax(correlation[:, 1:, 1:]))
-    refined = [self.super_resolution(layers.upscale(flow), layers.as_map(s)) for flow in coarse]
-    return self.answer(torch.stack(refined).mean(0), src.image, correlation)
+    refined = [self.super_resolution(tokens.upscale(flow), tokens.as_map(s)) for flow in coarse]
+    return self.as_match(torch.stack(refined).mean(0), src.image, correlation)
 
 
 def pyramid(self: lpmflow.FeatureSuperResolution, s: Tensor, t: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -108,9 +108,9 @@ def match_lpmflow(self: LPMFlow, src: Features, trg: Features) -> Match:
     s, t = self.encoder(s, t)
     correlations, features = self.pyramid(s, t)
     found = [self.soft_argmax(lpmflow.to_fine(correlations[scales], self.grid)) for scales in self.flows]
-    flows = [layers.upscale(flow) for flow in found]
-    flow = flows[-1] + self.integration(flows, layers.as_map(features))
-    return self.answer(flow, src.image, correlations["22"], masked=masked, tokens=s)
+    flows = [tokens.upscale(flow) for flow in found]
+    flow = flows[-1] + self.integration(flows, tokens.as_map(features))
+    return self.as_match(flow, src.image, correlations["22"], masked=masked, tokens=s)
 
 
 def self_contrast(tokens: Tensor, masked: Tensor, neighbours: Tensor) -> Tensor:
@@ -128,10 +128,10 @@ def self_contrast(tokens: Tensor, masked: Tensor, neighbours: Tensor) -> Tensor:
 
 
 PLAIN: dict[type[nn.Module], Callable[..., object]] = {
-    layers.WindowAttention: window_attention,
-    layers.Attention: attention,
-    layers.CrossAttention: cross_attention,
-    layers.WindowRefinement: refinement,
+    tokens.WindowAttention: window_attention,
+    tokens.Attention: attention,
+    tokens.CrossAttention: cross_attention,
+    tokens.WindowRefinement: refinement,
     actr.AsymmetricAlignment: alignment,
     lpmflow.FeatureSuperResolution: pyramid,
     lpmflow.RegionBias: region_bias,
@@ -147,9 +147,9 @@ def plain(model: Matcher) -> Matcher:
     return model
 
 
-def build(head: str, rendering: bool) -> Matcher:
+def build(head: str, rendering: bool, **options: Any) -> Matcher:
     torch.manual_seed(0)
-    options = {"dropout": 0.0} if head == "LPMFlow" else {}
+    options = options | ({"dropout": 0.0} if head == "LPMFlow" else {})
     model = corrzoo.create_matcher(head, "ibot_b16", "random", backbone_size=256, **options).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout | nn.Dropout2d):
