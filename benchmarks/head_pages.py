@@ -1,6 +1,5 @@
 """Write docs/heads/, a page for each head, from docstrings, configurations and results; --check says if they are true.
 
-
 python benchmarks/head_pages.py [--check]
 """
 

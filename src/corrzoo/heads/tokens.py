@@ -5,7 +5,6 @@ a flow on a finer one. Tokens are (B, 1 + g*g, C): the class token first, then t
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
