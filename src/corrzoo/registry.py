@@ -61,7 +61,7 @@ class Registry(Generic[T]):
             ZooError: if the name or an option is unknown, or a value has the wrong type.
         """
         thing: Any = self[name]
-        return thing(*args, **_checked(f"{self.kind} {name!r}", thing, options))
+        return thing(*args, **_checked(f"{self.kind} {name!r}", thing, options, len(args)))
 
     def options(self, name: str) -> list[str]:
         """Names of all options of a registered class, base classes included."""
@@ -105,18 +105,18 @@ def import_plugins(names: str | list[str]) -> list[str]:
     return listed
 
 
-def _parser(cls: Any) -> Any:
-    """A parser of the options of a class: jsonargparse reads them from the signatures of the class and its bases."""
+def _parser(cls: Any, positional: int = 0) -> Any:
+    """A parser of the options of a class, as its and its bases' signatures have them, after the positional ones."""
     from jsonargparse import ArgumentParser  # here, as `import corrzoo.ops` needs torch alone
 
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, fail_untyped=False)
+    parser.add_class_arguments(cls, fail_untyped=False, skip={positional} if positional else None)
     return parser
 
 
-def _checked(what: str, cls: Any, options: dict[str, Any]) -> dict[str, Any]:
+def _checked(what: str, cls: Any, options: dict[str, Any], positional: int) -> dict[str, Any]:
     """The options with their values as jsonargparse reads them."""
-    parser = _parser(cls)
+    parser = _parser(cls, positional)
     known = list(parser.get_defaults().keys())
     for name in options.keys() - known:
         hint = nearest(name, known) or f": choose one of {', '.join(sorted(known))}"
