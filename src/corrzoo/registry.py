@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import inspect
 from argparse import ArgumentError
 from collections.abc import Iterable
 from typing import Any, Generic, TypeVar
@@ -61,7 +62,7 @@ class Registry(Generic[T]):
             ZooError: if the name or an option is unknown, or a value has the wrong type.
         """
         thing: Any = self[name]
-        return thing(*args, **_checked(f"{self.kind} {name!r}", thing, options, len(args)))
+        return thing(*args, **_checked(f"{self.kind} {name!r}", thing, options))
 
     def options(self, name: str) -> list[str]:
         """Names of all options of a registered class, base classes included."""
@@ -105,18 +106,19 @@ def import_plugins(names: str | list[str]) -> list[str]:
     return listed
 
 
-def _parser(cls: Any, positional: int = 0) -> Any:
-    """A parser of the options of a class, as its and its bases' signatures have them, after the positional ones."""
+def _parser(cls: Any) -> Any:
+    """A parser of the optional arguments of a class: jsonargparse reads them from the signatures of the class and its bases."""
     from jsonargparse import ArgumentParser  # here, as `import corrzoo.ops` needs torch alone
 
+    required = {p.name for p in inspect.signature(cls).parameters.values() if p.default is p.empty}
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, fail_untyped=False, skip={positional} if positional else None)
+    parser.add_class_arguments(cls, skip=required, fail_untyped=False)
     return parser
 
 
-def _checked(what: str, cls: Any, options: dict[str, Any], positional: int) -> dict[str, Any]:
+def _checked(what: str, cls: Any, options: dict[str, Any]) -> dict[str, Any]:
     """The options with their values as jsonargparse reads them."""
-    parser = _parser(cls, positional)
+    parser = _parser(cls)
     known = list(parser.get_defaults().keys())
     for name in options.keys() - known:
         hint = nearest(name, known) or f": choose one of {', '.join(sorted(known))}"
