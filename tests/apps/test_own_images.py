@@ -92,7 +92,7 @@ def test_mistakes_are_one_line():
     for points in ("30", "30,40,50", "30;40", "x,y", ""):
         assert f"--points {points!r}: expected x,y; x,y" in failing("a.png", "b.jpg", f"--points={points}")
     assert "(130, 40) lies outside the source image of 120x90" in failing("a.png", "b.jpg", "--points=130,40", *TINY)
-    assert "ACTR matches nothing before it is trained" in failing("a.png", "b.jpg", "--head=ACTR")
+    assert "ACTR needs trained weights: give --ckpt" in failing("a.png", "b.jpg", "--head=ACTR")
     assert "did you mean 'Baseline'" in failing("a.png", "b.jpg", "--head=Basline")
     assert "did you mean 'efficientnet_lite0'" in failing("a.png", "b.jpg", "--backbone=eficientnet_lite0")
     assert "unrecognized arguments: --point=1,2" in failing("a.png", "b.jpg", "--point=1,2")

@@ -55,7 +55,7 @@ def matcher_of(args: argparse.Namespace) -> Matcher:
             raise ZooError(f"{args.ckpt} brings its own weights: leave --weights out")
     else:
         if args.head and HEADS[args.head] is not Baseline:
-            raise ZooError(f"{args.head} matches nothing before it is trained: give --ckpt, or --head Baseline")
+            raise ZooError(f"{args.head} needs trained weights: give --ckpt, or --head Baseline")
         backbone = args.backbone or BACKBONE
         options = ZERO_SHOT | (ZERO_SHOT_LITE0 if backbone == BACKBONE else {"backbone_size": True})
         try:

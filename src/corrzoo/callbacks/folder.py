@@ -1,4 +1,4 @@
-"""Where a run keeps its files."""
+"""The folder of a run: `runs/<head>-<backbone>/<run>`, with its configuration, checkpoints, results and pictures."""
 
 from pathlib import Path
 
@@ -6,9 +6,17 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 
+def group_name(head: str, backbone: str) -> str:
+    """Name of the folder of all runs of a head on a backbone."""
+    return f"{head}-{backbone.replace('/', '-')}"
+
+
 def run_folder(trainer: Trainer) -> Path:
-    """Where a run leaves its files, as every process must ask; `log_dir` is one for all of wandb's runs."""
-    logger = trainer.logger
-    if isinstance(logger, WandbLogger):  # beside its checkpoints; the first process alone knows the run's name
-        return Path(trainer.strategy.broadcast(f"{logger.save_dir}/{logger.name}/{logger.version}"))
+    """Output folder of the run. A collective call: every process must make it."""
+    logger, model = trainer.logger, trainer.lightning_module
+    if isinstance(
+        logger, WandbLogger
+    ):  # its `log_dir` is shared by all runs; the first process alone knows its version
+        group = group_name(type(model).__name__, str(model.hparams.get("backbone", "")))
+        return Path(trainer.strategy.broadcast(f"{logger.save_dir}/{group}/{logger.version}"))
     return Path(trainer.log_dir or trainer.default_root_dir)
