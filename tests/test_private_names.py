@@ -30,9 +30,8 @@ PRIVATE = {
     "_iteration_based_training": Private(
         "callbacks/resume.py",
         _FitLoop,
-        "See whether Lightning now resumes a run with max_steps in the epoch in which it stopped: without the line in "
-        "RandomState.setup, tests/callbacks/test_resume.py::test_a_run_goes_on_from_where_max_steps_ended_it passes. If "
-        "not, find what decides in _FitLoop.restarting.",
+        "Delete the line in RandomState.setup if tests/callbacks/test_resume.py passes without it: Lightning then "
+        "resumes a run with max_steps in the epoch in which it stopped. Else find what decides in _FitLoop.restarting.",
     ),
     "_BatchNorm": Private(
         "backbones/backbone.py",

@@ -173,7 +173,7 @@ class ZooCLI(LightningCLI):
     def _place(self, config: Namespace) -> None:
         """Name the run's folder: `<root>/<head>-<backbone>/version_<n>`, or `version_<n>-test` for its evaluation."""
         logger = config.trainer.logger
-        options = getattr(logger, "init_args", {})
+        options: Any = getattr(logger, "init_args", {})
         if "save_dir" in options and options.save_dir in (None, "", "."):
             options.save_dir = config.trainer.default_root_dir or RUNS
         if "name" in options and options.name == "":

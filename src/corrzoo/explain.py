@@ -28,17 +28,17 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
         known = [option.rpartition(".")[2] for option in options] if found[1] else [f"--{o}" for o in options]
         return f"unknown option {name!r}{nearest(name, known) or '; --help lists the options'}"
     if found := re.search(r"invalid choice: '(\S+)' \(choose from (.*)\)", message):
-        names = [*re.findall(r"\w+", found[2]), *commands.COMMANDS]
-        return f"unknown command {found[1]!r}{nearest(found[1], names) or ': choose from ' + ', '.join(names)}"
+        choices = [*re.findall(r"\w+", found[2]), *commands.COMMANDS]
+        return f"unknown command {found[1]!r}{nearest(found[1], choices) or ': choose from ' + ', '.join(choices)}"
     if "arguments are required" in message and "model" in message:
         return f"no head given: add --config zoo_configs/<head>.yaml, or --model <head>; heads: {', '.join(heads)}"
     if found := re.search(r"(?:key \"(?:\w+\.)?model\"|--model\.help)(.*)", message, re.DOTALL):
-        if re.search(r"Given value: (?!.*'class_path')\{", found[1], re.DOTALL):
+        if re.search(r"Given value: (?:NestedArg|(?!.*'class_path')\{)", found[1], re.DOTALL):
             return "options of a head, but no head: put --config zoo_configs/<head>.yaml (or --model <head>) first"
         named = re.search(r"'class_path': '([^']+)'|Given value: (\S+)|string: (\S+)", found[1])
-        name = next(filter(None, named.groups())) if named else ""
-        known = f": choose one of {', '.join(heads)}, or give --plugins <your module> first"
-        return f"unknown head {name!r}{nearest(name, heads) or known}"
+        name = str(next(filter(None, named.groups()))) if named else ""
+        others = f": choose one of {', '.join(heads)}, or give --plugins <your module> first"
+        return f"unknown head {name!r}{nearest(name, heads) or others}"
     value = r'key "([\w.]+)":\s+(?:Expected a (.*?)\. Got value|.*?Subtypes: \[(.*?)\]\n.*Given value): (.*)'
     if (found := re.search(value, message, re.DOTALL)) and (expected := _in_words(found[2] or found[3])):
         owner = "model." if any(found[1] in HEADS.options(head) for head in heads) else ""
@@ -60,8 +60,8 @@ def one_line(error: Exception) -> str:
     if isinstance(error, OSError):  # a read-only folder, a full disk
         return f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
     if type(error).__module__.startswith("wandb"):
-        remedy = "run `wandb login`, or give --trainer.logger.offline true"
-        return f"wandb: {' '.join(str(error).split())}: {remedy}"
+        remedy = "--trainer.logger.offline true keeps the run on this machine"
+        return f"wandb: {' '.join(str(error).split()).rstrip('.')}; {remedy}"
     if "DataLoader worker" in str(error):
         remedy = "give fewer --data.num_workers or less --data.cache_mb, and resume with --ckpt_path last"
         return f"{str(error).splitlines()[0]} The usual reason is too little memory: {remedy}"

@@ -48,17 +48,16 @@ def resolve(args: Sequence[str]) -> list[str]:
         if option == "--model":
             head, changed = _class_name(value), ""
         elif option:
-            value, said = find(value), value
+            given, value = value, find(value)
             model = _model_in(value)
-            new = _class_name(model.get("class_path", "")) if isinstance(model, dict) else _class_name(str(model))
-            family = Path(value).parent.name if "ablation" in Path(value).parts else ""
+            new = _class_name(model.get("class_path", "") if isinstance(model, dict) else str(model))
+            path = Path(value)
+            family = path.parent.name if path.parent.parent.name == "ablation" else ""
             if not (head or new) and (model or family):
                 first = f"--config zoo_configs/{family or '<head>'}.yaml"
-                raise ZooError(f"{said} has options of a head, but no head: put {first} (or --model <head>) before it")
+                raise ZooError(f"{given} has options of a head, but no head: put {first} (or --model <head>) before it")
             if head and new and new != head:
-                changed = (
-                    f"{said} changes the head from {head} to {new}: give one of the two, or end with --model {new}"
-                )
+                changed = f"{given} changes the head from {head} to {new}: leave it out, or end with --model {new}"
             head = new or head
         resolved += [option, value] if option else [value]
     if changed:

@@ -32,7 +32,7 @@ class SaveConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, self.folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+        self.parser.save(self.config, self.folder / "config.yaml", skip_unset=False, overwrite=True, multifile=False)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove the folder of a run that failed before it wrote any result."""

@@ -14,9 +14,7 @@ def group_name(head: str, backbone: str) -> str:
 def run_folder(trainer: Trainer) -> Path:
     """Output folder of the run. A collective call: every process must make it."""
     logger, model = trainer.logger, trainer.lightning_module
-    if isinstance(
-        logger, WandbLogger
-    ):  # its `log_dir` is shared by all runs; the first process alone knows its version
+    if isinstance(logger, WandbLogger):  # all runs share its `log_dir`; only the first process knows its version
         group = group_name(type(model).__name__, str(model.hparams.get("backbone", "")))
         return Path(trainer.strategy.broadcast(f"{logger.save_dir}/{group}/{logger.version}"))
     return Path(trainer.log_dir or trainer.default_root_dir)
