@@ -26,14 +26,16 @@ from typing import Any
 import torch
 
 import corrzoo.cli  # before the first fork, so that no run imports it anew
-from corrzoo.__main__ import main as command_line
+from corrzoo.__main__ import main as run_command
 from corrzoo.scoring.evaluation import predict_points
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, CONFIGS, RUNS = ROOT / "benchmarks" / "results", ROOT / "zoo_configs", ROOT / "runs" / "study"
-HEADS = ("baseline", "actr", "vitsc", "gsf", "lpmflow")
 
-SIZES = {head: (f"demo/{head}.yaml", "study/synthetic.yaml") for head in HEADS}
+SIZES = {
+    head: (f"{head}.yaml", "study/synthetic.yaml", *([f"study/{head}.yaml"] if head != "baseline" else []))
+    for head in ("baseline", "actr", "vitsc", "gsf", "lpmflow")
+}
 ABLATIONS = {
     "actr": ("no_cross_attention", "no_reweighting", "no_multi_path", "no_super_resolution"),
     "lpmflow": ("no_larl", "no_contrastive_loss", "no_pfsr", "no_mmfi"),
@@ -70,7 +72,7 @@ def _run(folder: Path, args: list[str]) -> None:
     with (folder / "log").open("a") as log:
         os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
     os.chdir(folder)
-    command_line(args)
+    run_command(args)
 
 
 def run(into: Path, folder: Path, name: str, label: str, stack: Iterable[str], seed: int, *, fit: bool = True) -> None:
@@ -119,7 +121,7 @@ def synthetic(seeds: list[int], backbones: list[str], ablations: bool) -> None:
                 one(head, "", (*stack, *mine))
                 for ablation in ABLATIONS.get(head, ()) if ablations else ():
                     name = f"{head}_{ablation}"
-                    one(name, name, (*stack, *mine, f"ablation/{head}/{ablation}.yaml"))
+                    one(name, name, (*stack, *mine, f"ablation/{name}.yaml"))
             if ablations:
                 one("gsf_widths", "5.1's 7 and 5 read as widths", (*SIZES["gsf"], *mine, *WIDTHS))
 
@@ -213,12 +215,13 @@ def leave_one_out(root: str, seeds: list[int], heads: list[str]) -> None:
     """
     results, folder = RESULTS / "pfwillow_leave_one_out", RUNS / "leave_one_out"
     for name, label, option in FLOORS:
-        stack = ("--plugins=pfwillow_kinds", "demo/baseline.yaml", "study/pfwillow.yaml", option, f"--data.root={root}")
+        stack = ("--plugins=pfwillow_kinds", "baseline.yaml", "study/pfwillow.yaml", option, f"--data.root={root}")
         path = folder / f"{name}.json"
         run(path, folder, name, label, (*stack, _options({"test": list(FOLDS)})), 0, fit=False)
         write(results / f"{name}.json", merged([json.loads(path.read_text())], {}))
     for head in heads:
-        stack = ("--plugins=pfwillow_kinds", f"demo/{head}.yaml", "study/pfwillow.yaml", *REAL[head])
+        mine = (f"study/{head}.yaml",) if head != "baseline" else ()
+        stack = ("--plugins=pfwillow_kinds", f"{head}.yaml", *mine, "study/pfwillow.yaml", *REAL[head])
         stack = (*stack, f"--data.root={root}")
         if all((results / f"{head}-{seed}.json").exists() for seed in seeds):
             continue

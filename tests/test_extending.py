@@ -181,7 +181,6 @@ def test_what_is_wrong_with_a_plugin_is_said_in_one_line(tmp_path, monkeypatch):
     head = next(text for _, text in BLOCKS if text.startswith("# toy/head.py"))
     (tmp_path / "needy.py").write_text("import a_module_that_is_not_there\n")
     (tmp_path / "twice.py").write_text(head.replace("Projected", "Baseline"))
-    (tmp_path / "misnamed.py").write_text(head.replace('"Projected"', '"Other"'))
     (tmp_path / "again.py").write_text(
         "from corrzoo.backbones import register_backbone as add\nadd('mae_b16', 'vit_base_patch16_224.mae')\n"
     )
@@ -190,9 +189,8 @@ def test_what_is_wrong_with_a_plugin_is_said_in_one_line(tmp_path, monkeypatch):
         "needy.inside": "plugin 'needy.inside' needs the module 'a_module_that_is_not_there', which is not installed",
         "needy.py": "plugin 'needy.py' needs the module",
         "folder/needy.py": "there is no plugin 'folder/needy.py': expected",
-        "twice": "head 'Baseline' is registered already, choose another name",
-        "misnamed": "head 'Other' is a class named 'Projected': register it by that name",
-        "again": "backbone 'mae_b16' is registered already, choose another name",
+        "twice": "head 'Baseline' is already registered: choose another name",
+        "again": "backbone 'mae_b16' is already registered: choose another name",
     }
     for name, words in wrong.items():
         with pytest.raises(ZooError, match=f"^{re.escape(words)}") as error:

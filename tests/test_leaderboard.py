@@ -164,6 +164,17 @@ def test_what_other_splits_were_given_does_not_matter(board):
     assert apart.options == '{"noise": {"blur": 2}}'
 
 
+def test_copies_of_a_dataset_with_other_images_are_ranked_apart_and_named(board):
+    """CUB-200-2011 whole, and cut to crops: the same number of pairs, other images."""
+    crops = {"dataset": "cub", "dataset_title": "cub (100 species, crops)", "fingerprint": "a"}
+    whole = {"dataset": "cub", "dataset_title": "cub", "fingerprint": "b"}
+    rankings = board(result(**crops), result(seed=1, **crops), result(**whole))
+    assert [(ranking.dataset, ranking.rows[0].runs) for ranking in rankings] == [
+        ("cub", 1),
+        ("cub (100 species, crops)", 2),
+    ]
+
+
 def test_studies_are_ranked_apart(board):
     board(result(50), study="a")
     assert [ranking.study for ranking in board(result(54), study="b")] == ["a", "b"]

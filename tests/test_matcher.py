@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 import corrzoo
 from corrzoo.backbones.cache import FeatureCache
@@ -90,7 +90,7 @@ def test_reused_features_change_no_score_and_are_gone_afterwards(tmp_path):
         torch.manual_seed(0)
         model = corrzoo.create_matcher("Baseline", **TINY, feature_cache_mb=megabytes)
         trainer(tmp_path).test(model, data(), verbose=False)
-        assert True
+        assert model.evaluation.cached_bytes == 0
         scores.append(model.scores)
     assert scores[0] == scores[1] and scores[0]
 
@@ -156,6 +156,28 @@ def test_training_on_a_frozen_backbone_computes_each_image_once_and_learns_the_s
     assert not torch.equal(trained[0]["temperature"], Watched(head).model.temperature)
 
 
+class PredictsWhileTraining(Callback):
+    """Compare predictions on validation pairs with those that no cache can serve, at the end of each validation."""
+
+    compared = 0
+
+    def on_validation_end(self, trainer, pl_module):
+        pair = next(iter(trainer.val_dataloaders))
+        pl_module.eval()
+        alone = pair._replace(src_id=torch.full_like(pair.src_id, -1), trg_id=torch.full_like(pair.trg_id, -1))
+        assert torch.equal(predict_points(pl_module, pair), predict_points(pl_module, alone))
+        self.compared += 1
+
+
+def test_predictions_in_training_do_not_read_features_of_training_images(tmp_path):
+    """A validation image has the number of some training image, whose features are cached."""
+    watched, callback = Watched(finetune="none", lr=1e-2), PredictsWhileTraining()
+    trainer(tmp_path, max_epochs=2, enable_checkpointing=False, callbacks=[callback]).fit(
+        watched.model, drawn(tmp_path)
+    )
+    assert callback.compared == 3  # the check before training, and two epochs
+
+
 @pytest.mark.parametrize("options", [dict(augment="photometric"), dict(finetune="all")])
 def test_features_that_change_are_not_reused_in_training(tmp_path, options):
     watched = Watched(finetune=options.pop("finetune", "none"))
@@ -164,7 +186,8 @@ def test_features_that_change_are_not_reused_in_training(tmp_path, options):
 
 
 def test_a_small_memory_serves_evaluation_and_rows_are_in_benchmark_order(tmp_path, monkeypatch):
-    monkeypatch.setattr("corrzoo.matcher.FeatureCache", lambda limit: FeatureCache(5 * 8 * 8 * 64 * 4))  # five images
+    five = 5 * 8 * 8 * 64 * 4  # bytes of five images' features
+    monkeypatch.setattr("corrzoo.scoring.evaluation.FeatureCache", lambda limit: FeatureCache(min(limit, five)))
     drawn(tmp_path, pairs=48)
     listed = tmp_path / "SPair-71k" / "Layout" / "large" / "test.txt"
     listed.write_text("".join(random.Random(0).sample(listed.read_text().splitlines(keepends=True), 48)))

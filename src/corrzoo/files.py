@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-import tempfile
+import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,12 +21,9 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # several processes may write at once
     try:
         yield partial
-        partial.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -90,8 +87,3 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collect
     rule = "|".join("--:" if k in numbers else "---" for k in range(len(titles)))
     cells = (" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows)
     return "\n".join([f"| {' | '.join(titles)} |", f"|{rule}|", *(f"| {line} |" for line in cells)])
-
-
-def _umask() -> int:
-    os.umask(mask := os.umask(0))
-    return mask

@@ -9,15 +9,16 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from corrzoo import inference
 from corrzoo.backbones import Backbone
 from corrzoo.backbones.cache import FeatureCache
 from corrzoo.callbacks import default_callbacks
-from corrzoo.geometry import Size, pseudo_flow, sample, size_of, transfer
+from corrzoo.geometry import Size, cosine_maps, pseudo_flow, sample, size_of, transfer
+from corrzoo.images import ImageSource
 from corrzoo.losses import endpoint_error, over_processes, processes
 from corrzoo.registry import Registry
 from corrzoo.scoring.evaluation import Evaluation
@@ -153,22 +154,30 @@ class Matcher(LightningModule, ABC):
         ]
         return [g for g in groups if g["params"]]
 
-    # ------------------------------------------------------------------ forward
-
     def forward(self, src_img: Tensor, trg_img: Tensor) -> Match:
         """Match two batches of images (B, 3, H, W): uint8, or float normalised for the backbone."""
         return self.match(*self.features_of(src_img, trg_img))
 
     def features_of(self, src_img: Tensor, trg_img: Tensor, ids: Tensor | None = None) -> tuple[Features, Features]:
-        """Prepared features of both images; (2B,) image numbers allow a frozen backbone's to be reused in training."""
+        """Prepared features of both images. With (2B,) numbers of training images, a frozen backbone's are reused."""
         images = torch.cat([src_img, trg_img])
         if self._training_features is None or ids is None or (ids < 0).any():
             return self.prepare(self.backbone(images)).halves()
         return self.prepare(self._training_features(self.backbone.normalise(images), ids, self.backbone)).halves()
 
     def features(self, pair: Pair) -> tuple[Features, Features]:
-        """Prepared features of a batch."""
-        return self.features_of(pair.src_img, pair.trg_img, torch.cat([pair.src_id, pair.trg_id]))
+        """Prepared features of a batch of any dataset; no cache, as image numbers are a dataset's own."""
+        return self.features_of(pair.src_img, pair.trg_img)
+
+    def match_images(
+        self, src: ImageSource, trg: ImageSource, points: object = None, size: int | Size | None = None
+    ) -> inference.ImageMatches:
+        """Match two image files: see `inference.match_images`."""
+        return inference.match_images(self, src, trg, points, size)
+
+    def open_images(self, src: ImageSource, trg: ImageSource, size: int | Size | None = None) -> inference.ImagePair:
+        """Features of two image files, for any number of queries: see `inference.open_pair`."""
+        return inference.open_pair(self, src, trg, size)
 
     def backbones(self) -> list[Backbone]:
         """The backbone, and any other that the head has."""
@@ -183,7 +192,8 @@ class Matcher(LightningModule, ABC):
     # ------------------------------------------------------------------ training
 
     def training_step(self, pair: Pair, batch_idx: int) -> Tensor:
-        terms = self.loss(self.match(*self.features(pair)), pair)
+        ids = torch.cat([pair.src_id, pair.trg_id])
+        terms = self.loss(self.match(*self.features_of(pair.src_img, pair.trg_img, ids)), pair)
         terms = terms if isinstance(terms, dict) else {"loss": terms}
         means = over_processes(torch.stack(list(terms.values()))) / processes()
         logged = {f"train/{name}": mean for name, mean in zip(terms, means, strict=True)}
@@ -274,16 +284,14 @@ class Matcher(LightningModule, ABC):
 
     def _log_scores(self, stage: str) -> None:
         self.scores = self.evaluation.scores(stage)
+        self.evaluation.release()
         self.log_dict(self.scores)  # already reduced over processes
+
+    def on_predict_epoch_end(self) -> None:
+        self.evaluation.release()
 
 
 HEADS: Registry[type[Matcher]] = Registry("head", "list_heads()")
-
-
-def cosine_maps(src: Tensor, trg: Tensor, points: Tensor, image: Size) -> Tensor:
-    """(B, n, h, w) cosines of source features (B, C, h', w') at points (B, n, 2) with target features (B, C, h, w)."""
-    rows = F.normalize(sample(src, points, image), dim=2)
-    return torch.einsum("bnc,bchw->bnhw", rows, F.normalize(trg, dim=1))
 
 
 def _grid_of(cells: int, features: Features) -> Size:

@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import inspect
+import re
 from argparse import ArgumentError
 from collections.abc import Iterable
 from typing import Any, Generic, TypeVar
@@ -107,7 +108,7 @@ def import_plugins(names: str | list[str]) -> list[str]:
 
 
 def _parser(cls: Any) -> Any:
-    """A parser of the optional arguments of a class: jsonargparse reads them from the signatures of the class and its bases."""
+    """A parser of the optional arguments of a class, read from its signature and those of its bases."""
     from jsonargparse import ArgumentParser  # here, as `import corrzoo.ops` needs torch alone
 
     required = {p.name for p in inspect.signature(cls).parameters.values() if p.default is p.empty}
@@ -128,4 +129,8 @@ def _checked(what: str, cls: Any, options: dict[str, Any]) -> dict[str, Any]:
     try:
         return functions | parser.parse_object(plain, defaults=False).as_dict()
     except ArgumentError as error:
-        raise ZooError(f"{what}: {' '.join(str(error).split())}") from error
+        message = " ".join(str(error).split())
+        value = message.rsplit(": ", 1)[-1]
+        choices = re.findall(r"'(\w+)'", " ".join(re.findall(r"Literal\[(.*?)\]", message)))
+        hint = nearest(value, choices) or (f": expected one of {', '.join(dict.fromkeys(choices))}" if choices else "")
+        raise ZooError(f"{what}: {message}{hint}") from error

@@ -35,7 +35,7 @@ def test_memory_is_bounded_and_the_oldest_leave_first():
     for i in (1, 2, 1, 3, 1, 2):
         cache(images([i]), torch.tensor([i]), compute)
     assert compute.seen == [1, 2, 3, 2]  # 3 pushed 2 out, 1 was in use
-    assert cache._cache.used <= 2 * one
+    assert cache.used <= 2 * one
 
 
 def test_a_batch_larger_than_the_memory_is_served():

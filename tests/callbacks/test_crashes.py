@@ -350,7 +350,7 @@ def test_a_job_that_slurm_requeues_goes_on_where_it_was(
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> "{fresh}/told"\nkill -TERM $PPID\n')
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", f"{fresh / 'bin'}:{os.environ['PATH']}")
-    config = Path(__file__).resolve().parents[1] / "zoo_configs" / "trainer" / "slurm.yaml"
+    config = Path(__file__).resolve().parents[2] / "zoo_configs" / "trainer" / "slurm.yaml"
     job = [*FIT, f"--config={config}", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"]
     job += ["--trainer.precision=32-true", "--trainer.default_root_dir=job"]
     status, log = run(fresh, job, InAStep(wait_for_a_signal), then=name)

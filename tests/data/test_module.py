@@ -54,8 +54,8 @@ def test_a_misspelt_dataset_is_an_error_at_once():
     "options, expected",
     [
         (dict(augment="catz"), "did you mean 'cats'"),
-        (dict(size=[64]), "one side, or \\[H, W\\]"),
-        (dict(size=[64, 64, 3]), "one side, or \\[H, W\\]"),
+        (dict(image_size=[64]), "one side, or \\[H, W\\]"),
+        (dict(image_size=[64, 64, 3]), "one side, or \\[H, W\\]"),
         (dict(batch_size=0), "at least one pair"),
     ],
 )

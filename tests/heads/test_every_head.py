@@ -16,7 +16,7 @@ SMALL = {
     "ACTR": {"grid": 8, "depth": 2},
     "LPMFlow": {"grid": 4, "depth": 2},
 }
-OVERFIT = {"ACTR": {"lr": 3e-4}, "LPMFlow": {"lr": 3e-4, "steps": 250, "dropout": 0.0}}
+OVERFIT = {"ACTR": {"lr": 3e-4}, "LPMFlow": {"lr": 3e-4, "steps": 480, "dropout": 0.0}}
 """Transformers from nothing want smaller steps."""
 
 

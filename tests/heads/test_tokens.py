@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from corrzoo.geometry import transfer
-from corrzoo.heads import layers
+from corrzoo.heads import tokens as layers
 
 
 def test_arf_is_its_formula_and_never_overflows():
@@ -46,7 +46,7 @@ def test_soft_argmax_by_sums_over_rows_and_columns():
 def test_cross_attention_is_attention(update):
     """Against torch's own module; its weights are the mean over the heads, ours the sum."""
     ours, s, t = layers.CrossAttention(32, update=update), torch.randn(2, 5, 32), torch.randn(2, 7, 32)
-    torchs = nn.MultiheadAttention(32, layers.HEADS, batch_first=True)
+    torchs = nn.MultiheadAttention(32, layers.ATTENTION_HEADS, batch_first=True)
     torchs.in_proj_weight.data[:64] = ours.qkv.weight.data[:64]
     torchs.in_proj_bias.data[:64] = ours.qkv.bias.data[:64]
     if update:
@@ -54,7 +54,7 @@ def test_cross_attention_is_attention(update):
         torchs.out_proj.load_state_dict(ours.proj.state_dict())
     expected, weights = torchs(s, t, t)
     found, correlation = ours(s, t)
-    torch.testing.assert_close(correlation, weights * layers.HEADS)
+    torch.testing.assert_close(correlation, weights * layers.ATTENTION_HEADS)
     torch.testing.assert_close(found, expected) if update else None
 
 

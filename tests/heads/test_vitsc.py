@@ -3,6 +3,7 @@
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -14,7 +15,7 @@ import corrzoo
 from corrzoo.geometry import sample
 from corrzoo.heads.vitsc import CrossPerception, LowEncoder, position_encoding, triplet_loss
 from corrzoo.matcher import HEADS
-from corrzoo.scoring.evaluation import predict_points
+from corrzoo.scoring.evaluation import Evaluation
 from corrzoo.types import Features, Match, ZooError
 
 TINY = dict(backbone="timm/test_vit.r160_in1k", weights="random")
@@ -117,8 +118,8 @@ def test_the_low_encoder_learns_as_slowly_as_the_backbone_and_is_kept_in_evaluat
     model.low.register_forward_hook(lambda module, args, output: low.append(len(args[0])))
     dataset = corrzoo.create_dataset("synthetic", "", "test", size=64, length=2)
     pair = corrzoo.data.PairDataset.collate([dataset[0]])
-    model.eval()._cache = corrzoo.backbones.cache.FeatureCache(2**20)
-    first, second = predict_points(model, pair), predict_points(model, pair)
+    evaluation = Evaluation(model.eval(), SimpleNamespace(dataset=dataset), "default", (0.1,), cache_mb=1)
+    first, second = evaluation.predict(pair, 0), evaluation.predict(pair, 0)
     assert sum(low) == 2  # each image once: on a CPU one by one
     torch.testing.assert_close(first, second)
 

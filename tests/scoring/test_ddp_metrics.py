@@ -62,6 +62,6 @@ def test_two_processes_say_what_one_says(two_processes: list[dict[int, object]],
     alone = results(count, list(range(count)))
     assert two_processes[0][count] == alone and two_processes[1][count] == alone
     if count == 0:
-        assert alone == "PCK has scored nothing yet: update() it with pairs that have keypoints"
+        assert alone == "PCK has no scored pairs: call update() with pairs that have keypoints"
     else:
         assert len(alone["rows"]) == count and alone["and again"] == alone["averages"]

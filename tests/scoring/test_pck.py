@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from corrzoo.scoring.label_transfer import LabelTransfer, polygon_mask, warp_mask
-from corrzoo.scoring.pck import PCK, correct_points, pck, score
+from corrzoo.scoring.pck import PCK, correct, correct_points, score
 from corrzoo.scoring.protocols import get_protocol, list_protocols
 from corrzoo.types import DIFFICULTIES, Pair, Record, ZooError
 
@@ -280,8 +279,6 @@ def test_bad_predictions_are_refused() -> None:
         score(torch.tensor([[0.0, 0.0], [torch.nan, 1.0]]), record)
     with pytest.raises(ZooError, match="0 keypoints"):
         score(torch.zeros(0, 2), example(src_kps=torch.zeros(0, 2), trg_kps=torch.zeros(0, 2)))
-    with pytest.raises(ZooError, match="no keypoints"):
-        pck(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), torch.ones(1), mask=torch.zeros(1, 2, dtype=torch.bool))
 
 
 # ---- given numbers
@@ -294,7 +291,8 @@ def test_pck_of_the_released_code(shared: Path, grid: int) -> None:
     est, gt, L = (torch.from_numpy(data[f"{k}_{grid}"]) for k in ("est_kps", "pck_trg_kps", "pck_thres"))
     mask = torch.arange(40) < torch.from_numpy(data["n_pts"]).unsqueeze(1)
     alphas = (0.01, 0.03, 0.05, 0.1, 0.15)
-    got = pck(est.transpose(1, 2), gt.transpose(1, 2), L, alphas, mask)
+    right = correct(est.transpose(1, 2), gt.transpose(1, 2), L, alphas, mask, "<=")
+    got = right.sum(1) / mask.sum(1, keepdim=True).double()
     want = np.stack([data[f"pck_{grid}_alpha{alpha}"] for alpha in alphas], axis=1)
     np.testing.assert_allclose(100 * got.numpy(), want, rtol=0, atol=1e-12)
 
@@ -519,7 +517,7 @@ def test_pairs_without_keypoints_contribute_nothing() -> None:
     only.update(torch.zeros(1, 12, 2), collate([empty], [0]))
     only.update(torch.zeros(1, 0, 2), collate([empty], [0], K=0))
     for ask in (only.compute, only.rows, only.breakdown):
-        with pytest.raises(ZooError, match="PCK has scored nothing yet"):
+        with pytest.raises(ZooError, match="PCK has no scored pairs"):
             ask()
 
 
@@ -569,6 +567,29 @@ def test_correct_points_are_those_that_the_metric_counts() -> None:
     assert right.sum(1).tolist() == want and not right[~pair.kps_mask].any()
 
 
+def test_buffered_batches_of_any_width_and_size_score_as_one_batch() -> None:
+    """700 batches of 16 pairs, more than the buffer holds, with other numbers of columns and another network size."""
+    records, preds = benchmark(29)
+    one = feed(PCK(), records, preds, list(range(29)), 29)
+    metric = PCK()
+    for k in range(700):
+        chosen = [(16 * k + j) % 29 for j in range(16)] if k else list(range(16))
+        K = 12 + k % 3
+        padded = torch.zeros(16, K, 2, dtype=torch.float64)
+        for b, i in enumerate(chosen):
+            padded[b, : len(preds[i])] = preds[i]
+        metric.update(padded, collate([records[i] for i in chosen], chosen, K, (96, 160) if k % 100 else (64, 64)))
+    assert metric.compute() == one.compute() and metric.rows() == one.rows()
+
+
+def test_a_later_batch_that_cannot_be_scored_raises_when_the_result_is_asked_for() -> None:
+    records, preds = benchmark(4)
+    metric = feed(PCK(), records, preds, [0, 1], 2)
+    metric.update(torch.full((1, 12, 2), torch.inf), collate(records[:1], [3]))
+    with pytest.raises(ZooError, match="expected a finite"):
+        metric.compute()
+
+
 def test_the_metric_resets_copies_and_takes_any_dtype() -> None:
     records, preds = benchmark(4)
     metric = feed(PCK(), records, preds, [0, 1, 2, 3], 4)
@@ -577,81 +598,3 @@ def test_the_metric_resets_copies_and_takes_any_dtype() -> None:
     metric.reset()
     metric.update(torch.zeros(1, 12, 2, dtype=torch.bfloat16, requires_grad=True), collate(records[:1], [0]))
     assert [row["index"] for row in metric.rows()] == [0]
-
-
-# ---- label transfer
-
-
-def test_a_polygon_is_rasterised_as_scikit_image_does() -> None:
-    """The pictures of its documentation and the count of its own test (skimage.draw.polygon, polygon2mask)."""
-    mask = polygon_mask(torch.tensor([[1, 1], [7, 2], [4, 8]]), (10, 10))
-    runs = {1: (1, 1), 2: (2, 7), 3: (2, 6), 4: (3, 6), 5: (3, 5), 6: (4, 5), 7: (4, 4), 8: (4, 4)}
-    for y in range(10):
-        first, last = runs.get(y, (1, 0))
-        assert mask[y].nonzero().flatten().tolist() == list(range(first, last + 1))
-    rows, columns = [80, 111, 146, 234, 407, 300, 187, 45], [465, 438, 499, 380, 450, 287, 210, 167]
-    assert polygon_mask(torch.tensor([columns, rows]).T, (512, 512)).sum() == 57653
-
-
-def test_polygons_against_loops_over_pixels() -> None:
-    """The crossings of a ray to the right are odd, or the way over the pixel is no detour from an edge."""
-    rng = random.Random(0)
-    for trial in range(20):
-        whole = trial % 2 == 0  # whole vertices fall on pixels and edges all the time
-        poly = [(rng.uniform(-3, 15), rng.uniform(-3, 12)) for _ in range(rng.randint(3, 7))]
-        poly = [(round(x), round(y)) if whole else (x, y) for x, y in poly]
-        mask = polygon_mask(torch.tensor(poly), (12, 9))
-        for y in range(9):
-            for x in range(12):
-                crossings, on_edge = 0, False
-                for (ax, ay), (bx, by) in zip(poly, poly[1:] + poly[:1], strict=True):
-                    if (ay > y) != (by > y) and ax + (y - ay) * (bx - ax) / (by - ay) > x:
-                        crossings += 1
-                    along = math.dist((ax, ay), (x, y)) + math.dist((x, y), (bx, by)) - math.dist((ax, ay), (bx, by))
-                    on_edge |= abs(along) < 1e-12
-                assert mask[y, x].item() == (on_edge or crossings % 2 == 1)
-
-
-def test_polygons_out_of_sight_and_bad_ones() -> None:
-    assert polygon_mask(torch.tensor([[-9, -9], [30, -9], [30, 30], [-9, 30]]), (4, 3)).all()
-    assert not polygon_mask(torch.tensor([[20, 20], [30, 20], [30, 30]]), (4, 3)).any()
-    for bad in ([[0.0, 0.0], [1.0, 1.0]], [[0.0, 0.0], [1.0, 1.0], [math.nan, 2.0]]):
-        with pytest.raises(ZooError, match="three or more vertices with finite"):
-            polygon_mask(torch.tensor(bad), (4, 3))
-
-
-def test_warping_a_mask_moves_it_by_whole_pixels() -> None:
-    mask = polygon_mask(torch.tensor([[3, 2], [8, 2], [8, 6], [3, 6]]), (12, 9))
-    y, x = torch.meshgrid(torch.arange(9) + 0.5, torch.arange(14) + 0.5, indexing="ij")
-    warped = warp_mask(mask, torch.stack([x - 2, y + 1], dim=-1))  # target (x, y) comes from source (x - 2, y + 1)
-    want = torch.zeros(9, 14, dtype=torch.bool)
-    want[1:6, 5:11] = True
-    assert torch.equal(warped, want)
-    assert not warp_mask(torch.ones(4, 4, dtype=torch.bool), torch.full((2, 2, 2), 40.0)).any()
-
-
-def test_label_transfer_by_hand() -> None:
-    """A 6 x 5 rectangle that lands two columns too far right in a 12 x 9 image, or one, or where it should."""
-    gt, two, one = (
-        polygon_mask(torch.tensor([[3 + off, 2], [8 + off, 2], [8 + off, 6], [3 + off, 6]]), (12, 9))
-        for off in (0, 2, 1)
-    )
-    metric = LabelTransfer(["cup", "lamp"])
-    for index, polygon, mask, category in ((7, two, one, 1), (2, gt, gt, 0), (7, two, one, 1)):  # a repeat counts once
-        metric.update(polygon, mask, gt, index, category)
-    got = metric.compute()
-    assert {key: value.item() for key, value in got.items()} == pytest.approx(
-        {
-            "lt_acc_polygon": 100 * ((108 - 20) / 108 + 1) / 2,
-            "iou_polygon": 100 * (20 / 40 + 1) / 2,
-            "lt_acc_mask": 100 * ((108 - 10) / 108 + 1) / 2,
-            "iou_mask": 100 * (25 / 35 + 1) / 2,
-        }
-    )
-    first, second = metric.rows()
-    assert first == {"index": 2, "category": "cup"} | dict.fromkeys(got, 100.0)
-    assert (second["index"], second["category"], second["iou_polygon"]) == (7, "lamp", 50.0)
-    assert metric.breakdown()["category"]["lamp"] == {"pairs": 1} | {key: second[key] for key in got}
-    for polygon, mask, target in ((gt, gt, gt[:5]), (gt, gt[:5], gt), (gt, gt, torch.zeros_like(gt))):
-        with pytest.raises(ZooError, match="expected masks of one shape"):
-            metric.update(polygon, mask, target, 0)

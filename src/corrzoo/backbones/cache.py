@@ -25,6 +25,11 @@ class FeatureCache:
     def __init__(self, max_bytes: int) -> None:
         self._cache: LRU[int, Row] = LRU(max_bytes, _nbytes)
 
+    @property
+    def used(self) -> int:
+        """Bytes of the cached features."""
+        return self._cache.used
+
     def __call__(self, images: Tensor, ids: Tensor, compute: Callable[[Tensor], Features]) -> Features:
         """Features of a batch, computed only for the images that are not in the cache.
 

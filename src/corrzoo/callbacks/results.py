@@ -1,4 +1,4 @@
-"""What a run leaves behind: result files, a table of scores, pictures of matches."""
+"""Result files of a run, and tables of its scores in the terminal."""
 
 import csv
 import io
@@ -7,6 +7,7 @@ import os
 import platform
 import resource
 import subprocess
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -79,7 +80,8 @@ class ResultsWriter(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         folder = self._folder(trainer)  # every process asks, for Lightning lets the first tell the others
-        for which, (name, metric) in enumerate(pl_module.evaluation.by_name()):
+        datasets = pl_module.evaluation.datasets
+        for which, (dataset, (name, metric)) in enumerate(zip(datasets, pl_module.evaluation.by_name(), strict=True)):
             values = {key: value.item() for key, value in metric.compute().items()}
             breakdown, rows = metric.breakdown(), metric.rows()
             if not trainer.is_global_zero:
@@ -92,6 +94,8 @@ class ResultsWriter(Callback):
                 "ms_per_pair": 1000 * self._seconds[which] / max(self._pairs[which], 1),  # features are reused
                 "peak_memory_mb": _peak_memory_mb(),
             }
+            result |= {"measures": [list(column) for column in metric.columns()], "dataset_title": dataset.title}
+            result |= {"fingerprint": dataset.fingerprint()}
             scored = metric.name.lower().replace(" ", "_")
             result |= {"pairs": len(rows), scored: values, "breakdown": breakdown}
             write_json(folder / f"{name}.json", result)
@@ -237,9 +241,8 @@ def writable(folder: Path) -> Path:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):  # a name of its own: several processes ask at once
+            pass
     except OSError as error:
         raise ZooError(f"cannot write results into {folder}: {error.strerror}; choose another folder") from error
     return folder
@@ -247,6 +250,7 @@ def writable(folder: Path) -> Path:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a file whole or not at all."""
+    writable(path.parent)
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
@@ -256,6 +260,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
+    writable(path.parent)
     write_text(path, text.getvalue())
 
 

@@ -37,6 +37,8 @@ class WholeFiles(TorchCheckpointIO):
             return super().save_checkpoint(checkpoint, path, storage_options)
         path = Path(path)
         try:
+            for stale in path.parent.glob(f".{path.name}.*.part"):  # of a run that was killed while it wrote
+                stale.unlink(missing_ok=True)
             with whole_file(path) as partial, open(partial, "wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()

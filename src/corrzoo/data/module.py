@@ -46,7 +46,8 @@ class PairsDataModule(LightningDataModule):
         train: Dataset whose training split is learnt from, a name of `list_datasets()`.
         val: Dataset whose validation split is scored while training; the training dataset when not given.
         test: Datasets whose test splits are scored by `lightning test` and matched by `lightning predict`.
-        root: Folder that holds `SPair-71k/`, `PF-PASCAL/`, `PF-WILLOW/`, `Caltech-101/`, `ap-10k/`, as far as needed.
+        root: Folder that holds `SPair-71k/`, `PF-PASCAL/`, `PF-WILLOW/`, `Caltech-101/`, `ap-10k/`, `CUB_200_2011/`, as
+            far as needed.
         image_size: Side of the square network image in pixels, or [H, W].
         batch_size: Pairs in a step, over all processes together.
         num_workers: Processes that read images, for each training process.

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from corrzoo import ops
-from corrzoo.geometry import bilinear_cells, cell_centres, points_to_flow, sample, size_of
+from corrzoo.geometry import bilinear_cells, cell_centres, cells_to_pixels, points_to_flow, sample, size_of
 from corrzoo.heads.levels import stack_levels
 from corrzoo.matcher import HEADS, Matcher
 from corrzoo.types import Features, Match, ZooError
@@ -129,4 +129,4 @@ class Baseline(Matcher):
         cells = found.xy
         if self.readout == "argmax":
             cells = torch.stack([found.argmax % w, found.argmax // w], dim=-1).to(cells) + 0.5
-        return cells * cells.new_tensor([W / w, H / h])
+        return cells_to_pixels(cells, (h, w), (H, W))

@@ -25,7 +25,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from corrzoo import ops
-from corrzoo.geometry import Size, cell_centres, sample, size_of
+from corrzoo.geometry import Size, cell_centres, cells_to_pixels, sample, size_of
 from corrzoo.heads.levels import resize
 from corrzoo.losses import mean_where
 from corrzoo.matcher import HEADS, Matcher
@@ -391,7 +391,7 @@ class GSF(Matcher):
                 if self.local:
                     refined = self.look_around(refined, cells + guidance, grid)
             tau = guidance + self.matching(refined, grid)
-        flow = rearrange(tau * tau.new_tensor([W / grid[1], H / grid[0]]), "b (h w) xy -> b xy h w", h=grid[0])
+        flow = rearrange(cells_to_pixels(tau, grid, (H, W)), "b (h w) xy -> b xy h w", h=grid[0])
         extras = {"src": f, "trg": g, "initial": initial, "logits": logits, "kept": kept, "confident": confident}
         return Match(flow, scores, extras | {"guidance": guidance, "tau": tau})
 

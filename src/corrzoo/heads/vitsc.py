@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from corrzoo import ops
 from corrzoo.backbones import Backbone, BackboneSpec
-from corrzoo.geometry import Size, cell_centres, points_to_flow, sample, size_of
+from corrzoo.geometry import Size, cell_centres, cells_to_pixels, cosine_maps, points_to_flow, sample, size_of
 from corrzoo.heads.levels import resize, stack_levels
 from corrzoo.losses import mean_where
-from corrzoo.matcher import HEADS, Matcher, cosine_maps
+from corrzoo.matcher import HEADS, Matcher
 from corrzoo.precision import full
 from corrzoo.types import Features, Match, Pair, ZooError
 
@@ -120,11 +120,11 @@ class ViTSC(Matcher):
 
     def initial_flow(self, a: Tensor, b: Tensor, src_image: Size, trg_image: Size) -> Tensor:
         """M of eq. 4: from features (B, C, h, w) of source and target, (B, 2, h, w) in pixels."""
-        (h, w), (H, W) = size_of(b), trg_image
+        h, w = size_of(b)
         rows, columns = (rearrange(x, "b c h w -> b (h w) c") for x in (a, b))
         sigma, temperature = self.sigma or 0.25 * max(h, w), self.temperature.clamp(min=1e-3)
         cells = ops.match(rows, columns, (h, w), temperature, "argmax", sigma, backend=self.backend).xy
-        return points_to_flow(cells * cells.new_tensor([W / w, H / h]), size_of(a), src_image)
+        return points_to_flow(cells_to_pixels(cells, (h, w), trg_image), size_of(a), src_image)
 
     def look_up(self, flow: Tensor, src: Features, trg: Features) -> Tensor:
         """C_local of eq. 8: (B, (2r + 1)^2, h, w), the correlation around where the flow (B, 2, h, w) leads."""

@@ -61,7 +61,7 @@ class Evaluation:
             name = protocol if ":" in protocol else f"{protocol}:{dataset.threshold}"
             new = LabelTransfer if dataset.outlines else lambda categories, name=name: PCK(name, alphas, categories)
             self.metrics.append(new(dataset.categories).to(matcher.device))
-        self._current, self._cache = -1, FeatureCache(0)
+        self.release()
 
     def features(self, pair: Pair) -> tuple[Features, Features]:
         """Prepared features of both images, each image computed once."""
@@ -93,6 +93,15 @@ class Evaluation:
             prefix = stage if len(self.metrics) == 1 else f"{stage}/{dataset.name}"
             out |= {f"{prefix}/{key}": value.item() for key, value in metric.compute().items() if "/" not in key}
         return out
+
+    def release(self) -> None:
+        """Free the cached features; metrics stay."""
+        self._current, self._cache = -1, FeatureCache(0)
+
+    @property
+    def cached_bytes(self) -> int:
+        """Memory of the cached features."""
+        return self._cache.used
 
     def by_name(self) -> list[tuple[str, BenchmarkMetric]]:
         """Each dataset's name and its metric."""

@@ -1,4 +1,4 @@
-"""The metric of a benchmark: int64 rows by pair index, exact over any number of processes."""
+"""The metric of a benchmark: one int64 row per pair, so that the result is exact over any number of processes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ from corrzoo.types import ZooError
 
 
 class BenchmarkMetric(torchmetrics.Metric, ABC):
-    """What the pairs of a benchmark are scored by: `PCK`, or `LabelTransfer` where outlines are annotated.
+    """Scores of a benchmark's pairs: `PCK`, or `LabelTransfer` for annotated outlines.
 
-    Pairs are int64 rows that start with index and category: collected over processes, each pair counted once, in index
-    order. `compute()`, `rows()` and `breakdown()` are to be called by every process, give each the result over all, and
-    raise when nothing was scored.
+    A row starts with the pair's index and category. Rows are gathered over processes, each pair counts once, and pairs
+    are ordered by index. Every process must call `compute()`, `rows()` and `breakdown()`; each gets the result over all
+    processes. They raise ZooError if no pair was scored.
 
     Attributes:
-        name: How tables name it; result files write it in lower case, with an underscore.
-        protocol: How it scores.
-        query: The image whose points or outline are given.
-        evaluated: The other, where they are predicted.
+        name: Name in tables; result files use it in lower case, with underscores.
+        protocol: How pairs are scored.
+        query: Image whose points or outline are given, `src` or `trg`.
+        evaluated: Image in which they are predicted.
     """
 
     full_state_update = False
@@ -40,18 +40,18 @@ class BenchmarkMetric(torchmetrics.Metric, ABC):
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """How it scores, for a result file."""
+        """Protocol, flaw, alphas and average, for a result file."""
 
     @abstractmethod
     def columns(self) -> list[tuple[str, str, str]]:
-        """Of a table of scores: a heading, and the score's name in `breakdown()` and in `compute()`."""
+        """Columns of a table of scores: heading, key in `breakdown()`, key in `compute()`."""
 
     @abstractmethod
     def _scores(self, table: Tensor) -> dict[str, Tensor]:
-        """(N,) columns of what `rows` says of each pair."""
+        """(N,) columns that `rows` shows of N pairs."""
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a pair, ordered by index: `index`, `category`, and its scores."""
+        """One row per pair, ordered by index: `index`, `category` and the scores."""
         with self.sync_context():
             table = self._distinct()
         scores = {name: column.tolist() for name, column in self._scores(table).items()}
@@ -62,7 +62,7 @@ class BenchmarkMetric(torchmetrics.Metric, ABC):
         ]
 
     def breakdown(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Averages within groups of pairs: `{"category": {name: row}}`, where a row has `pairs`, how many there are."""
+        """Mean scores of groups of pairs: `{"category": {name: {"pairs": count, score: mean, ...}}}`."""
         with self.sync_context():
             return self._groups(self._distinct())
 
@@ -77,17 +77,20 @@ class BenchmarkMetric(torchmetrics.Metric, ABC):
         return self.categories[number] if self.categories else str(number)
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather the rows of all processes (torchmetrics calls this)."""
-        if not len(self.table):  # torchmetrics would send a flat float tensor for a process that saw no pair
+        """Gather the rows of all processes; torchmetrics calls this."""
+        if not len(self.table):  # torchmetrics would send a flat float tensor for a process without pairs
             self.table = [torch.empty(0, self.width, dtype=torch.int64, device=self.device)]
         super().sync(*args, **kwargs)
 
     def _distinct(self) -> Tensor:
-        """(N, width) on the CPU, one row an index: samplers pad a benchmark with repeats so that processes get alike
-        many. Whole rows are sorted, so that the outcome does not depend on who saw what when."""
+        """(N, width) rows on the CPU, one per index.
+
+        Samplers repeat pairs so that all processes get the same number. Whole rows are sorted, so that the result does
+        not depend on which process scored a repeated pair.
+        """
         parts = [self.table] if isinstance(self.table, Tensor) else self.table
         if not sum(map(len, parts)):
-            raise ZooError(f"{type(self).__name__} has scored nothing yet: update() it with pairs that have keypoints")
+            raise ZooError(f"{type(self).__name__} has no scored pairs: call update() with pairs that have keypoints")
         rows = torch.cat([part.cpu() for part in parts])
         rows = rows[rows[:, 0].argsort()]
         if (rows[:, 0].diff() == 0).any():

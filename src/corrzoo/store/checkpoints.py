@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from corrzoo.backbones.weights import read_state
+from corrzoo.files import whole_file, write_text
 from corrzoo.heads import HEADS
 from corrzoo.matcher import Matcher
 from corrzoo.registry import nearest
@@ -41,10 +42,10 @@ def save(matcher: Matcher, folder: str | Path, results: Sequence[str | Path | di
     config |= {"image_size": matcher.image_size, "trained": matcher.trained}
     card = model_card(matcher, config, results)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in matcher.state_dict().items()}, folder / WEIGHTS)
-        (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-        (folder / CARD).write_text(card)
+        with whole_file(folder / WEIGHTS) as partial:
+            save_file({name: value.contiguous() for name, value in matcher.state_dict().items()}, partial)
+        write_text(folder / CONFIG, json.dumps(config, indent=1) + "\n")
+        write_text(folder / CARD, card)
     except OSError as error:
         raise ZooError(f"cannot save to {folder}: {error.strerror}") from error
     return folder

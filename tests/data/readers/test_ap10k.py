@@ -38,6 +38,8 @@ def test_records_are_the_annotations(
         assert getattr(record, f"{side}_size") == size
         assert getattr(record, f"{side}_path") == tmp_path / "ap-10k" / "JPEGImages" / f"{IMAGES[number]}.jpg"
     assert dataset[0].src_img.shape == (3, 32, 32)
+    visible = [a[2] and b[2] for a, b in zip(kps[IMAGES[src]], kps[IMAGES[trg]], strict=True)]
+    assert record.kps_ids.tolist() == [k for k in range(17) if visible[k]]
 
 
 def test_an_annotation_that_changes_is_read_again(tmp_path: Path) -> None:

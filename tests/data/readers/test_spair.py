@@ -9,6 +9,7 @@ import torch
 from fixtures import write_spair, write_spair_u
 
 from corrzoo.data import create_dataset
+from corrzoo.data.pairs import mirror
 from corrzoo.types import ZooError
 
 
@@ -26,7 +27,7 @@ def test_records_are_the_annotations(tmp_path: Path, split: str) -> None:
         assert record.src_size == tuple(pair["src_imsize"][:2]) and record.trg_size == tuple(pair["trg_imsize"][:2])
         assert record.src_box.tolist() == pair["src_bndbox"] and record.trg_box.tolist() == pair["trg_bndbox"]
         assert record.category == pair["category"] and not record.flip
-        assert record.src_polygon is None
+        assert record.src_polygon is None and record.kps_ids.tolist() == [int(k) for k in pair["kps_ids"]]
         assert record.flags == {
             "viewpoint": pair["viewpoint_variation"],
             "scale": pair["scale_variation"],
@@ -44,6 +45,18 @@ def test_sample_carries_flags_category_and_boxes(tmp_path: Path) -> None:
     assert sample.src_box.tolist() == pair["src_bndbox"]
     assert sample.index == 3
     assert [dataset.images[n].name for n in (sample.src_id, sample.trg_id)] == [pair["src_imname"], pair["trg_imname"]]
+
+
+def test_ids_are_those_of_the_annotation_and_unknown_after_a_mirror(tmp_path: Path) -> None:
+    """The reader has no table of left and right parts."""
+    write_spair(tmp_path)
+    change(tmp_path, kps_ids=["3", "12", "7"])
+    dataset = create_dataset("spair71k", tmp_path, "trn", size=32)
+    batch = dataset.collate([dataset[1], mirror(dataset[1]), dataset[3]])
+    assert batch.kps_ids.tolist() == [[3, 12, 7], [-1, -1, -1], [0, -1, -1]]
+    assert batch.mirror_ids.tolist() == [[-1, -1, -1], [3, 12, 7], [-1, -1, -1]]
+    change(tmp_path, kps_ids=None)
+    assert create_dataset("spair71k", tmp_path, "trn").record(1).kps_ids is None
 
 
 def test_small_layout(tmp_path: Path) -> None:
@@ -71,7 +84,12 @@ def change(root: Path, **values: object) -> Path:
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"src_kps": [], "trg_kps": []}, "no keypoint"),
+        ({"src_kps": [], "trg_kps": [], "kps_ids": []}, "no keypoint"),
+        ({"kps_ids": ["0", "1"]}, "3 keypoints but 2 ids: each keypoint needs its id"),
+        ({"kps_ids": ["0", "1", "-1"]}, r"keypoint ids \['0', '1', '-1'\]: expected a list of 0, 1, 2"),
+        ({"kps_ids": ["0", "1", "two"]}, "these are not keypoint ids"),
+        ({"kps_ids": ["0", "1", 2**70]}, "these are not keypoint ids"),
+        ({"kps_ids": [["0", "1", "2"]]}, "keypoint ids .*: expected a list"),
         ({"src_kps": [[8, 8], [float("nan"), 30], [40, 52]]}, "source point .*nan.* is not in its 48x60 image"),
         ({"src_kps": [[8, 8], [None, 30], [40, 52]]}, "source point .*nan"),
         ({"trg_kps": [[10, 12], [66.5, 20], [50, 40]]}, r"target point \[66.5, 20.0\] is not in its 64x48 image"),
@@ -175,6 +193,6 @@ def test_a_pair_of_spair_u_that_gets_its_first_keypoints_counts_from_the_next_st
     bare = write_spair_u(tmp_path)[1]
     assert len(create_dataset("spair71k_u", tmp_path, "test")) == 2
     path = tmp_path / "SPair-U/PairAnnotation/test" / f"{bare['filename']}.json"
-    path.write_text(json.dumps(bare | {"src_kps": [[3, 4]], "trg_kps": [[5, 6]]}))
+    path.write_text(json.dumps(bare | {"src_kps": [[3, 4]], "trg_kps": [[5, 6]], "kps_ids": ["2"]}))
     dataset = create_dataset("spair71k_u", tmp_path, "test")
     assert len(dataset) == 3 and dataset.record(1).src_kps.tolist() == [[3, 4]]

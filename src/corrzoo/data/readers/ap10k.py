@@ -90,6 +90,7 @@ class AP10K(FolderDataset):
             category=self._category(path.name),
             src_box=src_box,
             trg_box=trg_box,
+            kps_ids=both.nonzero()[:, 0],
         )
 
     def _category(self, name: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from corrzoo.data.index import BROKEN, read_box, read_points
+from corrzoo.data.index import BROKEN, read_box, read_ids, read_points
 from corrzoo.data.pairs import DATASETS, FolderDataset
 from corrzoo.geometry import Size
 from corrzoo.types import Record, ZooError
@@ -86,6 +86,7 @@ class SPair71k(FolderDataset):
                     "truncation": int(pair["truncation"]),
                     "occlusion": int(pair["occlusion"]),
                 },
+                kps_ids=read_ids(pair["kps_ids"], where) if "kps_ids" in pair else None,
             )
         except ZooError:
             raise

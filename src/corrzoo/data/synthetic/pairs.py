@@ -60,13 +60,6 @@ class SyntheticPairs(PairDataset):
         self.images = []
         self._drawn: tuple[int, tuple[View, View]] | None = None
 
-    def _of_split(self, name: str, given: int | dict[str, int] | None, usual: dict[str, int]) -> int:
-        """This split's value of an option that is given for it, or for each split by its name."""
-        values = given if isinstance(given, dict) else {} if given is None else {self.split: given}
-        if unknown := values.keys() - usual.keys():
-            raise ZooError(f"synthetic has no split {min(unknown)!r} to give a {name}: choose from {', '.join(usual)}")
-        return (usual | values)[self.split]
-
     def __len__(self) -> int:
         return self.length
 
