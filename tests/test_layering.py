@@ -18,7 +18,7 @@ LAYERS = [
     {"callbacks"},
     {"matcher"},
     {"heads"},
-    {"store", "explain"},
+    {"store", "parser"},
     {"__init__", "apps"},
     {"cli"},
     {"__main__"},

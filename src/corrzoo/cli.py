@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
@@ -17,41 +17,17 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from corrzoo import commands, recipes
 from corrzoo.callbacks.config import SaveConfig
-from corrzoo.callbacks.folder import group_name
+from corrzoo.callbacks.folder import name_run
 from corrzoo.callbacks.resume import Checkpoints, Stopped, WholeFiles
 from corrzoo.data.module import PairsDataModule
-from corrzoo.explain import explain, one_line, zoo_error
 from corrzoo.heads import HEADS
 from corrzoo.matcher import Matcher
-from corrzoo.registry import import_plugins
+from corrzoo.parser import Modules, ZooParser, one_line
 from corrzoo.store.checkpoints import newest_checkpoint, read_checkpoint
 from corrzoo.types import ZooError
 
 RUNS = "runs"
 """The folder of all runs, unless `--trainer.default_root_dir` names another."""
-
-
-class Modules:
-    """Type of `--plugins`. Modules from YAMLs and from the command line are combined."""
-
-    def __init__(self) -> None:
-        self.names: dict[str, None] = {}
-
-    def __call__(self, names: str | list[str]) -> str:
-        self.names |= dict.fromkeys(import_plugins(names))
-        return ", ".join(self.names)
-
-    def __repr__(self) -> str:  # shown by --help
-        return "modules"
-
-
-class ZooParser(LightningArgumentParser):
-    """A parser whose errors are one line with the nearest valid name."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Exit with status 2. argparse wraps a ZooError into an error of its own."""
-        sys.stderr.write(f"error: {zoo_error(ex) or explain(message, self)}\n")
-        sys.exit(2)
 
 
 class ZooCLI(LightningCLI):
@@ -82,7 +58,7 @@ class ZooCLI(LightningCLI):
             save_config_callback=SaveConfig,
             load_from_checkpoint_support=False,  # checkpoints hold plain options; `corrzoo.load` reads them
             trainer_defaults={
-                "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "", "name": ""}},  # see `_place`
+                "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "", "name": ""}},  # see `name_run`
                 "enable_model_summary": False,  # its table is of modules, and counts no operations: see `before_fit`
             },
             args=args,
@@ -117,7 +93,6 @@ class ZooCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Find and check the checkpoint, and name the run's folder."""
         config = self.config[self.config.subcommand]
-        self._check_options(config)
         if self.config.subcommand == "fit" and config.trainer.default_root_dir and SLURMEnvironment.detect():
             self._resume_slurm_job(config)
         if self.checkpoint in ("best", "last"):
@@ -130,17 +105,7 @@ class ZooCLI(LightningCLI):
         if self.checkpoint and self.checkpoint != "hpc" and not remote:
             self._check_checkpoint(config, Path(self.checkpoint))
         self.save_config_kwargs = {"saved": config.clone()}
-        self._place(config)
-
-    def _check_options(self, config: Namespace) -> None:
-        """Refuse what Lightning would find after an epoch of training, or not at all."""
-        command, monitor = self.config.subcommand, config.checkpoint.monitor or ""
-        scores = [f"val/pck@{alpha:g}" for alpha in config.model.init_args.alphas]
-        if command == "fit" and monitor.startswith("val/pck@") and monitor not in scores:
-            raise ZooError(f"{monitor} is not among the logged metrics: give --checkpoint.monitor one of {scores}")
-        stage = {"test": "test", "validate": "val", "predict": "predict"}.get(command)
-        if stage and config.trainer[f"limit_{stage}_batches"] == 0:
-            raise ZooError(f"--trainer.limit_{stage}_batches 0 leaves nothing to evaluate: give a larger one, or none")
+        name_run(config, self.config.subcommand, Path(RUNS))
 
     def _resume_slurm_job(self, config: Namespace) -> None:
         """Keep the checkpoints of a SLURM job in its own folder; a restarted job resumes from the newest."""
@@ -169,21 +134,6 @@ class ZooCLI(LightningCLI):
             if self.config.subcommand == "fit" and 0 < (config.trainer[limit] or 0) <= done:
                 print(f"{path} has already reached {limit}={config.trainer[limit]}: give a larger --trainer.{limit}")
                 sys.exit(0)
-
-    def _place(self, config: Namespace) -> None:
-        """Name the run's folder: `<root>/<head>-<backbone>/version_<n>`, or `version_<n>-test` for its evaluation."""
-        logger = config.trainer.logger
-        options: Any = getattr(logger, "init_args", {})
-        if "save_dir" in options and options.save_dir in (None, "", "."):
-            options.save_dir = config.trainer.default_root_dir or RUNS
-        if "name" in options and options.name == "":
-            options.name = group_name(_head(config), config.model.init_args.backbone)
-        files = logger and str(getattr(logger, "class_path", "")).endswith(("CSVLogger", "TensorBoardLogger"))
-        if self.config.subcommand != "fit" and files and options.version is None:
-            source = Path(config.ckpt_path or "").parent
-            name = f"{source.parent.name}-" * (source.name == "checkpoints") + self.config.subcommand
-            taken = {path.name for path in Path(options.save_dir, options.name).glob(f"{name}*")}
-            options.version = next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10**6))) if n not in taken)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer whose checkpoints are written whole or not at all, unless its strategy writes its own kind."""

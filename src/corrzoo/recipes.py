@@ -54,15 +54,21 @@ def resolve(args: Sequence[str]) -> list[str]:
             path = Path(value)
             family = path.parent.name if path.parent.parent.name == "ablation" else ""
             if not (head or new) and (model or family):
-                first = f"--config zoo_configs/{family or '<head>'}.yaml"
-                raise ZooError(f"{given} has options of a head, but no head: put {first} (or --model <head>) before it")
+                raise _no_head(given, family or "<head>")
             if head and new and new != head:
                 changed = f"{given} changes the head from {head} to {new}: leave it out, or end with --model {new}"
             head = new or head
+        elif value.startswith("--model.") and not head and not value.startswith("--model.help"):
+            raise _no_head(value)
         resolved += [option, value] if option else [value]
     if changed:
         raise ZooError(changed)
     return resolved
+
+
+def _no_head(given: str, recipe: str = "<head>") -> ZooError:
+    remedy = f"put --config zoo_configs/{recipe}.yaml (or --model <head>) before it"
+    return ZooError(f"{given} has options of a head, but no head: {remedy}")
 
 
 def _options(args: Sequence[str]) -> Iterator[tuple[str, str]]:

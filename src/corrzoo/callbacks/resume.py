@@ -104,6 +104,10 @@ class Checkpoints(ModelCheckpoint):
         self._keeps_last, self._every, self._trains = save_last, last_every_n_steps, False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        scores = [f"val/pck@{alpha:g}" for alpha in getattr(pl_module.hparams, "alphas", ())]
+        if stage == "fit" and str(self.monitor).startswith("val/pck@") and self.monitor not in scores:
+            # Lightning would find this after an epoch of training
+            raise ZooError(f"{self.monitor} is not among the logged metrics: give --checkpoint.monitor one of {scores}")
         self.dirpath = self.dirpath or str(run_folder(trainer) / "checkpoints")
         super().setup(trainer, pl_module, stage)
         self._trains = stage == "fit"

@@ -1,21 +1,48 @@
-"""Errors of the command line in one line: what was given, what was expected, what to type."""
+"""The parser of the command line: `--plugins`, and errors in one line that say what was expected and what to type."""
 
 import re
+import sys
+from typing import NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from corrzoo import commands
 from corrzoo.heads import HEADS, list_heads
-from corrzoo.registry import nearest
+from corrzoo.registry import import_plugins, nearest
 from corrzoo.types import ZooError
 
 TYPES = {"float": "a number", "int": "a whole number", "bool": "true or false", "NoneType": "null", "str": "text"}
 TYPES |= {"list": "a list such as [1, 2]", "dict": "a mapping"}
 
 
+class Modules:
+    """Type of `--plugins`. Modules from YAMLs and from the command line are combined."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, None] = {}
+
+    def __call__(self, names: str | list[str]) -> str:
+        self.names |= dict.fromkeys(import_plugins(names))
+        return ", ".join(self.names)
+
+    def __repr__(self) -> str:  # shown by --help
+        return "modules"
+
+
+class ZooParser(LightningArgumentParser):
+    """A parser whose errors are one line with the nearest valid name."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with status 2. argparse wraps a ZooError into an error of its own."""
+        sys.stderr.write(f"error: {_zoo_error(ex) or explain(message, self)}\n")
+        sys.exit(2)
+
+
 def explain(message: str, parser: LightningArgumentParser) -> str:
-    """A parser's message in one line, with the nearest valid name. What it does not know is joined to one line.
+    """A parser's message in one line, with the nearest valid name of an option, a head or a command.
+
+    A message that no pattern here fits is only joined to one line.
 
     Args:
         message: As argparse or jsonargparse has it.
@@ -33,8 +60,6 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
     if "arguments are required" in message and "model" in message:
         return f"no head given: add --config zoo_configs/<head>.yaml, or --model <head>; heads: {', '.join(heads)}"
     if found := re.search(r"(?:key \"(?:\w+\.)?model\"|--model\.help)(.*)", message, re.DOTALL):
-        if re.search(r"Given value: (?:NestedArg|(?!.*'class_path')\{)", found[1], re.DOTALL):
-            return "options of a head, but no head: put --config zoo_configs/<head>.yaml (or --model <head>) first"
         named = re.search(r"'class_path': '([^']+)'|Given value: (\S+)|string: (\S+)", found[1])
         name = str(next(filter(None, named.groups()))) if named else ""
         others = f": choose one of {', '.join(heads)}, or give --plugins <your module> first"
@@ -52,7 +77,7 @@ def one_line(error: Exception) -> str:
     Raises:
         Exception: the error itself if it is a fault of the code.
     """
-    if cause := zoo_error(error):
+    if cause := _zoo_error(error):
         # A worker process wraps its error into a page of traceback; the last line is the error.
         return str(cause).rsplit("ZooError: ", 1)[-1].strip()
     if isinstance(error, MisconfigurationException):
@@ -68,7 +93,7 @@ def one_line(error: Exception) -> str:
     raise error
 
 
-def zoo_error(error: BaseException | None) -> ZooError | None:
+def _zoo_error(error: BaseException | None) -> ZooError | None:
     """The ZooError in a chain of causes: jsonargparse wraps what a constructor raises."""
     while error is not None and not isinstance(error, ZooError):
         error = error.__cause__ or error.__context__
