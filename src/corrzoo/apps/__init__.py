@@ -32,7 +32,7 @@ def zero_shot(backbone: str) -> tuple[dict[str, Any], int]:
     """Options of the Baseline without training, and the side of its network image in pixels.
 
     They are those of `zoo_configs/backbone/<backbone>.yaml`, with soft mutual nearest neighbours, which score best on
-    PF-WILLOW. A backbone without such a file has EfficientNet-Lite0's, but its own levels and the head's default stride.
+    PF-WILLOW. A backbone without such a file takes EfficientNet-Lite0's, but its own levels, at the default stride.
     """
     folder = recipes.FOLDER / "backbone"
     known = (folder / f"{backbone}.yaml").is_file()
