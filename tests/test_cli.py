@@ -466,6 +466,7 @@ def test_loggers_by_flag(tmp_path, monkeypatch):
     wandb.finish()
     assert list(tmp_path.rglob("offline-run-*"))
     assert list(tmp_path.glob("runs/Baseline-*/*/matches-fit.png"))  # not where the next run leaves its own
+    monkeypatch.delenv("WANDB_MODE", raising=False)  # which Lightning's logger has set
     command = [sys.executable, "-m", "corrzoo", "fit", *few, "--trainer.logger=WandbLogger"]
     ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     said = ran.stderr.splitlines()[-1]
