@@ -27,7 +27,7 @@ from corrzoo.leaderboard.rows import Ranking
 from corrzoo.matcher import Matcher
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = ROOT / "zoo_configs"
+CONFIGS = ROOT / "src" / "corrzoo" / "zoo_configs"
 PAGES = ROOT / "docs" / "heads"
 OURS = re.compile(r"(?<!`)\bour (choice|reading)\b", re.I)
 EMPTY = inspect.Parameter.empty
@@ -196,7 +196,7 @@ def page(head: str, measured: list[Ranking], published: list[Ranking]) -> str:
     module = inspect.getmodule(cls)
     assert module is not None
     source = Path(inspect.getfile(cls)).relative_to(ROOT)
-    ablations = [[link(path), about(path)] for path in sorted(CONFIGS.glob(f"ablation/{head.lower()}_*.yaml"))]
+    ablations = [[link(path), about(path)] for path in sorted(CONFIGS.glob(f"ablation/{head.lower()}/*.yaml"))]
     bases = [f"As of [`{base.__name__}`](../../{source_of(base)}):\n\n{options(base)}" for base in family(cls)[1:-1]]
     first, *others = recipes(head)
     parts = [
@@ -213,7 +213,10 @@ def page(head: str, measured: list[Ranking], published: list[Ranking]) -> str:
         *(f"Another, {link(path)}: {about(path)}" for path in others),
         f"## Parameters\n\n{parameters(head)}",
         *(
-            [f"## Ablations\n\nEach stacks on the recipe.\n\n{table(['file', 'what it is'], ablations)}\n"]
+            [
+                f"## Ablations\n\nEach stacks on the recipe: `--config {first.stem} --config "
+                f"ablation/{head.lower()}/<file>`.\n\n{table(['file', 'what it is'], ablations)}\n"
+            ]
             if ablations
             else []
         ),

@@ -31,11 +31,9 @@ from corrzoo.scoring.evaluation import predict_points
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, CONFIGS, RUNS = ROOT / "benchmarks" / "results", ROOT / "zoo_configs", ROOT / "runs" / "study"
+HEADS = ("baseline", "actr", "vitsc", "gsf", "lpmflow")
 
-SIZES = {
-    head: (f"{head}.yaml", "study/synthetic.yaml", *([f"study/{head}.yaml"] if head != "baseline" else []))
-    for head in ("baseline", "actr", "vitsc", "gsf", "lpmflow")
-}
+SIZES = {head: (f"demo/{head}.yaml", "study/synthetic.yaml") for head in HEADS}
 ABLATIONS = {
     "actr": ("no_cross_attention", "no_reweighting", "no_multi_path", "no_super_resolution"),
     "lpmflow": ("no_larl", "no_contrastive_loss", "no_pfsr", "no_mmfi"),
@@ -121,7 +119,7 @@ def synthetic(seeds: list[int], backbones: list[str], ablations: bool) -> None:
                 one(head, "", (*stack, *mine))
                 for ablation in ABLATIONS.get(head, ()) if ablations else ():
                     name = f"{head}_{ablation}"
-                    one(name, name, (*stack, *mine, f"ablation/{name}.yaml"))
+                    one(name, name, (*stack, *mine, f"ablation/{head}/{ablation}.yaml"))
             if ablations:
                 one("gsf_widths", "5.1's 7 and 5 read as widths", (*SIZES["gsf"], *mine, *WIDTHS))
 
@@ -215,13 +213,12 @@ def leave_one_out(root: str, seeds: list[int], heads: list[str]) -> None:
     """
     results, folder = RESULTS / "pfwillow_leave_one_out", RUNS / "leave_one_out"
     for name, label, option in FLOORS:
-        stack = ("--plugins=pfwillow_kinds", "baseline.yaml", "study/pfwillow.yaml", option, f"--data.root={root}")
+        stack = ("--plugins=pfwillow_kinds", "demo/baseline.yaml", "study/pfwillow.yaml", option, f"--data.root={root}")
         path = folder / f"{name}.json"
         run(path, folder, name, label, (*stack, _options({"test": list(FOLDS)})), 0, fit=False)
         write(results / f"{name}.json", merged([json.loads(path.read_text())], {}))
     for head in heads:
-        mine = (f"study/{head}.yaml",) if head != "baseline" else ()
-        stack = ("--plugins=pfwillow_kinds", f"{head}.yaml", *mine, "study/pfwillow.yaml", *REAL[head])
+        stack = ("--plugins=pfwillow_kinds", f"demo/{head}.yaml", "study/pfwillow.yaml", *REAL[head])
         stack = (*stack, f"--data.root={root}")
         if all((results / f"{head}-{seed}.json").exists() for seed in seeds):
             continue

@@ -67,13 +67,12 @@ def run(folder, *commands):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A working folder with the page's files, the zoo's configurations, and a few images of pets."""
+    """A working folder with the page's files and a few images of pets; the recipes are those of the package."""
     folder = tmp_path_factory.mktemp("user")
     for kind, text in BLOCKS:
         if kind != "bash":
             path = folder / text.splitlines()[0].removeprefix("# ")
             path.write_text(text)
-    (folder / "zoo_configs").symlink_to(ROOT / "zoo_configs")
     home = folder / "data" / "pets"
     home.mkdir(parents=True)
     for k in range(4):
@@ -158,7 +157,7 @@ def test_the_checkpoint_loads_back_and_matches_images(ran, folder):
         "no such plugin": "there is no plugin 'tow': expected the name of a module in the working folder",
         "no such plugin in a YAML": "there is no plugin 'projectoin'",
         "plugins below the model": "unknown head 'Projection': choose one of ACTR, Baseline, GSF, LPMFlow, ViTSC, or "
-        "say --plugins <module of your own> first",
+        "give --plugins <your module> first",
     }.items(),
 )
 def test_errors_are_one_line(ran, command, words):

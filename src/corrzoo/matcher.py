@@ -4,6 +4,7 @@ A head implements `match(src, trg) -> Match` and may override `prepare`, `loss`,
 `param_groups`. Scoring is in `evaluation`, matching of image files in `inference`, result files in `callbacks`.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
@@ -223,6 +224,8 @@ class Matcher(LightningModule, ABC):
         return [c for c in default_callbacks() if not any(isinstance(other, type(c)) for other in given)]
 
     def on_fit_start(self) -> None:
+        # Frozen parts of a backbone and its BatchNorm stay in eval mode: not the oversight that Lightning warns of.
+        warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
         self.load_weights()  # after a checkpoint was restored, so that nothing is fetched in vain
 
     def on_train_start(self) -> None:

@@ -335,7 +335,7 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint_to_go_on_from(
 ) -> None:
     status, log = run(fresh, FIT, InAStep(wait_for_a_signal, n=step), then=name, to_all=to_all)
     assert status == 128 + getattr(signal, name)
-    assert log.splitlines()[-1] == f"stopped by {name} behind step {step}: go on with --ckpt_path last"
+    assert log.splitlines()[-1] == f"interrupted ({name}) after step {step}; resume with --ckpt_path last"
     assert "Traceback" not in log and read(newest(fresh))["global_step"] == step
     assert run(fresh, go_on(fresh))[0] == 0
     assert_same(read(newest(fresh)), read(newest(home)))

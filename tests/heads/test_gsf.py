@@ -529,7 +529,7 @@ def recipe(name="gsf"):
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_ablations_differ_as_named(name):
-    changed = recipe(f"ablation/gsf_{name}")
+    changed = recipe(f"ablation/gsf/{name}")
     assert changed == ABLATIONS[name]
     model = head(**{k: v for k, v in (recipe() | changed).items() if k not in ("backbone", "weights", "levels")})
     assert (model.pruning is None) == (name in ("no_pruning", "zero_shot"))
@@ -538,4 +538,4 @@ def test_ablations_differ_as_named(name):
 
 
 def test_every_ablation_is_tested():
-    assert {p.stem.removeprefix("gsf_") for p in (CONFIGS / "ablation").glob("gsf_*.yaml")} == set(ABLATIONS)
+    assert {p.stem for p in (CONFIGS / "ablation" / "gsf").glob("*.yaml")} == set(ABLATIONS)

@@ -1,6 +1,7 @@
 """ViTSC against its equations written again as plain loops, and each of its mechanisms in miniature."""
 
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,8 @@ from corrzoo.types import Features, Match, ZooError
 from hostless import hostless
 
 TINY = dict(backbone="timm/test_vit.r160_in1k", weights="random")
-CONFIGS = Path(__file__).resolve().parents[2] / "zoo_configs"
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS, PAGE = ROOT / "zoo_configs", ROOT / "docs" / "heads" / "vitsc.md"
 
 
 def head(**options):
@@ -464,15 +466,19 @@ ROWS = {  # what each row changes, and what follows for the number of parameters
 }
 
 
-def test_every_row_has_a_file():
-    files = {p.stem.removeprefix("vitsc_") for p in (CONFIGS / "ablation").glob("vitsc_*.yaml")}
-    assert files == set(ROWS)
+def test_every_row_has_a_file_or_an_option():
+    files = {p.stem for p in (CONFIGS / "ablation" / "vitsc").glob("*.yaml")}
+    options = re.findall(r"^\| vitsc_(\w+) \| `--model", PAGE.read_text(), re.M)
+    assert sorted([*files, *options]) == sorted(ROWS)
 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_a_row_builds_and_differs_from_the_full_model_as_named(row):
     changes, consequence = ROWS[row]
-    assert options_in(f"ablation/vitsc_{row}") == changes
+    if (found := re.search(rf"^\| vitsc_{row} \| `--model\.(\w+) (\w+)`", PAGE.read_text(), re.M)) is not None:
+        assert {found[1]: yaml.safe_load(found[2])} == changes
+    else:
+        assert options_in(f"ablation/vitsc/{row}") == changes
     with torch.device("meta"):
         if "backbone" in changes:
             model = HEADS["ViTSC"](**(FULL | changes))
@@ -493,12 +499,12 @@ def test_a_row_builds_and_differs_from_the_full_model_as_named(row):
 
 @pytest.mark.parametrize("row", ["ibot", "mae", "clip"])
 def test_rows_of_table_1_are_the_baseline_on_other_backbones(row):
-    assert options_in(f"ablation/baseline_table1_{row}") == options_in(f"ablation/vitsc_table8_{row}")
+    assert options_in(f"ablation/baseline/table1_{row}") == options_in(f"ablation/vitsc/table8_{row}")
 
 
 def test_actr_in_table_2_is_trained_as_vitsc_is():
     stacked, full = (
-        yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("ablation/actr_vitsc_table2", "vitsc")
+        yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("ablation/actr/vitsc_table2", "vitsc")
     )
     own = {"backbone_size": None, "weight_decay": 0.0, "schedule": "constant"}
     assert (FULL | own).items() >= stacked["model"]["init_args"].items()

@@ -137,7 +137,10 @@ def _pretrained_file(spec: BackboneSpec) -> Path:
         return _fetch(spec.url, spec.key) if spec.url else _fetch_from_hub(cfg.hf_hub_id, filename)
     except UNREACHABLE as error:
         files = f"{address} or {cfg.url}" if cfg.url and not spec.url else address
-        remedy = f"download {files} elsewhere and pass --model.weights /path/to/file (or --model.weights random)"
+        remedy = (
+            f"download {files} elsewhere and pass --model.weights /path/to/file (or --model.weights random); "
+            "--config zoo_configs/demo/<head>.yaml needs no network"
+        )
         raise ZooError(f"cannot fetch the weights of {spec.key} ({type(error).__name__}): {remedy}") from error
 
 

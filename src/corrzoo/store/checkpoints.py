@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import errors, snapshot_download
 from safetensors import SafetensorError
@@ -84,16 +84,54 @@ def load(path: str | Path) -> Matcher:
     return matcher.eval()
 
 
-def read_checkpoint(path: Path) -> tuple[str, dict[str, Any]]:
-    """The head of a checkpoint that Lightning is to load, and the options that it was made with.
+class Stored(NamedTuple):
+    """A checkpoint without its weights."""
+
+    head: str
+    options: dict[str, Any]
+    """Options of the model."""
+    epochs: int
+    """Completed training epochs."""
+    steps: int
+    """Completed optimiser steps."""
+
+
+def read_checkpoint(path: Path) -> Stored:
+    """Model and progress of a checkpoint that `corrzoo fit` wrote.
 
     Raises:
         ZooError: like `load`, and for what only `load` reads.
     """
     if path.is_dir() or str(path).startswith("hf:"):
-        raise ZooError(f"{path} is for corrzoo.load() and `corrzoo match`: give --ckpt_path a .ckpt of `lightning fit`")
+        raise ZooError(f"{path} is for corrzoo.load() and `corrzoo match`: give --ckpt_path a .ckpt of `corrzoo fit`")
     content = _read(path)
-    return content["head"], content["hyper_parameters"]
+    progress = content.get("loops", {}).get("fit_loop", {}).get("epoch_progress", {}).get("current", {})
+    steps = int(content.get("global_step", 0))
+    return Stored(content["head"], content["hyper_parameters"], int(progress.get("processed", 0)), steps)
+
+
+def newest_checkpoint(folder: Path, name: str, head: str, backbone: str | None = None) -> Path:
+    """The newest file called `name` anywhere under `folder` that holds such a model.
+
+    Args:
+        folder: Folder of runs.
+        name: `best.ckpt` or `last.ckpt`.
+        head: Name of the head.
+        backbone: Name of the backbone; None for any.
+
+    Raises:
+        ZooError: if there is none, or if a newer one is damaged.
+    """
+    others = []
+    for path in sorted(folder.rglob(name), key=lambda path: path.stat().st_mtime, reverse=True):
+        content = read_state(path)
+        other = content.get("head"), content.get("hyper_parameters", {}).get("backbone")
+        if other[0] == head and backbone in (None, other[1]):
+            return path
+        others.append(f"{other[0]} on {other[1]}")
+    wanted = f"{head} on {backbone}" if backbone else head
+    listed = f" (only of {', '.join(dict.fromkeys(others))})" if others else ""
+    raise ZooError(f"no {name} of {wanted} found under {folder}{listed}: give --ckpt_path a file, or leave it out")
 
 
 def _fetch(address: str | Path) -> Path:
