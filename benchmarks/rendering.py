@@ -1,11 +1,12 @@
-"""ACTR and LPMFlow against a straightforward rendering of the same equations: what sharing and fused attention save.
+"""Time and memory of a training step of ACTR and LPMFlow, against a plain implementation of the same equations.
 
-The rendering goes the papers' way line by line, with the same parameters: each image by itself, attention weights
-written out, all of q, k and v for both sides of a cross-attention, one path after the other, one replaced token after
-the other. Both answer the same flow and gradients (checked first), and are timed in turns; a ratio above 1 is what the
-heads of the zoo save. Float32, without dropout, head alone: tokens of iBOT's shape go in.
+The plain implementation follows the papers line by line, with the same parameters: each image by itself, attention
+weights written out, all of q, k and v for both sides of a cross-attention, one path after the other, one replaced token
+after the other. Flow and gradients are checked to be equal first. `speed` is the plain step's processor time divided by
+the head's, measured in turns (above 1: the head is faster). `memory` is the head's peak in a step divided by the plain
+step's, weights excluded, gradients included. Float32, without dropout; the input is tokens of iBOT's shape.
 
-    python benchmarks/rendering.py        # writes results/rendering_cpu.csv
+    python benchmarks/rendering.py --batch 1        # Linux; writes results/rendering_cpu.csv
 """
 
 import argparse
