@@ -1,15 +1,19 @@
-"""ACTR and LPMFlow against a straightforward rendering of the same equations: what sharing and fused attention save.
+"""Time and memory of a training step of ACTR and LPMFlow, against a plain implementation of the same equations.
 
-The rendering goes the papers' way line by line, with the same parameters: each image by itself, attention weights
-written out, all of q, k and v for both sides of a cross-attention, one path after the other, one replaced token after
-the other. Both answer the same flow and gradients (checked first), and are timed in turns; a ratio above 1 is what the
-heads of the zoo save. Float32, without dropout, head alone: tokens of iBOT's shape go in.
+The plain implementation follows the papers line by line, with the same parameters: each image by itself, attention
+weights written out, all of q, k and v for both sides of a cross-attention, one path after the other, one replaced token
+after the other. Flow and gradients are checked to be equal first. `speed` is the plain step's processor time divided by
+the head's, measured in turns (above 1: the head is faster). `memory` is the head's peak in a step divided by the plain
+step's, weights excluded, gradients included. Float32, without dropout; the input is tokens of iBOT's shape.
 
-    python benchmarks/rendering.py        # writes results/rendering_cpu.csv
+    python benchmarks/rendering.py --batch 1        # Linux; writes results/rendering_cpu.csv
 """
 
 import argparse
 import csv
+import ctypes
+import gc
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -28,6 +32,8 @@ from corrzoo.matcher import Matcher
 from corrzoo.types import Features, Match
 
 HEADS = tokens.ATTENTION_HEADS
+LIBC = ctypes.CDLL(None)
+M_MMAP_THRESHOLD = -3
 
 
 def split_heads(x: Tensor) -> Tensor:
@@ -171,39 +177,65 @@ def step(model: Matcher, src: Features, trg: Features, rendering: bool) -> tuple
     return match.flow.detach(), maps.grad
 
 
+def peak_mib(model: Matcher, src: Features, trg: Features, rendering: bool) -> float:
+    """Highest resident memory during a step less that before it, in MiB (Linux)."""
+    gc.collect()
+    LIBC.mallopt(M_MMAP_THRESHOLD, 2**16)  # larger tensors are returned to the system as soon as they are freed
+    LIBC.malloc_trim(0)
+    model.zero_grad()
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    step(model, src, trg, rendering)
+    return (_resident("VmHWM") - before) / 1024
+
+
+def _resident(kind: str) -> int:
+    """A line of /proc/self/status in KiB."""
+    return int(re.search(rf"{kind}:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--heads", nargs="+", choices=["ACTR", "LPMFlow"], default=["ACTR", "LPMFlow"])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = []
-    for head in ("ACTR", "LPMFlow"):
-        models = [build(head, rendering) for rendering in (False, True)]
+    for head in args.heads:
+        models = [build(head, rendering=True), build(head, False), build(head, False, checkpointing=True)]
         image = torch.zeros(args.batch, 3, 256, 256)
         maps = [torch.randn(args.batch, 768, 16, 16) for _ in range(2)]
         src, trg = (Features(image, [x], x.mean((2, 3))) for x in maps)
-        (flow, grad), (flow2, grad2) = (step(m, src, trg, k == 1) for k, m in enumerate(models))
-        torch.testing.assert_close(flow, flow2, rtol=1e-3, atol=1e-2)  # pixels of 256
-        torch.testing.assert_close(grad, grad2, rtol=1e-2, atol=1e-3 * grad.abs().max().item())
-        ratios = []
-        for _ in range(args.rounds):
-            times = []
-            for k, model in enumerate(models):
-                start = time.process_time()  # which waiting for other users of the machine is not in
-                step(model, src, trg, k == 1)
-                times.append(time.process_time() - start)
-            ratios.append(times[1] / times[0])
-        row = {"head": head, "batch": args.batch, "ratio": f"{statistics.median(ratios):.3f}"}
-        row |= {"low": f"{min(ratios):.3f}", "high": f"{max(ratios):.3f}", "rounds": args.rounds}
-        rows.append(row | {"step_ms": round(1000 * times[0]), "threads": args.threads, "torch": torch.__version__})
-        print(rows[-1], flush=True)
+        (flow, grad), *ours = (step(m, src, trg, k == 0) for k, m in enumerate(models))
+        for flow2, grad2 in ours:
+            torch.testing.assert_close(flow2, flow, rtol=1e-3, atol=1e-2)  # pixels of 256
+            torch.testing.assert_close(grad2, grad, rtol=1e-2, atol=1e-3 * grad.abs().max().item())
+        rounds = [[seconds(m, src, trg, k == 0) for k, m in enumerate(models)] for _ in range(args.rounds)]
+        for model in models:
+            model.zero_grad()
+        memory = [peak_mib(m, src, trg, k == 0) for k, m in enumerate(models)]
+        for k, checkpointing in ((1, False), (2, True)):
+            ratios = [times[0] / times[k] for times in rounds]
+            row = {"head": head, "checkpointing": checkpointing, "batch": args.batch}
+            row |= {"speed": f"{statistics.median(ratios):.3f}", "low": f"{min(ratios):.3f}"}
+            row |= {"high": f"{max(ratios):.3f}", "rounds": args.rounds, "memory": f"{memory[k] / memory[0]:.3f}"}
+            row |= {"memory_mib": round(memory[k]), "rendering_mib": round(memory[0])}
+            rows.append(row | {"threads": args.threads, "torch": torch.__version__})
+            print(rows[-1], flush=True)
     with (args.out / "rendering_cpu.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, fieldnames=rows[0], lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
+
+
+def seconds(model: Matcher, src: Features, trg: Features, rendering: bool) -> float:
+    """Processor time of a step: waiting for other processes does not count."""
+    start = time.process_time()
+    step(model, src, trg, rendering)
+    return time.process_time() - start
 
 
 if __name__ == "__main__":

@@ -17,20 +17,11 @@ VARIANTS = {
     "ACTR": [{}, {"checkpointing": True}, {"read": "pixel"}],
     "LPMFlow": [{}, {"checkpointing": True}, {"read": "pixel"}, {"larl": "cross"}, {"region_pe": False}],
 }
-WAITING = {
-    "training": {"GSF": "heads/gsf.py", "ViTSC": "heads/vitsc.py"},
-    "evaluation": dict.fromkeys(corrzoo.list_heads(), "geometry.sample makes a tensor of the image's size"),
-}
-"""Steps that still make the host wait, and where; delete an entry when its test passes."""
-
-
-def cases(kind):
-    """A test case for each variant of each head; those that wait are expected to fail."""
-    for head in corrzoo.list_heads():
-        why = WAITING[kind].get(head)
-        marks = [pytest.mark.xfail(reason=why, raises=AssertionError, strict=True)] if why else []
-        for options in VARIANTS.get(head, [{}]):
-            yield pytest.param(head, options, id=f"{head} {options or ''}".strip(), marks=marks)
+CASES = [
+    pytest.param(head, options, id=f"{head} {options or ''}".strip())
+    for head in corrzoo.list_heads()
+    for options in VARIANTS.get(head, [{}])
+]
 
 
 def build(head, options):
@@ -43,7 +34,7 @@ def batch():
     return PairDataset.collate([dataset[i] for i in range(2)])
 
 
-@pytest.mark.parametrize(("head", "options"), cases("training"))
+@pytest.mark.parametrize(("head", "options"), CASES)
 def test_training_step(head, options):
     model, pair = build(head, options).train(), batch()
     with hostless():
@@ -52,7 +43,7 @@ def test_training_step(head, options):
     assert any(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
-@pytest.mark.parametrize(("head", "options"), cases("evaluation"))
+@pytest.mark.parametrize(("head", "options"), CASES)
 def test_evaluation_step(head, options):
     model, pair = build(head, options).eval(), batch()
     with torch.no_grad(), hostless():

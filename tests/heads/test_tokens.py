@@ -144,11 +144,30 @@ def test_aligned_heads_start_from_feature_similarity(head):
 
 
 @pytest.mark.parametrize("head", SMALL)
-def test_alignment_changes_queries_and_keys_alone(head):
+def test_alignment_changes_queries_keys_and_the_update_of_the_flow_alone(head):
     paper, aligned = (build(head, init=init).state_dict() for init in ("paper", "aligned"))
     changed = {name for name in paper if not torch.equal(paper[name], aligned[name])}
-    assert changed and all("cross_attention.qkv" in name for name in changed)
-    for name in (name for name in changed if name.endswith("weight")):
+    update = {name for name in paper if ".head.2." in name}
+    weights = {name for name in paper if name.endswith("cross_attention.qkv.weight")}
+    assert weights | update <= changed <= weights | update | {name.replace("weight", "bias") for name in weights}
+    assert len(update) == 2 and not any(aligned[name].any() for name in update)
+    for name in weights:
         queries, keys, values = aligned[name].chunk(3)
         torch.testing.assert_close(queries @ queries.T, torch.eye(64), rtol=0, atol=1e-5)
         assert torch.equal(queries, keys) and torch.equal(values, paper[name].chunk(3)[2])
+        assert not aligned[name.replace("weight", "bias")][:128].any()
+
+
+@pytest.mark.parametrize("head", SMALL)
+def test_aligned_heads_learn_in_every_part(head):
+    """The zero update of the flow blocks the refinement's gradients for one step only."""
+    dataset = corrzoo.create_dataset("synthetic", "", "test", 64)
+    pair, model = PairDataset.collate([dataset[0]]), without_dropout(build(head, init="aligned"))
+    optimizer = torch.optim.SGD(model.param_groups(), lr=1e-4)
+    for _ in range(2):
+        optimizer.zero_grad()
+        terms = model.loss(model.match(*model.features(pair)), pair)
+        (terms["loss"] if isinstance(terms, dict) else terms).backward()
+        optimizer.step()
+    refinement = [p for m in model.modules() if isinstance(m, tokens.WindowRefinement) for p in m.mlp.parameters()]
+    assert refinement and all(p.grad.any() for p in refinement)

@@ -40,8 +40,9 @@ class TokenMatcher(Matcher):
         width: Channels of the tokens. Default: those of the backbone, as in the papers. our choice: another width is
             reached by a LayerNorm and a linear map.
         read: How a point reads the flow: bilinearly at the `point`, or at its whole `pixel` (released code).
-        init: Initial weights of the cross-attentions: `paper`, or `aligned`. our choice: aligned queries and keys have
-            the same orthogonal weights, so matching starts from feature similarity instead of noise.
+        init: Initial weights: `paper`, or `aligned`. our choice: with `aligned`, queries and keys of the
+            cross-attentions have the same orthogonal weights and the refinement's update of the flow is zero, so
+            training starts from matches by feature similarity instead of random ones.
         checkpointing: Recompute the refinement in the backward pass. Saves memory, costs time, changes no result.
         **options: Options of Matcher.
     """
@@ -104,7 +105,7 @@ class TokenMatcher(Matcher):
         for module in self.modules():
             if isinstance(module, WindowRefinement):
                 module.checkpointing = self.hparams.checkpointing
-            elif isinstance(module, CrossAttention) and self.hparams.init == "aligned":
+            elif isinstance(module, CrossAttention | FlowHead) and self.hparams.init == "aligned":
                 module.align()
 
 
@@ -260,6 +261,12 @@ class FlowHead(nn.Sequential):
 
     def __init__(self) -> None:
         super().__init__(nn.Conv2d(REFINED_CHANNELS, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 2, 3, padding=1))
+
+    @torch.no_grad()
+    def align(self) -> None:
+        """Start with no update: the last convolution is zero."""
+        for parameter in self[-1].parameters():
+            parameter.zero_()
 
 
 # ---------------------------------------------------------------------- from correlation to points
