@@ -27,7 +27,7 @@ from torch import Tensor
 import corrzoo
 from corrzoo import visualize
 from corrzoo.metrics import BenchmarkMetric, correct_points
-from corrzoo.ops.functional import resolve_backend
+from corrzoo.ops import resolve_backend
 from corrzoo.registry import nearest
 from corrzoo.types import Pair, ZooError
 

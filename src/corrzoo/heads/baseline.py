@@ -120,7 +120,7 @@ class Baseline(Matcher):
         temperature = self.temperature.clamp(min=1e-3)
         if self.mutual:
             every_row = rearrange(src.maps[0], "b c h w -> b (h w) c")
-            best_of_column = ops.mutual(every_row, columns, backend=self.backend).col_max.unsqueeze(1)
+            best_of_column = ops.mutual(every_row, columns).col_max.unsqueeze(1)
             scores = ops.correlation(rows, columns).relu()
             best_of_row = scores.amax(2, keepdim=True)
             scores = scores**3 / (best_of_row * best_of_column).clamp(min=1e-5)  # s * s/row * s/column

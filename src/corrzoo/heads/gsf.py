@@ -30,7 +30,7 @@ from corrzoo.heads.levels import resize
 from corrzoo.heads.registry import register_head
 from corrzoo.losses import mean_where
 from corrzoo.matcher import Matcher
-from corrzoo.ops.reference import full, full_precision
+from corrzoo.precision import full, full_precision
 from corrzoo.types import Features, Match, Pair, ZooError
 
 EPS = 1e-5

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from corrzoo.geometry import Size, sample, transfer
 from corrzoo.heads.levels import resize
 from corrzoo.matcher import Matcher
-from corrzoo.ops.reference import full
+from corrzoo.precision import full
 from corrzoo.types import Features, Match, ZooError
 
 HEADS = 8

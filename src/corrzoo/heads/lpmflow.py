@@ -33,7 +33,7 @@ from corrzoo.heads.layers import (
 )
 from corrzoo.heads.registry import register_head
 from corrzoo.losses import mean_where
-from corrzoo.ops.reference import full
+from corrzoo.precision import full
 from corrzoo.types import Features, Match, Pair, ZooError
 
 MASKED_SHARE = 0.25

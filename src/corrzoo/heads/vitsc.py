@@ -19,7 +19,7 @@ from corrzoo.heads.levels import resize, stack_levels
 from corrzoo.heads.registry import register_head
 from corrzoo.losses import mean_where
 from corrzoo.matcher import Matcher, cosine_maps
-from corrzoo.ops.reference import full
+from corrzoo.precision import full
 from corrzoo.types import Features, Match, Pair, ZooError
 
 STRIDE = 8
@@ -138,7 +138,7 @@ class ViTSC(Matcher):
         # As in RAFT, the place is given: what is read there trains no flow but by the upsampler.
         points = cell_centres(grid, image, flow.device, flow.dtype) + rearrange(flow.detach(), "b xy h w -> b (h w) xy")
         rows, centre = rearrange(source, "b c h w -> b (h w) c"), points * points.new_tensor([w / W, h / H])
-        local = ops.local_correlation(rows, target, centre, self.radius, backend=self.backend)
+        local = ops.local_correlation(rows, target, centre, self.radius)
         return local.mT.unflatten(2, grid)
 
     def loss(self, match: Match, pair: Pair) -> dict[str, Tensor]:

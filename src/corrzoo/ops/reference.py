@@ -1,7 +1,7 @@
-"""The dense-correlation op as its equations stand: plain torch, whole volumes, gradients by autograd.
+"""The dense-correlation op in plain torch: the definition that the fast implementations are tested against.
 
-This is what the fast implementations are held against, and what to read first. Arguments are taken as checked
-(`functional` checks them); float16 and bfloat16 are computed in float32, float64 stays float64.
+It holds whole correlation volumes and leaves the gradients to autograd. `functional` has checked the arguments.
+float16 and bfloat16 are computed in float32; float64 stays float64.
 """
 
 from typing import NamedTuple
@@ -11,57 +11,42 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from corrzoo.geometry import Size, cell_centres
+from corrzoo.precision import full
 
 OUTSIDE = -1e30
-"""Logit of a cell outside a crop: its weight is exactly 0, and 0 times it is 0, which minus infinity would not give."""
+"""Logit of a cell outside the crop. Its weight is exactly 0, as with -inf, but 0 * OUTSIDE is not NaN."""
 
 
-class Matches(NamedTuple):
-    """What a row of the correlation says about its source point. All but `argmax` carry gradients."""
+class Readout(NamedTuple):
+    """Position of each source point in the target."""
 
     xy: Tensor
-    """(B, N, 2) expected target position, in continuous target cells: multiply by the stride for pixels."""
-    max: Tensor
-    """(B, N) highest score, before the window."""
+    """(B, N, 2) expected position in target cells, continuous; carries a gradient."""
     argmax: Tensor
-    """(B, N) int64 target cell of the highest score, the lowest index on ties."""
-    lse: Tensor
-    """(B, N) log-sum-exp of the windowed scores over the temperature."""
-    entropy: Tensor
-    """(B, N) entropy of the weights that `xy` is the mean under, in nats."""
+    """(B, N) int64 target cell with the highest score before the window; the lowest index on ties."""
 
 
 class Mutual(NamedTuple):
-    """Both sides' best partners; indices are int64, the lowest on ties."""
+    """Best match of every source point and of every target cell. Maxima carry gradients."""
 
     row_max: Tensor
-    """(B, N) best score of every source point."""
+    """(B, N) highest score of each source point."""
     row_argmax: Tensor
-    """(B, N) its target cell."""
+    """(B, N) int64 target cell of that score; the lowest index on ties."""
     col_max: Tensor
-    """(B, M) best score of every target cell."""
+    """(B, M) highest score of each target cell."""
     col_argmax: Tensor
-    """(B, M) its source point."""
-
-
-def full(x: Tensor) -> Tensor:
-    """x in float32, or in float64 when it is so already."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def full_precision(x: Tensor) -> torch.autocast:
-    """Autocast off where x is: at a temperature of 0.02 the rounding of bfloat16 cosines moves the argmax."""
-    return torch.autocast(x.device.type, enabled=False)
+    """(B, M) int64 source point of that score; the lowest index on ties."""
 
 
 def inverse_norm(x: Tensor) -> Tensor:
-    """(...) 1 / |x| of features x (..., C); 0 for a zero feature, whose cosine with everything is then 0."""
-    norm = torch.linalg.vector_norm(x, dim=-1, dtype=full(x[..., :0]).dtype)
+    """1 / |x| (...) of features (..., C); 0 for a zero feature, so that its cosines are 0."""
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
     return torch.where(norm > 0, 1 / norm.clamp(min=torch.finfo(norm.dtype).tiny), 0)
 
 
 def unit(x: Tensor, normalize: bool) -> Tensor:
-    """Features (..., C) in full precision, of unit length where asked."""
+    """Features (..., C) in full precision, divided by their norm if `normalize`."""
     return full(x) * inverse_norm(x).unsqueeze(-1) if normalize else full(x)
 
 
@@ -75,36 +60,30 @@ def readout(
     trg_grid: Size,
     temperature: float | Tensor,
     window: str = "none",
-    sigma: float = 0.0,
-    radius: int = 0,
-    centre: Tensor | None = None,
-) -> Matches:
-    """E[v] under softmax_j(w_ij s_ij / T), v the target cells' centres. See `corrzoo.ops.match` for the windows."""
+    sigma: float | None = None,
+    radius: int | None = None,
+) -> Readout:
+    """E[v] under softmax_j(w_ij s_ij / T), with v the target cells' centres. `functional.match` names the windows."""
     scores = full(scores)
     cells = cell_centres(trg_grid, trg_grid, scores.device, scores.dtype)  # (M, 2)
-    best, argmax = scores.max(dim=-1)
-    if window in ("argmax", "crop"):
-        centre = cells[argmax]
+    argmax = scores.argmax(dim=-1)
     logits = scores / temperature
-    if centre is not None and window != "none":
-        dx, dy = (cells - centre.to(scores.dtype).unsqueeze(2)).unbind(-1)  # (B, N, M) each
-        if window == "crop":
-            logits = logits.masked_fill((dx.abs() > radius) | (dy.abs() > radius), OUTSIDE)
-        else:
-            logits = logits * torch.exp(-(dx.square() + dy.square()) / (2 * sigma**2))
-    weights = logits.softmax(dim=-1)
-    entropy = -(weights * logits.log_softmax(dim=-1)).sum(dim=-1)
-    return Matches(weights @ cells, best, argmax, logits.logsumexp(dim=-1), entropy)
+    dx, dy = (cells - cells[argmax].unsqueeze(2)).unbind(-1)  # (B, N, M) each
+    if window == "crop" and radius is not None:
+        logits = logits.masked_fill((dx.abs() > radius) | (dy.abs() > radius), OUTSIDE)
+    if window == "argmax" and sigma is not None:
+        logits = logits * torch.exp(-(dx.square() + dy.square()) / (2 * sigma**2))
+    return Readout(logits.softmax(dim=-1) @ cells, argmax)
 
 
 def mutual(src: Tensor, trg: Tensor, normalize: bool = True) -> Mutual:
-    """max_j s_ij and max_i s_ij with their indices (NCNet, GSF eq. 4)."""
+    """max_j s_ij and max_i s_ij with their indices (NCNet; GSF eq. 4)."""
     scores = correlation(src, trg, normalize)
     return Mutual(*scores.max(dim=2), *scores.max(dim=1))
 
 
 def local_correlation(src: Tensor, trg: Tensor, centre: Tensor, radius: int, normalize: bool = True) -> Tensor:
-    """<f_i, g(c_i + d)> for d in {-r..r}², g read bilinearly and zero outside (RAFT's look-up, ViTSC eq. 8)."""
+    """<f_i, g(c_i + d)> for d in {-r..r}², g read bilinearly and zero outside (RAFT's look-up; ViTSC eq. 8)."""
     src, trg = unit(src, normalize), unit(trg.movedim(1, -1), normalize).movedim(-1, 1)
     h, w = trg.shape[2:]
     d = torch.arange(-radius, radius + 1, device=src.device, dtype=src.dtype)
