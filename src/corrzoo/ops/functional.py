@@ -80,6 +80,8 @@ def match(
     """
     _check_features(src, trg)
     _check_window(trg.shape[1], trg_grid, temperature, window, sigma, radius)
+    if memory is not None and memory <= 0:
+        raise ZooError(f"memory must be above 0 bytes, got {memory}")
     tensor = temperature.to(src.device) if isinstance(temperature, Tensor) else None
     value = 0.0 if isinstance(temperature, Tensor) else float(temperature)
     extent = float((sigma if window == "argmax" else radius) or 0)

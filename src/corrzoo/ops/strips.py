@@ -21,9 +21,10 @@ from corrzoo.ops.epilogue import CHUNK, Piece, Reduction, Rows
 from corrzoo.precision import full, full_precision
 from corrzoo.types import ZooError
 
-WHOLE, STRIP, ROWS = 256 * 2**20, 64 * 2**20, 512
-"""On a GPU a volume of at most WHOLE bytes is one strip, a larger one is cut into strips of STRIP bytes. On a CPU strips
-have 2 MB, but at least ROWS rows for the GEMM's sake."""
+WHOLE, STRIP = 256 * 2**20, 64 * 2**20
+"""On a GPU a volume of at most WHOLE bytes is one strip, a larger one is cut into strips of STRIP bytes."""
+CPU_STRIP, ROWS = 2 * 2**20, 512
+"""On a CPU strips have CPU_STRIP bytes, but at least ROWS rows for the GEMM's sake."""
 KEEP, KEEP_HALF = 32 * 2**20, 512 * 2**20
 """Our choice: keep a volume of at most KEEP bytes for the backward, and half of a larger one, at most KEEP_HALF bytes.
 Computing a score again costs a third of its backward, and large volumes are what the op avoids."""
@@ -102,7 +103,7 @@ class Products:
         if not memory and src.is_cuda:
             size = WHOLE if B * N * M * self.dtype.itemsize <= WHOLE else STRIP
         elif not memory:
-            size, rows = 2 * 2**20, ROWS
+            size, rows = CPU_STRIP, ROWS
         size //= self.dtype.itemsize
         self.strips = [at for half in (range(keep), range(keep, N)) for at in pieces(B, half, M, size, rows)]
         self._buffers: dict[torch.dtype, Tensor] = {}
@@ -243,9 +244,8 @@ def rows(src: Tensor, trg: Tensor, temperature: Tensor | None, corner: Tensor | 
     return _Eager.apply(*tensors, *options) if wants_gradient(*tensors) else _forward(*tensors, *options)
 
 
-@custom_op("corrzoo::mutual", mutates_args=())
-def mutual(src: Tensor, trg: Tensor, normalize: bool) -> Four:
-    """The fields of `corrzoo.ops.Mutual`, without a gradient."""
+def _mutual(src: Tensor, trg: Tensor, normalize: bool) -> Four:
+    """The fields of `corrzoo.ops.Mutual`, without gradients."""
     products, (row_max, row_argmax, col_max, col_argmax) = Products(src, trg), _new_mutual(src, trg)
     with full_precision(src):
         a, b = epilogue.inverse_norms(src, trg)
@@ -262,7 +262,15 @@ def mutual(src: Tensor, trg: Tensor, normalize: bool) -> Four:
     return row_max, row_argmax, col_max, col_argmax
 
 
-@mutual.register_fake
 def _new_mutual(src: Tensor, trg: Tensor, *_: Any) -> Four:
     rows, cols = (full(x[..., 0]).new_full(x.shape[:2], -torch.inf) for x in (src, trg))
     return rows, torch.zeros_like(rows, dtype=torch.int64), cols, torch.zeros_like(cols, dtype=torch.int64)
+
+
+_mutual_operator = custom_op("corrzoo::mutual", _mutual, mutates_args=())
+_mutual_operator.register_fake(_new_mutual)
+
+
+def mutual(src: Tensor, trg: Tensor, normalize: bool) -> Four:
+    """`_mutual`, as an operator while torch.compile or torch.export traces."""
+    return (_mutual_operator if torch.compiler.is_compiling() else _mutual)(src, trg, normalize)
