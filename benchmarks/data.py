@@ -25,7 +25,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from corrzoo.data import PairDataset, create_dataset
-from corrzoo.data.spair import CATEGORIES
+from corrzoo.data.readers.spair import CATEGORIES
 
 RESULTS = Path(__file__).parent / "results"
 SPLITS = {"trn": (range(0, 55), 53_340), "val": (range(55, 73), 5_384), "test": (range(73, 100), 12_234)}

@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, Subset
 import corrzoo
 from corrzoo.data import PairDataset, create_dataset
 from corrzoo.data.module import PairsDataModule
-from corrzoo.data.spair import CATEGORIES
+from corrzoo.data.readers.spair import CATEGORIES
 from corrzoo.geometry import transfer
 from corrzoo.matcher import Matcher
-from corrzoo.metrics import PCK
+from corrzoo.scoring.pck import PCK
 from corrzoo.types import Pair
 from data import BATCH, SIZE, PublishedWay, cpu, row, save, write
 
@@ -88,9 +88,9 @@ def end_to_end(root: Path, args: argparse.Namespace) -> dict[str, Any]:
         rates["published"].append(args.sample / seconds)
         quiet = dict(enable_progress_bar=False, enable_model_summary=False, logger=False, accelerator="cpu", devices=1)
         trainer = Trainer(default_root_dir=part, **quiet)
-        data = PairsDataModule(root=str(part), test=["spair71k"], size=SIZE, batch_size=BATCH, workers=0)
+        data = PairsDataModule(root=str(part), test=["spair71k"], image_size=SIZE, batch_size=BATCH, num_workers=0)
         rates["corrzoo"].append(len(theirs) / cpu(trainer.test, model, data, None, False)[0])
-        rows = model.metrics_by_dataset()[0][1].rows()
+        rows = model.evaluation.by_name()[0][1].rows()
         for index, score in zip(chosen, scores, strict=True):
             ours = [rows[index][f"pck@{alpha:g}"] / 100 for alpha in ALPHAS]
             differing += max(abs(a - b) for a, b in zip(ours, score, strict=True)) > 1e-9

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
+from corrzoo.files import table
 from corrzoo.heads import HEADS, list_heads
 from corrzoo.leaderboard.render import to_markdown
 from corrzoo.leaderboard.results import Ranking, find_results, rank, rank_papers, read_papers, read_results
-from corrzoo.markdown import table
 from corrzoo.matcher import Matcher
 
 ROOT = Path(__file__).resolve().parents[1]

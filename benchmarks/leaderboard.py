@@ -5,7 +5,7 @@ python benchmarks/leaderboard.py [--check]
 
 import sys
 
-from corrzoo.commands import main
+from corrzoo.__main__ import main
 
 if __name__ == "__main__":
     main(["leaderboard", *sys.argv[1:]])

@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 
 from corrzoo.data.pairs import DATASETS
-from corrzoo.data.pfwillow import CATEGORIES, PFWillow
+from corrzoo.data.readers.pfwillow import CATEGORIES, PFWillow
 from corrzoo.geometry import Size
 from corrzoo.matcher import Matcher
 from corrzoo.types import Record, ZooError
@@ -26,7 +26,7 @@ def kind_of(category: str) -> str:
     return category.split("(")[0]
 
 
-@DATASETS.register("pfwillow_kinds")
+@DATASETS.register
 class PFWillowKinds(PFWillow):
     """The pairs of some kinds of objects in each split.
 
@@ -79,7 +79,7 @@ class Curve(Callback):
         self.path, self.alpha, self.curve = Path(path), alpha, dict[int, dict[str, float]]()
 
     def on_validation_end(self, trainer: Trainer, pl_module: Matcher) -> None:  # type: ignore[override]
-        ((_, metric),) = pl_module.metrics_by_dataset()
+        ((_, metric),) = pl_module.evaluation.by_name()
         sums: dict[str, list[float]] = {}
         for category, found in metric.breakdown()["category"].items():
             total = sums.setdefault(kind_of(category), [0.0, 0.0])

@@ -22,7 +22,8 @@ from torch import Tensor
 
 import corrzoo
 from corrzoo.data.module import PairsDataModule
-from corrzoo.metrics import PCK
+from corrzoo.scoring.evaluation import predict_points
+from corrzoo.scoring.pck import PCK
 from corrzoo.types import Features, Pair
 
 BACKBONE = {"backbone": "efficientnet_lite0", "levels": ["blocks.2.1", "blocks.4.2"], "lr": 1e-3, "backbone_lr": 1e-3}
@@ -58,7 +59,13 @@ def data(args: argparse.Namespace, head: str) -> PairsDataModule:
     length = {"trn": args.steps * args.batch, "test": args.pairs}
     options = {"synthetic": {"length": length}, "synthetic_warps": {"length": length["trn"]}}
     return PairsDataModule(
-        train, val="synthetic", test=["synthetic"], size=args.size, batch_size=args.batch, workers=0, options=options
+        train,
+        val="synthetic",
+        test=["synthetic"],
+        image_size=args.size,
+        batch_size=args.batch,
+        num_workers=0,
+        options=options,
     )
 
 
@@ -86,7 +93,7 @@ def matches(model: corrzoo.Matcher, pair: Pair, half: Any, backbone: bool, head:
 
     model.backbone.forward = mixed  # type: ignore[method-assign]
     with half(enabled=head):
-        points = model.predict_points(pair)
+        points = predict_points(model, pair)
     model.backbone.forward = forward  # type: ignore[method-assign]
     return points
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import study_tables
 from corrzoo.backbones import describe_backbones, get_spec, list_backbones
-from corrzoo.markdown import table
-from corrzoo.protocols import PADDED, get_protocol, list_protocols
+from corrzoo.data.download import TERMS
+from corrzoo.files import table
+from corrzoo.scoring.protocols import PADDED, get_protocol, list_protocols
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,10 +26,10 @@ plain ViT or CNN of timm's runs as `timm/<name>`, and [extending.md](extending.m
 """
 PROTOCOLS = """# Protocols
 
-Written by `python benchmarks/readme_tables.py` from `corrzoo.protocols`. A keypoint is right when its error is at most
-(`<=`) or less than (`<`) alpha times a length. `scores` is the image whose points are predicted; the other one's are
-given. `averages` are what the authors report, the headline first. A protocol with a flaw is what a project's released
-code does: it is there to compare with numbers that were published with it, and is never the default.
+Written by `python benchmarks/readme_tables.py` from `corrzoo.scoring.protocols`. A keypoint is right when its error is
+at most (`<=`) or less than (`<`) alpha times a length. `scores` is the image whose points are predicted; the other
+one's are given. `averages` are what the authors report, the headline first. A protocol with a flaw is what a
+project's released code does: it is there to compare with numbers that were published with it, and is never the default.
 
 """
 FLAWS = {"the threshold": "A", "padding counts": "B"}
@@ -36,6 +37,7 @@ FLAWS = {"the threshold": "A", "padding counts": "B"}
 DATA = {
     "SPair-71k and SPair-U, PF-PASCAL, PF-WILLOW": "for research, under their authors' terms",
     "AP-10K, Caltech-101": "cc-by-4.0",
+    "CUB-200-2011 (`cub`)": TERMS["cub"],
     "drawn pairs (`synthetic`)": "apache-2.0, as the code",
 }
 

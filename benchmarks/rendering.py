@@ -150,7 +150,7 @@ def plain(model: Matcher) -> Matcher:
 def build(head: str, rendering: bool) -> Matcher:
     torch.manual_seed(0)
     options = {"dropout": 0.0} if head == "LPMFlow" else {}
-    model = corrzoo.create_matcher(head, "ibot_b16", "random", resize=256, **options).train()
+    model = corrzoo.create_matcher(head, "ibot_b16", "random", backbone_size=256, **options).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout | nn.Dropout2d):
             module.p = 0.0

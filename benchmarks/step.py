@@ -24,8 +24,8 @@ import corrzoo
 from corrzoo.types import Pair, ZooError
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "ACTR": {"resize": 256, "optimizer": "adamw"},
-    "LPMFlow": {"resize": 256, "optimizer": "adamw"},
+    "ACTR": {"backbone_size": 256, "optimizer": "adamw"},
+    "LPMFlow": {"backbone_size": 256, "optimizer": "adamw"},
 }
 """What a head needs beside its defaults to be the paper's; a CNN of stride 32 sees the same 256 pixels."""
 

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 import corrzoo.cli  # before the first fork, so that no run imports it anew
-from corrzoo import commands
+from corrzoo.__main__ import main as run_command
+from corrzoo.scoring.evaluation import predict_points
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, CONFIGS, RUNS = ROOT / "benchmarks" / "results", ROOT / "zoo_configs", ROOT / "runs" / "study"
@@ -71,7 +72,7 @@ def _run(folder: Path, args: list[str]) -> None:
     with (folder / "log").open("a") as log:
         os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
     os.chdir(folder)
-    commands.main(args)
+    run_command(args)
 
 
 def run(into: Path, folder: Path, name: str, label: str, stack: Iterable[str], seed: int, *, fit: bool = True) -> None:
@@ -155,7 +156,7 @@ def costs(rounds: int = 5, size: int = 8) -> None:
         for _ in range(rounds + 1):
             for stem, model in models.items():
                 began = time.process_time()
-                model.predict_points(batch)
+                predict_points(model, batch)
                 times[stem].append(1000 * (time.process_time() - began) / size)
     for stem in stems:
         measured = median(times[stem][1:])  # the first round warms up

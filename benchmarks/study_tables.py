@@ -7,8 +7,8 @@ from statistics import fmean
 from typing import Any
 
 from corrzoo.errors import ZooError
+from corrzoo.files import table
 from corrzoo.leaderboard.results import Spread, find_results, read_results
-from corrzoo.markdown import table
 
 RESULTS, ABLATIONS = Path(__file__).parent / "results", Path(__file__).parents[1] / "zoo_configs" / "ablation"
 Result = dict[str, Any]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from corrzoo.official import LAYOUTS, official_key
+from corrzoo.store.official import LAYOUTS, official_key
 from corrzoo.types import Pair
 
 

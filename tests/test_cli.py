@@ -22,8 +22,8 @@ TINY = [
     "--model.backbone=timm/test_vit.r160_in1k",
     "--model.weights=random",
     "--model.levels=null",
-    "--data.size=64",
-    "--data.workers=0",
+    "--data.image_size=64",
+    "--data.num_workers=0",
     "--data.batch_size=4",
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
@@ -182,7 +182,7 @@ def test_a_checkpoint_brings_its_weights_and_says_how_they_came_to_be(tmp_path):
     main(["fit", *BASELINE, *DEMO, *TINY, *FEW, "--trainer.limit_train_batches=1", "--trainer.callbacks=null"])
     (checkpoint,) = tmp_path.glob("runs/*/version_0/checkpoints/best.ckpt")
     # `pretrained` could not be had here; nothing of the model needs to be said but its name
-    for args in ([*BASELINE, *DEMO, *TINY, "--model.weights=pretrained"], ["--model=Baseline", "--data.size=64"]):
+    for args in ([*BASELINE, *DEMO, *TINY, "--model.weights=pretrained"], ["--model=Baseline", "--data.image_size=64"]):
         main(["test", *args, *FEW, "--data.test=[synthetic]", f"--ckpt_path={checkpoint}"])
     results = [json.loads(p.read_text()) for p in sorted(tmp_path.glob("runs/*/version_*/results/synthetic.json"))]
     assert [result["weights"] for result in results] == ["random", "random"]

@@ -5,12 +5,13 @@ import sys
 
 import pytest
 
-from corrzoo.commands import COMMANDS, listing, main
+from corrzoo.__main__ import main
+from corrzoo.commands import COMMANDS, listing
 
 
 def test_a_command_starts_without_torch_or_lightning():
     code = (
-        "import sys; from corrzoo.commands import main\n"
+        "import sys; from corrzoo.__main__ import main\n"
         "try: main(['leaderboard', '--help'])\n"
         "except SystemExit as end: print(end.code, [m for m in ('torch', 'lightning') if m in sys.modules])"
     )

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import corrzoo
 from corrzoo.data import PairDataset
 from corrzoo.data.module import PairsDataModule
-from corrzoo.data.synthetic import write_spair
+from corrzoo.data.synthetic.pairs import write_spair
 from corrzoo.types import Pair
 from processes import in_two_processes, join, leave
 
@@ -82,8 +82,8 @@ def run(folder: str, processes: int) -> dict[str, Any]:
     seed_everything(0)
     lengths = {"synthetic": {"length": {"trn": 11, "val": 5, "test": 1}}}
     data = PairsDataModule(
-        "synthetic", test=["synthetic", "spair71k"], root=folder, size=64, batch_size=4, workers=0, packed=False,
-        options=lengths,
+        "synthetic", test=["synthetic", "spair71k"], root=folder, image_size=64, batch_size=4, num_workers=0,
+        packed=False, options=lengths,
     )  # fmt: skip
     several: dict[str, Any] = {"strategy": "ddp", "plugins": [TorchElasticEnvironment()]} if processes > 1 else {}
     quiet: dict[str, Any] = dict(logger=False, enable_progress_bar=False, enable_model_summary=False)
@@ -95,7 +95,7 @@ def run(folder: str, processes: int) -> dict[str, Any]:
     trainer.fit(model, data)
     out: dict[str, Any] = {"weights": model.state_dict(), "val": dict(model.scores)}
     trainer.test(model, data, verbose=False)
-    for name, metric in model.metrics_by_dataset():
+    for name, metric in model.evaluation.by_name():
         values = {key: value.item() for key, value in metric.compute().items()}
         out[name] = {"averages": values, "rows": metric.rows(), "breakdown": metric.breakdown()}
     return out

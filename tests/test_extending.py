@@ -23,8 +23,8 @@ BACKBONE = ["--model.backbone=timm/test_vit.r160_in1k", "--model.weights=random"
 TINY = [
     *(
         "--trainer.callbacks=null",
-        "--data.size=64",
-        "--data.workers=0",
+        "--data.image_size=64",
+        "--data.num_workers=0",
         "--data.batch_size=4",
         "--trainer.enable_progress_bar=false",
     ),
@@ -33,7 +33,7 @@ TINY = [
 RUN = """
 import json, os, sys
 import corrzoo.cli  # the seconds that this takes are shared by all commands, each of which is a process of its own
-from corrzoo.commands import main
+from corrzoo.__main__ import main
 for command in json.loads(sys.argv[1]):
     sys.stdout.flush()
     if (child := os.fork()) == 0:
@@ -182,7 +182,6 @@ def test_what_is_wrong_with_a_plugin_is_said_in_one_line(tmp_path, monkeypatch):
     head = next(text for _, text in BLOCKS if text.startswith("# toy/head.py"))
     (tmp_path / "needy.py").write_text("import a_module_that_is_not_there\n")
     (tmp_path / "twice.py").write_text(head.replace("Projected", "Baseline"))
-    (tmp_path / "misnamed.py").write_text(head.replace('"Projected"', '"Other"'))
     (tmp_path / "again.py").write_text(
         "from corrzoo.backbones import register_backbone as add\nadd('mae_b16', 'vit_base_patch16_224.mae')\n"
     )
@@ -191,9 +190,8 @@ def test_what_is_wrong_with_a_plugin_is_said_in_one_line(tmp_path, monkeypatch):
         "needy.inside": "plugin 'needy.inside' needs the module 'a_module_that_is_not_there', which is not installed",
         "needy.py": "plugin 'needy.py' needs the module",
         "folder/needy.py": "there is no plugin 'folder/needy.py': expected",
-        "twice": "head 'Baseline' is registered already, choose another name",
-        "misnamed": "head 'Other' is a class named 'Projected': register it by that name",
-        "again": "backbone 'mae_b16' is registered already, choose another name",
+        "twice": "head 'Baseline' is already registered: choose another name",
+        "again": "backbone 'mae_b16' is already registered: choose another name",
     }
     for name, words in wrong.items():
         with pytest.raises(ZooError, match=f"^{re.escape(words)}") as error:

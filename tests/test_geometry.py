@@ -103,3 +103,9 @@ def test_pseudo_flow_equals_the_authors(shared, grid, name):
     mask = torch.arange(40) < torch.from_numpy(data["n_pts"]).unsqueeze(1)
     flow, _ = geometry.pseudo_flow(src, trg, mask, (grid, grid), (512, 512), 17)
     np.testing.assert_allclose(flow.numpy() / (512 // grid), data[f"{name}_{grid}"], atol=1e-5)
+
+
+def test_cells_become_pixels_axis_by_axis():
+    cells = torch.tensor([[[0.0, 0.0], [1.5, 2.0], [4.0, 3.0]]], dtype=torch.float64)
+    pixels = geometry.cells_to_pixels(cells, (3, 4), (30, 64))
+    assert pixels.tolist() == [[[0, 0], [24, 20], [64, 30]]]

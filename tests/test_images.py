@@ -155,7 +155,7 @@ def test_memory_is_bounded_and_drops_the_oldest() -> None:
     memory = ImageMemory(1)
     for number in (0, 1, 0, 2, 0, 1):  # 2 drops 1, not 0, which was asked for last
         assert (get(memory, number) == number).all()
-        assert memory.used <= memory.limit
+        assert memory._items.used <= memory._items.max_bytes
     assert made == [0, 1, 2, 1]
     get(memory, 1).zero_()
     assert (get(memory, 1) == 1).all()

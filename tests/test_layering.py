@@ -1,4 +1,4 @@
-"""The arrows of docs/design.md: who may import whom."""
+"""The layers of docs/design.md: a module imports modules of lower layers only, so there are no cycles."""
 
 import ast
 import subprocess
@@ -9,62 +9,43 @@ import pytest
 
 SRC = Path(__file__).resolve().parents[1] / "src" / "corrzoo"
 
-ALLOWED = {
-    "errors": set(),
-    "markdown": set(),
-    "types": {"errors"},
-    "registry": {"types"},
-    "geometry": {"types"},
-    "ops": {"types", "registry", "geometry"},
-    "losses": {"types"},
-    "protocols": {"types", "registry", "geometry"},
-    "metrics": {"types", "registry", "geometry", "protocols"},
-    "backbones": {"types", "registry", "geometry", "markdown"},
-    "feature_cache": {"types"},
-    "images": {"types", "geometry"},
-    "data": {"types", "registry", "geometry", "images"},
-    "visualize": {"types", "geometry"},
-    "callbacks": {"__init__", "registry", "protocols", "ops", "types", "visualize", "metrics", "geometry"},
-    "resume": {"types"},
-    "imagepair": {"types", "geometry"},
-    "matcher": {
-        *("types", "geometry", "backbones", "protocols", "metrics", "losses", "feature_cache", "callbacks"),
-        *("images", "imagepair", "resume"),
-    },
-    "heads": {"types", "registry", "geometry", "ops", "losses", "backbones", "matcher"},
-    "modelcard": {"types", "backbones", "markdown"},
-    "checkpoints": {"types", "registry", "backbones", "heads", "matcher", "modelcard"},
-    "apps": {
-        *("types", "visualize", "images", "imagepair", "data", "callbacks", "matcher", "heads", "checkpoints"),
-        *("errors", "registry"),
-    },
-    "official": {"types", "registry", "backbones", "heads", "matcher"},
-    "leaderboard": {"errors", "markdown"},
-    "commands": {"errors", "cli"},
-    "cli": {"types", "commands", "registry", "checkpoints", "data", "heads", "matcher", "resume"},
-    "__init__": {"types", "backbones", "heads", "data", "metrics", "matcher", "checkpoints", "official"},
-    "__main__": {"commands"},
-}
+LAYERS = [
+    {"errors", "precision", "losses", "files"},
+    {"types", "geometry"},
+    {"registry", "images", "commands"},
+    {"ops", "backbones", "data", "visualize", "leaderboard"},
+    {"scoring", "inference"},
+    {"callbacks"},
+    {"matcher"},
+    {"heads"},
+    {"store"},
+    {"__init__", "apps"},
+    {"cli"},
+    {"__main__"},
+]
+"""From the bottom to the top. Modules of one layer do not import each other."""
+
+LAYER = {area: k for k, areas in enumerate(LAYERS) for area in areas}
+FILES = sorted(SRC.rglob("*.py"))
 
 
 def area_of(path: Path) -> str:
+    """The package or module directly under `corrzoo` that a file belongs to."""
     return path.relative_to(SRC).parts[0].removesuffix(".py")
 
 
 def imports_of(path: Path) -> set[str]:
-    """The areas of corrzoo that a file imports, wherever in the file it does so; not those for annotations alone."""
-    found, tree = set(), ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
-            node.body = []
-    for node in ast.walk(tree):
+    """Areas that a file imports anywhere: at the top, in functions, and for type checking alone."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
-            deeper = [f"corrzoo.{alias.name}" for alias in node.names] if node.module == "corrzoo" else []
-            names = deeper or [node.module or ""]
+            members = [alias.name for alias in node.names]
+            inside = node.module == "corrzoo" and all((SRC / m).exists() or (SRC / f"{m}.py").exists() for m in members)
+            names = [f"corrzoo.{m}" for m in members] if inside else [node.module or ""]
         for name in names:
             parts = name.split(".")
             if parts[0] == "corrzoo":
@@ -72,35 +53,42 @@ def imports_of(path: Path) -> set[str]:
     return found - {area_of(path)}
 
 
-@pytest.mark.parametrize("path", sorted(SRC.rglob("*.py")), ids=lambda p: str(p.relative_to(SRC)))
-def test_imports_follow_the_arrows(path):
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
+def test_imports_go_down_the_layers(path):
     area = area_of(path)
-    assert area in ALLOWED, f"{area} is new: give it its place in docs/design.md and here"
-    extra = imports_of(path) - ALLOWED[area]
-    assert not extra, f"{path.relative_to(SRC)} imports {extra}, but {area} may import {ALLOWED[area]} only"
+    assert area in LAYER, f"{area} is new: give it a layer in docs/design.md and here"
+    upward = {other for other in imports_of(path) if LAYER[other] >= LAYER[area]}
+    assert not upward, f"{path.relative_to(SRC)} imports {upward}, which no lower layer holds"
+
+
+def test_every_layer_is_of_the_package():
+    assert {area_of(path) for path in FILES} == LAYER.keys()
 
 
 def test_a_head_never_imports_another_head():
-    own = {"registry", "layers", "levels"}
+    common = {"tokens", "levels"}
     for path in (SRC / "heads").glob("*.py"):
-        if path.stem in ("__init__", *own):
-            continue
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("corrzoo.heads."):
-                assert node.module.split(".")[2] in own, f"{path.name} imports {node.module}"
+            if path.stem != "__init__" and isinstance(node, ast.ImportFrom):
+                parts = (node.module or "").split(".")
+                assert parts[:2] != ["corrzoo", "heads"] or parts[2] in common, f"{path.name} imports {node.module}"
 
 
 def test_ops_need_torch_alone():
     """In a fresh process, importing the ops brings in none of the zoo's other dependencies."""
     code = (
         "import sys, corrzoo.ops; "
-        "print([m for m in ('lightning', 'timm', 'torchmetrics', 'einops', 'scipy', 'wandb', 'triton', 'matplotlib') "
-        "if m in sys.modules])"
+        "print([m for m in ('lightning', 'timm', 'torchmetrics', 'einops', 'scipy', 'wandb', 'triton', 'matplotlib', "
+        "'jsonargparse') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
 
 
-def test_no_file_is_too_long():
-    for path in SRC.rglob("*.py"):
-        assert len(path.read_text().splitlines()) <= 600, f"{path} is longer than 600 lines"
+LONGER = {"heads/gsf.py": 480, "heads/lpmflow.py": 450}
+"""Files that are still to be shortened, and what they must not exceed until then."""
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
+def test_no_file_is_longer_than_400_lines(path):
+    assert len(path.read_text().splitlines()) <= LONGER.get(str(path.relative_to(SRC)), 400)

@@ -20,7 +20,7 @@ def result(pck=50.0, seed=0, **changes):
     """What `lightning test` writes, shortened; pck is that at 0.1, half of it at 0.05."""
     row = {"pairs": 5, "points": 40} | {f"pck@{a:g}/{w}": pck * a * 10 for a in (0.05, 0.1) for w in ("image", "point")}
     return {
-        **{"label": "", "head": "Baseline", "options": {"stride": 8, "resize": None}, "backbone": "dinov2_b14"},
+        **{"label": "", "head": "Baseline", "options": {"stride": 8, "backbone_size": None}, "backbone": "dinov2_b14"},
         **{"weights": "pretrained", "dataset": "spair71k", "split": "test", "dataset_options": {}, "pairs": 10},
         **{"resolution": 224, "protocol": "default:bbox", "flaw": "", "alphas": [0.05, 0.1], "average": "image"},
         **{"params_backbone": 86_600_000, "params_head": 1, "seed": seed, "checkpoint": "best.ckpt", "device": "cpu"},
@@ -69,7 +69,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row(board):
         {"resolution": 448},
         {"precision": "bf16-mixed"},
         {"device": "a GPU"},
-        {"options": {"stride": 4, "resize": None}},
+        {"options": {"stride": 4, "backbone_size": None}},
         {"trained": None, "checkpoint": None},
         {"trained": {"dataset": "spair71k", "batch_size": 32, "max_epochs": 10, "steps": 100, "seed": 1}},
     ],
@@ -86,7 +86,7 @@ def test_the_same_run_twice_is_refused(board):
 
 
 def test_a_row_is_called_by_its_label_or_by_what_is_unusual_about_it(board):
-    odd = {"stride": 4, "resize": None}
+    odd = {"stride": 4, "backbone_size": None}
     (ranking,) = board(
         result(60, 0),
         result(61, 1, resolution=448),
@@ -114,7 +114,7 @@ def test_what_was_learnt_from(board):
 
 def test_the_network_image_is_what_the_head_resizes_to(board):
     (ranking,) = board(
-        result(60, options={"resize": 256}), result(50, resolution=[224, 320]), result(40, resolution=[96, 96])
+        result(60, options={"backbone_size": 256}), result(50, resolution=[224, 320]), result(40, resolution=[96, 96])
     )
     assert [row.resolution for row in ranking.rows] == ["256", "224x320", "96"]
 
@@ -162,6 +162,17 @@ def test_what_other_splits_were_given_does_not_matter(board):
     assert unsaid.options == ""
     (apart,) = [r for r in board(result(dataset_options={"noise": {"blur": 2}}), study="noise") if r.study == "noise"]
     assert apart.options == '{"noise": {"blur": 2}}'
+
+
+def test_copies_of_a_dataset_with_other_images_are_ranked_apart_and_named(board):
+    """CUB-200-2011 whole, and cut to crops: the same number of pairs, other images."""
+    crops = {"dataset": "cub", "dataset_title": "cub (100 species, crops)", "fingerprint": "a"}
+    whole = {"dataset": "cub", "dataset_title": "cub", "fingerprint": "b"}
+    rankings = board(result(**crops), result(seed=1, **crops), result(**whole))
+    assert [(ranking.dataset, ranking.rows[0].runs) for ranking in rankings] == [
+        ("cub", 1),
+        ("cub (100 species, crops)", 2),
+    ]
 
 
 def test_studies_are_ranked_apart(board):

@@ -5,17 +5,18 @@ import random
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 import corrzoo
+from corrzoo.backbones.cache import FeatureCache
 from corrzoo.callbacks import MatchImages, ResultsWriter
 from corrzoo.data import PairDataset
 from corrzoo.data.module import PairsDataModule
 from corrzoo.data.pairs import FolderDataset
-from corrzoo.data.synthetic import write_spair
-from corrzoo.feature_cache import FeatureCache
+from corrzoo.data.synthetic.pairs import write_spair
 from corrzoo.heads.baseline import Baseline
 from corrzoo.matcher import Matcher
+from corrzoo.scoring.evaluation import predict_points
 from corrzoo.types import Match, ZooError
 
 TINY = dict(backbone="timm/test_vit.r160_in1k", weights="random")
@@ -31,7 +32,7 @@ class Straight(Matcher):
 def data(workers=0, **lengths):
     options = {"synthetic": {"length": {"trn": 8, "val": 6, "test": 6} | lengths}}
     return PairsDataModule(
-        train="synthetic", test=["synthetic"], size=64, batch_size=4, workers=workers, options=options
+        train="synthetic", test=["synthetic"], image_size=64, batch_size=4, num_workers=workers, options=options
     )
 
 
@@ -89,7 +90,7 @@ def test_reused_features_change_no_score_and_are_gone_afterwards(tmp_path):
         torch.manual_seed(0)
         model = corrzoo.create_matcher("Baseline", **TINY, feature_cache_mb=megabytes)
         trainer(tmp_path).test(model, data(), verbose=False)
-        assert model._cache is None
+        assert model.evaluation.cached_bytes == 0
         scores.append(model.scores)
     assert scores[0] == scores[1] and scores[0]
 
@@ -123,7 +124,7 @@ def drawn(root, pairs=24, **options):
     """Training on 16 drawn images of four categories, all of them in many pairs, and validation on as many."""
     if not (root / "SPair-71k").exists():
         write_spair(root, pairs_per_split=pairs, images_per_category=4, size=64)
-    return PairsDataModule(root=str(root), size=64, batch_size=4, workers=0, **options)
+    return PairsDataModule(root=str(root), image_size=64, batch_size=4, num_workers=0, **options)
 
 
 class Projected(Baseline):
@@ -146,13 +147,35 @@ def test_training_on_a_frozen_backbone_computes_each_image_once_and_learns_the_s
         trainer(tmp_path, **options).fit(watched.model, drawn(tmp_path))
         trained.append(watched.model.state_dict())
         images.append(watched.images)
-        assert watched.model._training_cache is None
+        assert watched.model._training_features is None
     data = drawn(tmp_path)
     data.setup("fit")
     distinct = len(data.datasets["spair71k", "trn"].images)
     assert images == [2 * 24 * 2, distinct] and distinct < 24
     assert all(torch.equal(value, trained[1][name]) for name, value in trained[0].items())
     assert not torch.equal(trained[0]["temperature"], Watched(head).model.temperature)
+
+
+class PredictsWhileTraining(Callback):
+    """Compare predictions on validation pairs with those that no cache can serve, at the end of each validation."""
+
+    compared = 0
+
+    def on_validation_end(self, trainer, pl_module):
+        pair = next(iter(trainer.val_dataloaders))
+        pl_module.eval()
+        alone = pair._replace(src_id=torch.full_like(pair.src_id, -1), trg_id=torch.full_like(pair.trg_id, -1))
+        assert torch.equal(predict_points(pl_module, pair), predict_points(pl_module, alone))
+        self.compared += 1
+
+
+def test_predictions_in_training_do_not_read_features_of_training_images(tmp_path):
+    """A validation image has the number of some training image, whose features are cached."""
+    watched, callback = Watched(finetune="none", lr=1e-2), PredictsWhileTraining()
+    trainer(tmp_path, max_epochs=2, enable_checkpointing=False, callbacks=[callback]).fit(
+        watched.model, drawn(tmp_path)
+    )
+    assert callback.compared == 3  # the check before training, and two epochs
 
 
 @pytest.mark.parametrize("options", [dict(augment="photometric"), dict(finetune="all")])
@@ -163,7 +186,8 @@ def test_features_that_change_are_not_reused_in_training(tmp_path, options):
 
 
 def test_a_small_memory_serves_evaluation_and_rows_are_in_benchmark_order(tmp_path, monkeypatch):
-    monkeypatch.setattr("corrzoo.matcher.FeatureCache", lambda limit: FeatureCache(5 * 8 * 8 * 64 * 4))  # five images
+    five = 5 * 8 * 8 * 64 * 4  # bytes of five images' features
+    monkeypatch.setattr("corrzoo.scoring.evaluation.FeatureCache", lambda limit: FeatureCache(min(limit, five)))
     drawn(tmp_path, pairs=48)
     listed = tmp_path / "SPair-71k" / "Layout" / "large" / "test.txt"
     listed.write_text("".join(random.Random(0).sample(listed.read_text().splitlines(keepends=True), 48)))
@@ -174,7 +198,7 @@ def test_a_small_memory_serves_evaluation_and_rows_are_in_benchmark_order(tmp_pa
         watched, data = Watched(), drawn(tmp_path, pairs=48)
         data.hparams.batch_size = 2
         trainer(tmp_path).test(watched.model, data, verbose=False)
-        rows.append(watched.model.metrics_by_dataset()[0][1].rows())
+        rows.append(watched.model.evaluation.by_name()[0][1].rows())
         images.append(watched.images)
     assert rows[0] == rows[1] and [row["index"] for row in rows[0]] == list(range(48))
     assert images[0] == 16 and images[1] > 48  # of 96
@@ -184,11 +208,11 @@ def test_prediction_outside_a_run_never_reuses(tmp_path):
     model = corrzoo.create_matcher("Baseline", **TINY).eval()
     dataset = corrzoo.create_dataset("synthetic", "", "test", size=64)
     pair = PairDataset.collate([dataset[0]])
-    before = model.predict_points(pair)
+    before = predict_points(model, pair)
     with torch.no_grad():
         for p in model.parameters():
             p += 0.1 * torch.randn_like(p)
-    assert not torch.equal(model.predict_points(pair), before)
+    assert not torch.equal(predict_points(model, pair), before)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_its_pairs(tmp_path):

@@ -1,3 +1,5 @@
+from typing import Any, Literal
+
 import pytest
 
 from corrzoo.registry import Registry, nearest
@@ -6,20 +8,20 @@ from corrzoo.types import ZooError
 
 def test_register_get_and_list():
     things = Registry("thing", "list_things()")
-    things.register("one")(1)
+    things.add("one", 1)
     assert things["one"] == 1 and things.names() == ["one"] and "one" in things and "two" not in things
 
 
 def test_a_taken_name_raises():
     things = Registry("thing", "list_things()")
-    things.register("one")(1)
-    with pytest.raises(ZooError, match="thing 'one' is registered already"):
-        things.register("one")(2)
+    things.add("one", 1)
+    with pytest.raises(ZooError, match="thing 'one' is already registered"):
+        things.add("one", 2)
 
 
 def test_an_unknown_name_says_what_was_meant():
     things = Registry("thing", "list_things()")
-    things.register("dinov2_b14")(1)
+    things.add("dinov2_b14", 1)
     with pytest.raises(ZooError, match=r"unknown thing 'dinov2_b': did you mean 'dinov2_b14'\? see list_things\(\)"):
         things["dinov2_b"]
     with pytest.raises(ZooError, match="choose one of dinov2_b14"):
@@ -29,3 +31,38 @@ def test_an_unknown_name_says_what_was_meant():
 def test_nearest_does_not_mind_case():
     assert nearest("lpmflow", ["LPMFlow", "Baseline"]) == ": did you mean 'LPMFlow'?"
     assert nearest("qqqqqq", ["LPMFlow"]) == ""
+
+
+class Base:
+    def __init__(self, lr: float = 1.0, mode: Literal["a", "b"] = "a") -> None:
+        self.lr, self.mode = lr, mode
+
+
+class Thing(Base):
+    def __init__(self, where: str, depth: int = 3, **options: Any) -> None:
+        super().__init__(**options)
+        self.where, self.depth = where, depth
+
+
+def test_create_passes_options_of_the_class_and_of_its_bases():
+    things = Registry("thing", "list_things()")
+    assert things.register(Thing) is Thing and things.options("Thing") == ["depth", "lr", "mode"]
+    made = things.create("Thing", "here", depth=4, mode="b")
+    assert (made.where, made.depth, made.mode, made.lr) == ("here", 4, "b", 1.0)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"dept": 4}, r"thing 'Thing' has no option 'dept': did you mean 'depth'\?"),
+        ({"zzz": 4}, r"thing 'Thing' has no option 'zzz': choose one of depth, lr, mode"),
+        ({"depth": "six"}, r"thing 'Thing': .*depth.* Expected a <class 'int'>. Got value: six"),
+        ({"mode": "c"}, r"thing 'Thing': .*mode.* Got value: c"),
+    ],
+)
+def test_create_refuses_unknown_options_and_wrong_values(options, message):
+    things = Registry("thing", "list_things()")
+    things.register(Thing)
+    with pytest.raises(ZooError, match=message) as error:
+        things.create("Thing", "here", **options)
+    assert "\n" not in str(error.value)

@@ -15,17 +15,19 @@ _HOME = {
     "Record": "corrzoo.types",
     "ZooError": "corrzoo.types",
     "Matcher": "corrzoo.matcher",
-    "PCK": "corrzoo.metrics",
-    "score": "corrzoo.metrics",
+    "open_pair": "corrzoo.inference",
+    "match_images": "corrzoo.inference",
+    "PCK": "corrzoo.scoring.pck",
+    "score": "corrzoo.scoring.pck",
     "create_matcher": "corrzoo.heads",
     "list_heads": "corrzoo.heads",
     "create_backbone": "corrzoo.backbones",
     "list_backbones": "corrzoo.backbones",
     "create_dataset": "corrzoo.data",
     "list_datasets": "corrzoo.data",
-    "load": "corrzoo.checkpoints",
-    "save": "corrzoo.checkpoints",
-    "load_official": "corrzoo.official",
+    "load": "corrzoo.store.checkpoints",
+    "save": "corrzoo.store.checkpoints",
+    "load_official": "corrzoo.store.official",
 }
 
 __all__ = sorted(_HOME)
@@ -38,9 +40,9 @@ if TYPE_CHECKING:
     from corrzoo.heads import create_matcher as create_matcher
     from corrzoo.heads import list_heads as list_heads
     from corrzoo.matcher import Matcher as Matcher
-    from corrzoo.metrics import PCK as PCK
-    from corrzoo.metrics import score as score
-    from corrzoo.official import load_official as load_official
+    from corrzoo.scoring.pck import PCK as PCK
+    from corrzoo.scoring.pck import score as score
+    from corrzoo.store.official import load_official as load_official
     from corrzoo.types import Features as Features
     from corrzoo.types import Match as Match
     from corrzoo.types import Pair as Pair

@@ -1,5 +1,36 @@
-"""`python -m corrzoo` is the command line."""
+"""The command line: `lightning`, `corrzoo` and `python -m corrzoo`."""
 
-from corrzoo.commands import main
+import importlib
+import os
+import sys
 
-main()
+from corrzoo.commands import COMMANDS
+from corrzoo.errors import ZooError
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a command of `COMMANDS`, and whatever else through LightningCLI.
+
+    Args:
+        args: The command line; that of the process when not given.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(
+            os.getcwd()
+        )  # scripts do not look there for plugins; last, so that no file's name hides a module
+    said = list(sys.argv[1:] if args is None else args)
+    if not said or said[0] not in COMMANDS:
+        from corrzoo.cli import main as lightning
+
+        return lightning(args)
+    module, function = COMMANDS[said[0]][0].split(":")
+    try:
+        getattr(importlib.import_module(module), function)(said[1:])
+    except ZooError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:  # a file that cannot be read, a full disk
+        sys.exit(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
+
+
+if __name__ == "__main__":
+    main()

@@ -14,12 +14,12 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from corrzoo import commands
-from corrzoo.checkpoints import read_checkpoint
+from corrzoo.callbacks.resume import Checkpoints, Stopped, WholeFiles
 from corrzoo.data.module import PairsDataModule
-from corrzoo.heads import list_heads, options_of
+from corrzoo.heads import HEADS, list_heads
 from corrzoo.matcher import Matcher
 from corrzoo.registry import import_plugins, nearest
-from corrzoo.resume import Checkpoints, Stopped, WholeFiles
+from corrzoo.store.checkpoints import read_checkpoint
 from corrzoo.types import ZooError
 
 
@@ -54,7 +54,7 @@ class ZooCLI(LightningCLI):
     """
 
     training_options: ClassVar[frozenset[str]] = frozenset(
-        "weights low_weights sha256 finetune lr backbone_lr optimizer weight_decay schedule milestones gamma".split()
+        "weights low_weights finetune lr backbone_lr optimizer weight_decay schedule milestones gamma".split()
     )
     """Options that mean nothing once a model is only evaluated."""
 
@@ -120,7 +120,7 @@ class ZooCLI(LightningCLI):
         if (asked := config.model.class_path.rsplit(".", 1)[-1]) != head:
             raise ZooError(f"{path} holds a {head}, but the command asks for a {asked}: give --model {head}")
         said = self.asked.as_dict().get("model", {}).get("init_args", {})
-        free = options_of(head).evaluation_options
+        free = HEADS[head].evaluation_options
         ignored = self.training_options if self.config.subcommand != "fit" else frozenset()
         differing = [k for k in said if k in saved and k not in free | ignored and not _same(said[k], saved[k])]
         if differing:
@@ -170,7 +170,7 @@ class ZooCLI(LightningCLI):
 
 def explain(message: str, parser: LightningArgumentParser) -> str:
     """What a parser's error comes down to, in one line, with the nearest valid name."""
-    options = {a.dest for a in parser._actions} | {f"model.{o}" for h in list_heads() for o in options_of(h).names}
+    options = {a.dest for a in parser._actions} | {f"model.{o}" for h in list_heads() for o in HEADS.options(h)}
     if found := re.search(r"Option '(\S+?)' is not accepted", message):
         name = found[1]
         names = {o.rsplit(".", 1)[-1]: o for o in options}
@@ -230,7 +230,7 @@ def _logged_in_to_wandb() -> bool:
 
 
 def main(args: ArgsType = None) -> None:
-    """What `commands.main` runs when it is none of its own commands."""
+    """What `__main__.main` runs when it is none of its own commands."""
     try:
         ZooCLI(args)
     except Stopped as stopped:
@@ -251,8 +251,8 @@ def _one_line(error: Exception) -> str:
         return f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
     if "DataLoader worker" in str(error):
         return (
-            f"{str(error).splitlines()[0]} Mostly that is memory: give fewer --data.workers or less --data.cache_mb, "
-            "and go on with --ckpt_path last"
+            f"{str(error).splitlines()[0]} Mostly that is memory: give fewer --data.num_workers or less "
+            "--data.cache_mb, and go on with --ckpt_path last"
         )
     raise error
 

@@ -61,9 +61,21 @@ def sample(maps: Tensor, points: Tensor, image: Size) -> Tensor:
     return out.squeeze(2).transpose(1, 2)
 
 
+def cosine_maps(src: Tensor, trg: Tensor, points: Tensor, image: Size) -> Tensor:
+    """(B, n, h, w) cosines of source features (B, C, h', w') at points (B, n, 2) with target features (B, C, h, w)."""
+    rows = F.normalize(sample(src, points, image), dim=2)
+    return torch.einsum("bnc,bchw->bnhw", rows, F.normalize(trg, dim=1))
+
+
 def transfer(points: Tensor, flow: Tensor, image: Size) -> Tensor:
     """Where a flow takes source points: (B, n, 2) in pixels of the (H, W) network image -> (B, n, 2) likewise."""
     return points + sample(flow, points, image).to(points.dtype)
+
+
+def cells_to_pixels(cells: Tensor, grid: Size, image: Size) -> Tensor:
+    """Positions or displacements (..., 2) in cells of a (h, w) grid -> pixels of the (H, W) image it covers."""
+    x, y = cells.unbind(-1)
+    return torch.stack([x * (image[1] / grid[1]), y * (image[0] / grid[0])], dim=-1)
 
 
 def points_to_flow(points: Tensor, grid: Size, image: Size) -> Tensor:

@@ -1,7 +1,6 @@
 """Image files to uint8 tensors at network size, and a bounded memory of them."""
 
 import struct
-from collections import OrderedDict
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from corrzoo.files import LRU
 from corrzoo.geometry import Size
 from corrzoo.types import ZooError
 
@@ -105,27 +105,23 @@ def to_tensor(image: Image.Image, size: Size) -> Tensor:
 
 
 class ImageMemory:
-    """Tensors by number, of which the least recently used are dropped; each process has its own.
+    """Tensors by number; the least recently used are dropped, and each process has its own.
 
     Args:
-        megabytes: Limit in MiB; 0 remembers nothing.
+        megabytes: Limit in MiB; 0 keeps nothing.
     """
 
     def __init__(self, megabytes: float) -> None:
-        self.limit, self.used = int(megabytes * 2**20), 0
-        self._items: OrderedDict[int, Tensor] = OrderedDict()
+        self.megabytes = megabytes
+        self._items: LRU[int, Tensor] = LRU(int(megabytes * 2**20), lambda tensor: tensor.nbytes)
 
     def get(self, number: int, make: Callable[[], Tensor]) -> Tensor:
-        """A copy of tensor `number`, which `make` provides when it is not remembered."""
-        if number not in self._items:
-            tensor = self._items[number] = make()
-            self.used += tensor.nbytes
-        tensor = self._items[number]
-        self._items.move_to_end(number)
-        while self.used > self.limit:
-            self.used -= self._items.popitem(last=False)[1].nbytes
+        """A copy of tensor `number`, which `make` provides if it is not kept."""
+        tensor = self._items.get(number)
+        if tensor is None:
+            self._items.put(number, tensor := make())
         return tensor.clone()
 
-    def __getstate__(self) -> dict[str, object]:
+    def __reduce__(self) -> tuple[type["ImageMemory"], tuple[float]]:
         """A worker that is started with a copy of the dataset begins with an empty memory."""
-        return {"limit": self.limit, "used": 0, "_items": OrderedDict()}
+        return ImageMemory, (self.megabytes,)

@@ -1,27 +1,30 @@
-"""Names to things: one decorator, one dict, and errors that say what was meant."""
+"""Registries: names of heads, backbones, datasets, augmentations and protocols, and errors that suggest the nearest."""
 
 import difflib
 import importlib
-from collections.abc import Callable, Iterable
-from typing import Generic, TypeVar
+import inspect
+import re
+from argparse import ArgumentError
+from collections.abc import Iterable
+from typing import Any, Generic, TypeVar
 
-from corrzoo.types import ZooError
+from corrzoo.errors import ZooError
 
 T = TypeVar("T")
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
-    """': did you mean ...?' with the closest of `options`, or an empty string when none is close."""
+    """': did you mean ...?' with the closest of `options`, or an empty string if none is close."""
     by_lower = {option.lower(): option for option in options}
     close = difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.5)
     return f": did you mean {by_lower[close[0]]!r}?" if close else ""
 
 
 class Registry(Generic[T]):
-    """A dict of registered things of one kind.
+    """Registered things of one kind, by name.
 
     Args:
-        kind: What the things are called in errors, such as "backbone".
+        kind: What one of them is called in errors, such as "backbone".
         listing: The public function that lists them, such as "list_backbones()".
     """
 
@@ -29,24 +32,46 @@ class Registry(Generic[T]):
         self.kind, self.listing = kind, listing
         self._things: dict[str, T] = {}
 
-    def register(self, name: str) -> Callable[[T], T]:
-        """Decorator: make the decorated thing known as `name`.
+    def register(self, thing: T) -> T:
+        """Class decorator: register a class under its `name`, or under its class name if it has none.
 
         Raises:
-            ZooError: when the name is taken.
+            ZooError: if the name is taken.
         """
+        return self.add(getattr(thing, "name", None) or thing.__name__, thing)  # type: ignore[attr-defined]
 
-        def add(thing: T) -> T:
-            if name in self._things:
-                raise ZooError(f"{self.kind} {name!r} is registered already, choose another name")
-            self._things[name] = thing
-            return thing
+    def add(self, name: str, thing: T) -> T:
+        """Register `thing` under `name`.
 
-        return add
+        Raises:
+            ZooError: if the name is taken.
+        """
+        if name in self._things:
+            raise ZooError(f"{self.kind} {name!r} is already registered: choose another name")
+        self._things[name] = thing
+        return thing
+
+    def create(self, name: str, *args: Any, **options: Any) -> Any:
+        """An instance of the registered class: its `__init__` with `args` and checked options.
+
+        Args:
+            name: A registered name.
+            *args: Passed on as they are.
+            **options: Keyword arguments; their names and values must fit the annotations of `__init__`.
+
+        Raises:
+            ZooError: if the name or an option is unknown, or a value has the wrong type.
+        """
+        thing: Any = self[name]
+        return thing(*args, **_checked(f"{self.kind} {name!r}", thing, options))
+
+    def options(self, name: str) -> list[str]:
+        """Names of all options of a registered class, base classes included."""
+        return list(_parser(self[name]).get_defaults().keys())
 
     def __getitem__(self, name: str) -> T:
         if name not in self._things:
-            hint = nearest(name, self._things) or f": choose one of {', '.join(sorted(self._things))}"
+            hint = nearest(name, self._things) or f": choose one of {', '.join(sorted(self._things))};"
             raise ZooError(f"unknown {self.kind} {name!r}{hint} see {self.listing}")
         return self._things[name]
 
@@ -59,16 +84,16 @@ class Registry(Generic[T]):
 
 
 def import_plugins(names: str | list[str]) -> list[str]:
-    """Import modules that register heads, backbones or datasets of their own.
+    """Import modules that register heads, backbones or datasets.
 
     Args:
-        names: One module, or several: with commas between them, or a list.
+        names: Module names: a list, or a string with commas between them.
 
     Returns:
-        The names, one by one.
+        The names as a list.
 
     Raises:
-        ZooError: when a module, or another that it imports, is not found.
+        ZooError: if a module, or a module that it imports, is not found.
     """
     listed = [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
     for name in listed:
@@ -80,3 +105,32 @@ def import_plugins(names: str | list[str]) -> list[str]:
             where = "in the working folder, on PYTHONPATH, or installed"
             raise ZooError(f"there is no plugin {name!r}: expected the name of a module {where}") from error
     return listed
+
+
+def _parser(cls: Any) -> Any:
+    """A parser of the optional arguments of a class, read from its signature and those of its bases."""
+    from jsonargparse import ArgumentParser  # here, as `import corrzoo.ops` needs torch alone
+
+    required = {p.name for p in inspect.signature(cls).parameters.values() if p.default is p.empty}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, skip=required, fail_untyped=False)
+    return parser
+
+
+def _checked(what: str, cls: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The options with their values as jsonargparse reads them."""
+    parser = _parser(cls)
+    known = list(parser.get_defaults().keys())
+    for name in options.keys() - known:
+        hint = nearest(name, known) or f": choose one of {', '.join(sorted(known))}"
+        raise ZooError(f"{what} has no option {name!r}{hint}")
+    functions = {name: value for name, value in options.items() if callable(value)}  # not values of a command line
+    plain = {name: value for name, value in options.items() if name not in functions}
+    try:
+        return functions | parser.parse_object(plain, defaults=False).as_dict()
+    except ArgumentError as error:
+        message = " ".join(str(error).split())
+        value = message.rsplit(": ", 1)[-1]
+        choices = re.findall(r"'(\w+)'", " ".join(re.findall(r"Literal\[(.*?)\]", message)))
+        hint = nearest(value, choices) or (f": expected one of {', '.join(dict.fromkeys(choices))}" if choices else "")
+        raise ZooError(f"{what}: {message}{hint}") from error

@@ -6,7 +6,7 @@ frozen dataclasses for what is only read.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -49,10 +49,14 @@ class Record:
     """(m, 2) float64 outline of the object (Caltech-101, which has no keypoints): its vertices have no partners."""
     trg_polygon: Tensor | None = None
     """(m', 2) float64."""
+    kps_ids: Tensor | None = None
+    """(n,) int64: the part that each keypoint marks, as the dataset numbers its parts; None if unknown."""
 
 
 EVERYWHERE = torch.ones(1, 1)
 """The mask of an object that may be anywhere in its image."""
+UNKNOWN = torch.tensor([-1])
+"""Keypoint ids when none is known; broadcasts to any number of keypoints."""
 
 
 class Pair(NamedTuple):
@@ -94,6 +98,10 @@ class Pair(NamedTuple):
     """(B, h, w) float in [0, 1], laid over the image: where the object is; one cell of 1 where there is no mask."""
     trg_mask: Tensor = EVERYWHERE
     """(B, h, w), like src_mask."""
+    kps_ids: Tensor = UNKNOWN
+    """(B, K) int64: the part that each keypoint marks in both images; -1 if unknown, and where kps_mask is False."""
+    mirror_ids: Tensor = UNKNOWN
+    """(B, K) int64: kps_ids once both images are mirrored, as a left eye is then a right eye; -1 if unknown."""
 
     def swapped(self) -> "Pair":
         """The same pairs asked the other way round: what was target is queried, what was source is answered."""
@@ -111,6 +119,15 @@ class Features(NamedTuple):
     cls: Tensor | None = None
     """(B, C) class token of the last level; None when the backbone has none."""
 
+    def halves(self) -> "tuple[Features, Features]":
+        """Source and target features that were computed as one batch."""
+        half = len(self.image) // 2
+        src_cls, trg_cls = (None, None) if self.cls is None else (self.cls[:half], self.cls[half:])
+        return (
+            Features(self.image[:half], [level[:half] for level in self.maps], src_cls),
+            Features(self.image[half:], [level[half:] for level in self.maps], trg_cls),
+        )
+
 
 class Match(NamedTuple):
     """What a matching head answers."""
@@ -121,6 +138,23 @@ class Match(NamedTuple):
     """(B, h*w, h'*w') scores of every source cell against every target cell, when the head keeps them."""
     extras: dict[str, Tensor] = {}  # noqa: RUF012 - a NamedTuple default; nobody writes into it
     """Whatever else the head's own loss needs."""
+
+
+class PointMatcher(Protocol):
+    """What evaluation and inference need of a model; `matcher.Matcher` is one."""
+
+    backbone: Any
+
+    @property
+    def device(self) -> Any: ...
+
+    def features(self, pair: Pair) -> tuple[Features, Features]: ...
+
+    def prepare(self, features: Features) -> Features: ...
+
+    def match(self, src: Features, trg: Features) -> Match: ...
+
+    def match_points(self, src: Features, trg: Features, points: Tensor) -> Tensor: ...
 
 
 def as_points(points: object) -> Tensor:

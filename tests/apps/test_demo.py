@@ -22,7 +22,7 @@ CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 def parts():
     """A small matcher and a drawn image."""
     torch.manual_seed(0)
-    matcher = corrzoo.create_matcher("Baseline", "timm/test_vit.r160_in1k", "random", stride=8, query="features")
+    matcher = corrzoo.create_matcher("Baseline", "timm/test_vit.r160_in1k", "random", stride=8, point_query="features")
     matcher.image_size = 96
     return matcher, demo.drawn_pair()[0]
 

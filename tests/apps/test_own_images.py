@@ -14,7 +14,8 @@ import yaml
 from PIL import Image
 
 import corrzoo
-from corrzoo import apps, commands
+from corrzoo import apps
+from corrzoo.__main__ import COMMANDS, main
 
 CONFIGS = Path(__file__).resolve().parents[2] / "zoo_configs"
 TINY = ["--backbone=timm/test_vit.r160_in1k", "--weights=random", "--size=96"]
@@ -31,7 +32,7 @@ def pair(tmp_path, monkeypatch):
 
 def match(*args):
     torch.manual_seed(0)
-    commands.main(["match", *args])
+    main(["match", *args])
 
 
 def failing(*args):
@@ -107,7 +108,7 @@ def test_the_untrained_model_is_that_of_the_readme_with_what_scores_best():
     options = config["model"]["init_args"]
     assert options.pop("backbone") == apps.BACKBONE and options.pop("weights") == "pretrained"
     assert options | {"mutual": True} == apps.ZERO_SHOT | apps.ZERO_SHOT_LITE0
-    assert config["data"]["size"] == apps.SIZE
+    assert config["data"]["image_size"] == apps.SIZE
 
 
 OFFLINE = pytest.mark.skipif(
@@ -129,9 +130,9 @@ def test_the_lines_of_the_readme_run_as_they_stand():
     shell, python = (section.split(f"```{language}\n")[1].split("```")[0] for language in ("bash", "python"))
     for line in shell.splitlines():
         name, *args = shlex.split(line)
-        assert name == "corrzoo" and args[0] in commands.COMMANDS
+        assert name == "corrzoo" and args[0] in COMMANDS
         if args[0] != "demo":  # which would wait for a click
-            commands.main(args)
+            main(args)
     assert Path("pair/matches.csv").exists() and Path("matches/flow.flo").exists()
     corrzoo.save(corrzoo.create_matcher("Baseline", "timm/test_vit.r160_in1k", "random"), "saved")
     exec(python.replace("runs/<run>/checkpoints/best.ckpt", "saved"), {})

@@ -124,7 +124,7 @@ class TestForward:
 
     @pytest.mark.parametrize("size", [(64, 65), (100, 64), (24, 16)])
     def test_size_that_the_patch_does_not_divide(self, size):
-        with pytest.raises(ZooError, match=rf"patch of 16, got {size[0]}x{size[1]}.*nearest are .*resize=True"):
+        with pytest.raises(ZooError, match=rf"patch of 16, got {size[0]}x{size[1]}.*nearest are .*backbone_size=True"):
             tiny()(torch.randn(1, 3, *size))
 
     def test_nearest_sizes_are_named(self):
@@ -136,18 +136,18 @@ class TestForward:
             tiny(RESNET)(torch.randn(1, 3, 31, 64))
 
     def test_resize_to_the_nearest_multiple(self):
-        out = tiny(resize=True)(torch.randn(1, 3, 100, 9))
+        out = tiny(backbone_size=True)(torch.randn(1, 3, 100, 9))
         assert out.image.shape[2:] == (100, 9)
         assert out.maps[0].shape[2:] == (6, 1)
 
     def test_resize_to_a_side(self):
         image = torch.randn(1, 3, 128, 96)
         small = F.interpolate(image, (64, 64), mode="bilinear", align_corners=False)
-        out = tiny(resize=64)(image)
+        out = tiny(backbone_size=64)(image)
         assert out.image is image
         assert torch.equal(out.maps[0], tiny()(small).maps[0])
-        with pytest.raises(ZooError, match="resize=65 is no multiple"):
-            tiny(resize=65)
+        with pytest.raises(ZooError, match="backbone_size=65 is no multiple"):
+            tiny(backbone_size=65)
 
 
 class TestLevels:
@@ -283,7 +283,7 @@ def test_ibot_reproduces_the_authors_tokens(shared):
     closed_form = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(closed_form)
     golden = np.load(shared / "golden" / "actr_f32.npz")
-    backbone = create_backbone("ibot_b16", weights="random", finetune="none", resize=256)
+    backbone = create_backbone("ibot_b16", weights="random", finetune="none", backbone_size=256)
     state = backbone.trunk.model.state_dict()
     filled = {key: closed_form.value(f"feature_extraction.backbone.{key}", v.shape) for key, v in state.items()}
     backbone.trunk.model.load_state_dict(filled)

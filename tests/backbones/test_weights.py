@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import hashlib
 import importlib.util
 import pickle
 import socket
@@ -18,7 +17,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from corrzoo.backbones import Backbone, create_backbone, get_spec
 from corrzoo.backbones import weights as module
-from corrzoo.backbones.registry import build_model
+from corrzoo.backbones.specs import build_model
 from corrzoo.types import ZooError
 
 VIT, RESNET = "timm/test_vit", "timm/test_resnet"
@@ -191,13 +190,6 @@ class TestRefusals:
     def test_what_makes_converters_stumble_is_named(self, content, tmp_path):
         with pytest.raises(ZooError, match=r"odd\.pth does not fit backbone timm/test_vit"):
             create_backbone(VIT, saved(content, tmp_path / "odd.pth"))
-
-    def test_sha256(self, state, tmp_path):
-        file = saved(state, tmp_path / "w.pth")
-        digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
-        assert_loaded(create_backbone(VIT, file, sha256=digest.upper()), state)
-        with pytest.raises(ZooError, match=f"has sha256 {digest}, expected 1234"):
-            create_backbone(VIT, file, sha256="1234")
 
     def test_no_such_file(self):
         with pytest.raises(ZooError, match=r"weights 'pretraned' of timm/test_vit: .* did you mean 'pretrained'"):

@@ -19,9 +19,9 @@ import study  # noqa: E402
 import study_tables  # noqa: E402
 from corrzoo.cli import main  # noqa: E402
 from corrzoo.data.pairs import DATASETS  # noqa: E402
-from corrzoo.data.pfwillow import CATEGORIES  # noqa: E402
-from corrzoo.data.synthetic import SyntheticPairs  # noqa: E402
-from corrzoo.data.warps import SyntheticWarps  # noqa: E402
+from corrzoo.data.readers.pfwillow import CATEGORIES  # noqa: E402
+from corrzoo.data.synthetic.pairs import SyntheticPairs  # noqa: E402
+from corrzoo.data.synthetic.warps import SyntheticWarps  # noqa: E402
 from corrzoo.types import ZooError  # noqa: E402
 
 
@@ -100,7 +100,7 @@ def test_every_head_reads_the_same_frozen_features_and_learns_as_long(head, caps
         config = yaml.safe_load(capsys.readouterr().out)
         model, data = config["model"]["init_args"], config["data"]
         assert (model["finetune"], model["weights"], model["lr"]) == ("none", study.FEATURES, 1e-3)
-        assert data["batch_size"] * config["trainer"]["max_epochs"] == 8 and data["size"] == 96
+        assert data["batch_size"] * config["trainer"]["max_epochs"] == 8 and data["image_size"] == 96
         assert "options" not in data or not data["options"]  # `drawings` has them
 
 
@@ -128,7 +128,7 @@ def test_every_ablation_of_the_study_has_its_file():
 
 
 def test_the_study_runs_and_does_not_run_again(tmp_path, monkeypatch, capsys):
-    tiny = ("--data.size=64", "--data.batch_size=4", "--model.levels=[blocks.2.1]")
+    tiny = ("--data.image_size=64", "--data.batch_size=4", "--model.levels=[blocks.2.1]")
     short = ("--trainer.max_steps=1", "--trainer.limit_test_batches=1")
     drawn = {"test": 400, "val": 200}
     for name, value in {"RESULTS": tmp_path / "results", "RUNS": tmp_path / "runs"}.items():

@@ -5,7 +5,9 @@ Each writer returns what it wrote, as plain Python, for tests to compare with.
 """
 
 import csv
+import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -237,6 +239,81 @@ def write_caltech(root: Path) -> list[tuple[list[list[float]], list[list[float]]
     header = ["source", "target", "class", "XA", "YA", "XB", "YB"]
     _write_csv(home / "test_pairs_caltech_with_category.csv", header, rows)
     return outlines
+
+
+def write_cub(
+    root: Path,
+    species: Iterable[int] = (1, 2, 3, 5, 10, 11, 22),
+    images: int = 6,
+    side: int | None = None,
+    share: float = 0.7,
+) -> Path:
+    """CUB-200-2011 with some images of some species, and each part visible in a share of them. Returns its folder.
+
+    Images have sides of 64 to 96 pixels if `side` is not given, and red squares at their visible parts.
+    """
+    home, random, number = root / "CUB_200_2011", np.random.default_rng(0), 1
+    (home / "parts").mkdir(parents=True)
+    rows: dict[str, list[str]] = {name: [] for name in CUB_FILES}
+    for n in species:
+        for k in range(images):
+            number += 2  # a partial copy keeps the ids of the whole dataset
+            name = f"{n:03d}.Bird_{n}/Bird_{n}_{k:04d}_{number}.jpg"
+            w, h = (side, side) if side else random.integers(64, 97, 2).tolist()
+            parts = np.column_stack([random.integers(8, w - 8, 15), random.integers(8, h - 8, 15)]).astype(float)
+            visible = random.random(15) < share
+            draw(home / "images" / name, (w, h), parts[visible])
+            rows["images.txt"].append(f"{number} {name}")
+            rows["image_class_labels.txt"].append(f"{number} {n}")
+            rows["bounding_boxes.txt"].append(f"{number} 1.0 2.5 {w - 4}.0 {h - 5}.25")
+            for part, ((x, y), seen) in enumerate(zip(parts.tolist(), visible, strict=True), 1):
+                rows["parts/part_locs.txt"].append(
+                    f"{number} {part} {x} {y} 1" if seen else f"{number} {part} 0.0 0.0 0"
+                )
+    for name, lines in rows.items():
+        (home / name).write_text("\n".join(lines) + "\n")
+    return home
+
+
+CUB_FILES = ("images.txt", "image_class_labels.txt", "bounding_boxes.txt", "parts/part_locs.txt")
+
+
+def read_cub(home: Path) -> dict[int, dict]:
+    """Plain reading of a copy of CUB-200-2011: name, split, box and visible parts by image id, images on disk only."""
+    found: dict[int, dict] = {}
+    lines = {name: (home / name).read_text("utf-8", "replace").split("\n") for name in CUB_FILES}
+    cells = {name: [line.split() for line in lines[name] if line.strip()] for name in CUB_FILES}
+    for line in lines["images.txt"]:
+        if line:
+            image, name = line.split(" ", 1)
+            found[int(image)] = {"name": name, "parts": {}}
+    for image, species in cells["image_class_labels.txt"]:
+        n = float(species)
+        found[int(float(image))]["split"] = "test" if n % 5 == 0 else "val" if n % 10 == 1 else "trn"
+    for image, *box in cells["bounding_boxes.txt"]:
+        x, y, w, h = map(float, box)
+        found[int(float(image))]["box"] = [x, y, x + w, y + h]
+    for image, part, x, y, seen in cells["parts/part_locs.txt"]:
+        if float(seen) == 1:
+            found[int(float(image))]["parts"][int(float(part))] = [float(x), float(y)]
+    return {image: it for image, it in found.items() if os.path.isfile(home / "images" / it["name"])}
+
+
+def cub_pairs(images: dict[int, dict], split: str, length: int) -> list[tuple[int, int]]:
+    """The rule for pairs in plain loops: ids of source and target."""
+    ids = sorted(image for image, it in images.items() if it["split"] == split and len(it["parts"]) >= 5)
+    pairs: list[tuple[int, int]] = []
+    drawn: set[tuple[int, int]] = set()
+    k = 0
+    while len(pairs) < length:
+        digests = [hashlib.sha256(bytes(f"{split}:{i}", "ascii")).hexdigest() for i in (2 * k, 2 * k + 1)]
+        a, b = (ids[int(digest[:16], 16) % len(ids)] for digest in digests)
+        common = [part for part in range(1, 16) if part in images[a]["parts"] and part in images[b]["parts"]]
+        if a != b and len(common) >= 5 and (min(a, b), max(a, b)) not in drawn:
+            drawn.add((min(a, b), max(a, b)))
+            pairs.append((a, b))
+        k += 1
+    return pairs
 
 
 def _write_csv(path: Path, header: list, rows: list[list]) -> None:

@@ -1,5 +1,6 @@
 """Downloads against a server on the loopback that cuts connections, lies and serves malicious archives."""
 
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -13,9 +14,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from fixtures import write_cub
 
+from corrzoo.data import create_dataset
 from corrzoo.data import download as module
-from corrzoo.data.download import SOURCES, Part, download, extract
+from corrzoo.data.download import SOURCES, TERMS, Part, download, extract
 from corrzoo.types import ZooError
 
 
@@ -104,6 +107,38 @@ def test_a_dataset_appears_whole(toy: Server, tmp_path: Path) -> None:
     assert [note["file"] for note in notes] == ["toy.tar.gz", "trn.csv"]
     assert notes[1]["sha256"] == hashlib.sha256(b"a,a\n").hexdigest() and notes[1]["bytes"] == 4
     assert [path.name for path in folder.parent.iterdir()] == ["TOY"]
+
+
+def test_terms_of_use_are_printed_before_the_download(
+    toy: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(TERMS, "toy", "for tests only")
+    toy.kind = "text/html"
+    with pytest.raises(ZooError):
+        download("toy", tmp_path)
+    assert capsys.readouterr().out.startswith("TOY: for tests only\n")
+    toy.kind = "application/octet-stream"
+    download("toy", tmp_path)
+    capsys.readouterr()
+    download("toy", tmp_path)  # is there already
+    assert capsys.readouterr().out == ""
+    assert TERMS["cub"].startswith("non-commercial research and education") and set(TERMS) <= {*SOURCES}
+
+
+def test_the_archive_of_cub_unpacks_to_its_folder(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = write_cub(tmp_path / "made")
+    files = {f"CUB_200_2011/{path.relative_to(home)}": path.read_bytes() for path in home.rglob("*") if path.is_file()}
+    content = server.files["/CUB_200_2011.tgz"] = tar({"attributes.txt": b"1 has_bill_shape::curved"} | files)
+    folder, (official,) = SOURCES["cub"]
+    assert official.checksum.startswith("md5:") and official.url.endswith("/CUB_200_2011.tgz")
+    checksum = f"md5:{hashlib.md5(content).hexdigest()}"
+    part = dataclasses.replace(official, url=f"{server.url}/CUB_200_2011.tgz", checksum=checksum)
+    monkeypatch.setitem(SOURCES, "cub", (folder, [part]))
+    download("cub", tmp_path / "root")
+    made, found = (create_dataset("cub", tmp_path / name, "val", length=5) for name in ("made", "root"))
+    assert found.fingerprint() == made.fingerprint() and found.title == "cub (7 species)"
 
 
 def test_what_is_there_is_not_fetched_again(toy: Server, tmp_path: Path) -> None:
@@ -290,4 +325,4 @@ def test_every_source_is_complete() -> None:
         assert folder and len({part.file for part in parts}) == len(parts)
         for part in parts:
             assert part.url.startswith("https://")
-            assert part.file.endswith((".csv", ".zip", ".tar", ".tar.gz"))
+            assert part.file.endswith((".csv", ".zip", ".tar", ".tar.gz", ".tgz"))

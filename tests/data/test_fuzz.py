@@ -16,7 +16,16 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.io
-from fixtures import write_caltech, write_pfpascal, write_pfwillow, write_spair
+from fixtures import (
+    CUB_FILES,
+    cub_pairs,
+    read_cub,
+    write_caltech,
+    write_cub,
+    write_pfpascal,
+    write_pfwillow,
+    write_spair,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -62,10 +71,10 @@ def damaged(data: bytes, change: tuple[float, int, bytes]) -> bytes:
     return data[:where] + new + data[where + gone :]
 
 
-def records(name: str, root: Path, split: str) -> list | None:
+def records(name: str, root: Path, split: str, **options: Any) -> list | None:
     """What the reader gives; None when it refuses by naming a file in one line."""
     try:
-        dataset = create_dataset(name, root, split)
+        dataset = create_dataset(name, root, split, **options)
         return [dataset.record(i) for i in range(len(dataset))]
     except ZooError as error:
         assert str(root) in str(error) and "\n" not in str(error)
@@ -209,6 +218,47 @@ def test_matlab_annotations(
         expected = scipy.io.loadmat(path, variable_names=["pts_coord"])["pts_coord"].T
         kept = [r.src_kps.numpy() for r in found if r.src_path == path.with_suffix(".png")]
         assert all(np.array_equal(kps, expected) for kps in kept) and kept
+
+
+@pytest.fixture
+def cub(tmp_path: Path) -> tuple[Path, dict[str, bytes]]:
+    """A copy of CUB-200-2011, and the content of its files."""
+    home = write_cub(tmp_path, species=[1, 2, 21], images=4)
+    return home, {name: (home / name).read_bytes() for name in CUB_FILES}
+
+
+def check_cub(home: Path, whole: dict[str, bytes], name: str, content: bytes) -> None:
+    for file, original in whole.items():
+        (home / file).write_bytes(content if file == name else original)
+    os.utime(home / name, ns=(0, next(CLOCK)))
+    if (found := records("cub", home.parent, "val", length=5)) is None:
+        return
+    images = read_cub(home)
+    for record, pair in zip(found, cub_pairs(images, "val", 5), strict=True):
+        for side, number in zip(("src", "trg"), pair, strict=True):
+            parts, path = images[number]["parts"], home / "images" / images[number]["name"]
+            assert (
+                getattr(record, f"{side}_path") == path
+                and getattr(record, f"{side}_box").tolist() == images[number]["box"]
+            )
+            assert getattr(record, f"{side}_kps").tolist() == [parts[k] for k in record.kps_ids.tolist()]
+
+
+@fuzz(200)
+@given(name=st.sampled_from(CUB_FILES), row=st.integers(0, 200), column=st.integers(0, 4), cell=CELLS | NAMES)
+def test_cells_of_cub(cub: tuple[Path, dict[str, bytes]], name: str, row: int, column: int, cell: str) -> None:
+    home, whole = cub
+    rows = [line.split(" ") for line in whole[name].decode().splitlines()]
+    cells = rows[row % len(rows)]
+    cells[column % len(cells)] = cell
+    check_cub(home, whole, name, "\n".join(map(" ".join, rows)).encode())
+
+
+@fuzz(200)
+@given(name=st.sampled_from(CUB_FILES), change=BYTES)
+def test_bytes_of_cub(cub: tuple[Path, dict[str, bytes]], name: str, change: tuple[float, int, bytes]) -> None:
+    home, whole = cub
+    check_cub(home, whole, name, damaged(whole[name], change))
 
 
 @fuzz(150)

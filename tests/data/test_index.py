@@ -2,16 +2,19 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
-from fixtures import write_caltech, write_pfpascal, write_pfwillow, write_spair
+from fixtures import write_ap10k, write_caltech, write_cub, write_pfpascal, write_pfwillow, write_spair
 from torch.utils.data import DataLoader
 
-from corrzoo.data import create_dataset, index, spair
+from corrzoo.data import create_dataset, index
 from corrzoo.data.index import cache_folder
 from corrzoo.data.pairs import FolderDataset
+from corrzoo.data.readers import spair
 from corrzoo.types import ZooError
 
 
@@ -46,11 +49,18 @@ def test_parsed_once_and_the_same_from_the_cache(tmp_path: Path, parses: list[st
 
 
 @pytest.mark.parametrize(
-    "write, name", [(write_pfpascal, "pfpascal"), (write_pfwillow, "pfwillow"), (write_caltech, "caltech101")]
+    "write, name, options",
+    [
+        (write_pfpascal, "pfpascal", {}),
+        (write_pfwillow, "pfwillow", {}),
+        (write_caltech, "caltech101", {}),
+        (write_ap10k, "ap10k", {}),
+        (write_cub, "cub", {"length": 20}),
+    ],
 )
-def test_every_reader_survives_its_cache(tmp_path: Path, write: object, name: str) -> None:
+def test_every_reader_survives_its_cache(tmp_path: Path, write: Callable, name: str, options: dict) -> None:
     write(tmp_path)
-    first, second = (create_dataset(name, tmp_path, "test") for _ in range(2))
+    first, second = (create_dataset(name, tmp_path, "test", **options) for _ in range(2))
     assert [repr(first.record(i)) for i in range(len(first))] == [repr(second.record(i)) for i in range(len(second))]
 
 
@@ -212,8 +222,8 @@ def test_a_damaged_cache_is_made_anew_with_a_warning(tmp_path: Path, parses: lis
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_spair(tmp_path)
 
-    def savez(path: Path, **_: object) -> None:
-        Path(path).write_bytes(b"half")
+    def savez(file: IO[bytes], **_: object) -> None:
+        file.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(index.np, "savez", savez)

@@ -14,7 +14,7 @@ FEW = {"synthetic": {"length": {"trn": 8, "val": 5, "test": 7}}}
 
 def module(**options):
     return PairsDataModule(
-        train="synthetic", test=["synthetic"], size=48, batch_size=4, workers=0, options=FEW, **options
+        train="synthetic", test=["synthetic"], image_size=48, batch_size=4, num_workers=0, options=FEW, **options
     )
 
 
@@ -38,7 +38,7 @@ def test_training_pairs_are_shuffled_and_test_pairs_are_not():
 
 
 def test_a_size_of_two_numbers_is_height_and_width():
-    data = PairsDataModule(train="synthetic", size=[48, 64], workers=0, batch_size=2, options=FEW)
+    data = PairsDataModule(train="synthetic", image_size=[48, 64], num_workers=0, batch_size=2, options=FEW)
     data.setup("validate")
     assert next(iter(data.val_dataloader())).trg_img.shape == (2, 3, 48, 64)
 
@@ -54,8 +54,8 @@ def test_a_misspelt_dataset_is_an_error_at_once():
     "options, expected",
     [
         (dict(augment="catz"), "did you mean 'cats'"),
-        (dict(size=[64]), "one side, or \\[H, W\\]"),
-        (dict(size=[64, 64, 3]), "one side, or \\[H, W\\]"),
+        (dict(image_size=[64]), "one side, or \\[H, W\\]"),
+        (dict(image_size=[64, 64, 3]), "one side, or \\[H, W\\]"),
         (dict(batch_size=0), "at least one pair"),
     ],
 )
@@ -71,7 +71,7 @@ def test_a_misspelt_option_of_a_dataset_names_the_nearest():
 
 
 def test_fewer_training_pairs_than_a_batch_are_an_error():
-    data = PairsDataModule(train="synthetic", batch_size=16, size=48, options=FEW)
+    data = PairsDataModule(train="synthetic", batch_size=16, image_size=48, options=FEW)
     data.setup("fit")
     with pytest.raises(ZooError, match="8 training pairs, fewer than"):
         data.train_dataloader()
@@ -104,7 +104,7 @@ def test_each_process_evaluates_a_stretch_of_the_order(count, processes):
 def test_images_are_packed_where_the_option_says(tmp_path, cache, monkeypatch, packed):
     monkeypatch.chdir(tmp_path)
     write_spair(tmp_path)
-    data = PairsDataModule(root=str(tmp_path), size=32, batch_size=2, workers=0, packed=packed)
+    data = PairsDataModule(root=str(tmp_path), image_size=32, batch_size=2, num_workers=0, packed=packed)
     data.setup("fit")
     found = [path.parent for folder in (cache, tmp_path / "elsewhere") for path in folder.rglob("*.u8")]
     assert {*found} == {True: {cache / "images"}, False: set(), "elsewhere": {tmp_path / "elsewhere"}}[packed]

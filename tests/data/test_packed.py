@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fixtures import draw, write_pfpascal, write_spair
+from fixtures import draw, write_cub, write_pfpascal, write_spair
 
 from corrzoo.data import PairDataset, create_dataset, packed
 from corrzoo.data.augment import create_augment
@@ -48,10 +48,10 @@ def same(one: PairDataset, other: PairDataset) -> bool:
 def test_samples_are_the_same_to_the_bit(tmp_path: Path, augment: str) -> None:
     write_spair(tmp_path)
     write_pfpascal(tmp_path)  # whose training list mirrors
-    for name in ("spair71k", "pfpascal"):
-        plain, other = (
-            create_dataset(name, tmp_path, "trn", size=(24, 32), augment=create_augment(augment)) for _ in range(2)
-        )
+    write_cub(tmp_path)
+    for name, options in (("spair71k", {}), ("pfpascal", {}), ("cub", {"length": 9})):
+        options |= {"size": (24, 32), "augment": create_augment(augment)}
+        plain, other = (create_dataset(name, tmp_path, "trn", **options) for _ in range(2))
         other.pack(tmp_path / "packed")
         assert same(plain, other)
 

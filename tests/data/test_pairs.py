@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fixtures import SPAIR_KPS, draw, write_spair
+from fixtures import SPAIR_KPS, draw, write_pfwillow, write_spair
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -171,7 +171,19 @@ def test_typos_get_one_line(tmp_path: Path, call: tuple, message: str) -> None:
 def test_train_is_trn_and_the_list_is_complete(tmp_path: Path) -> None:
     write_spair(tmp_path)
     assert create_dataset("spair71k", tmp_path, "train").split == "trn"
-    assert {"spair71k", "pfpascal", "pfwillow", "caltech101"} <= set(list_datasets())
+    assert {"spair71k", "pfpascal", "pfwillow", "caltech101", "cub"} <= set(list_datasets())
+
+
+def test_the_fingerprint_is_that_of_pairs_and_image_sizes(tmp_path: Path) -> None:
+    write_pfwillow(tmp_path / "list", mats=False)
+    write_pfwillow(tmp_path / "folders", lists=False)
+    listed = create_dataset("pfwillow", tmp_path / "list", "test")
+    assert listed.title == "pfwillow"
+    assert create_dataset("pfwillow", tmp_path / "folders", "test", size=32).fingerprint() == listed.fingerprint()
+    draw(tmp_path / "folders" / "PF-WILLOW" / "duck(S)" / "b_002.png", (91, 92))
+    assert create_dataset("pfwillow", tmp_path / "folders", "test").fingerprint() != listed.fingerprint()
+    drawn = [create_dataset("synthetic", "", "test", length=4, seed=seed).fingerprint() for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def passes(pairs: np.ndarray, memory: int) -> int:

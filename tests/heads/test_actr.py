@@ -9,7 +9,7 @@ import yaml
 
 from corrzoo.heads import ACTR
 from corrzoo.losses import endpoint_error
-from corrzoo.official import load_official
+from corrzoo.store.official import load_official
 from corrzoo.types import Match, ZooError
 from golden import assert_close, record, without_dropout
 
@@ -83,7 +83,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "zoo_configs"
 
 def small(**options):
     torch.manual_seed(0)
-    return ACTR(**{"backbone": VIT, "weights": "random", "resize": 128, "depth": 2} | options)
+    return ACTR(**{"backbone": VIT, "weights": "random", "backbone_size": 128, "depth": 2} | options)
 
 
 def shaken(model):
@@ -120,22 +120,22 @@ def test_the_target_is_never_told_of_the_source():
 
 def test_grids():
     """From the backbone and the size that it sees, or as asked; the flow has four times as many cells."""
-    assert small().grid == 8 and small(resize=256).grid == 16 and small(resize=None).grid == 16
+    assert small().grid == 8 and small(backbone_size=256).grid == 16 and small(backbone_size=None).grid == 16
     model = small(backbone="timm/test_resnet.r160_in1k", levels=[1, 2], width=24, grid=6, windows=[3, 8]).eval()
     assert model(*IMAGES).flow.shape == (1, 2, 24, 24) and model.prepare(model.backbone(IMAGES[0])).cls.shape == (1, 24)
     with torch.device("meta"):
-        dino = ACTR(backbone="dinov2_b14", weights="random", resize=224, depth=1)
-        high = ACTR(backbone="ibot_b16", weights="random", resize=512, depth=1)
+        dino = ACTR(backbone="dinov2_b14", weights="random", backbone_size=224, depth=1)
+        high = ACTR(backbone="ibot_b16", weights="random", backbone_size=512, depth=1)
     assert (dino.grid, dino.width, high.grid) == (16, 768, 32)
 
 
 def test_mistakes():
     with pytest.raises(ZooError, match="windows of 8 cells do not divide 20 x 20, 4 times the grid of 5"):
-        small(resize=80)
+        small(backbone_size=80)
     with pytest.raises(ZooError, match="36 channels do not divide into 8 heads: set width=32"):
         small(width=36)
     with pytest.raises(ZooError, match="at least 16 pixels"):
-        small(resize=None)(*torch.zeros(2, 1, 3, 8, 8))
+        small(backbone_size=None)(*torch.zeros(2, 1, 3, 8, 8))
 
 
 def test_compiles_without_a_break():

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import corrzoo
 from corrzoo.geometry import sample, transfer
+from corrzoo.scoring.evaluation import predict_points
 from corrzoo.types import Features
 
 TINY = dict(backbone="timm/test_vit.r160_in1k", weights="random")
@@ -94,7 +95,7 @@ def test_identity_answers_the_same_relative_position():
     pair = corrzoo.create_dataset("synthetic", "", "test", size=64)[0]
     model = head(readout="identity").float()
     pair = corrzoo.data.PairDataset.collate([pair])
-    pred = model.predict_points(pair)
+    pred = predict_points(model, pair)
     scale = pair.trg_size / 64
     torch.testing.assert_close(pred, (pair.src_kps * scale.unsqueeze(1)).double())
 
@@ -123,7 +124,7 @@ def test_levels_are_brought_to_one_stride_and_weigh_the_same():
 
 
 def test_points_asked_by_their_features_are_matched_as_such():
-    model = head(query="features", readout="argmax")
+    model = head(point_query="features", readout="argmax")
     src, trg = features((4, 4)), features((4, 4), seed=1)
     points = torch.tensor([[[7.0, 13.0], [12.0, 20.0]]], dtype=torch.float64)
     asked = sample(src.maps[0], points, (32, 32))[0]

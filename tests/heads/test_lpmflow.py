@@ -13,7 +13,7 @@ import corrzoo
 from corrzoo.data import PairDataset
 from corrzoo.heads.lpmflow import LPMFlow, grid_neighbours, self_contrast
 from corrzoo.losses import endpoint_error
-from corrzoo.official import load_official
+from corrzoo.store.official import load_official
 from corrzoo.types import ZooError
 from golden import assert_close, record, without_dropout
 
@@ -134,7 +134,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "zoo_configs"
 
 def small(**options):
     torch.manual_seed(0)
-    return LPMFlow(**{"backbone": VIT, "weights": "random", "resize": 128, "depth": 2} | options)
+    return LPMFlow(**{"backbone": VIT, "weights": "random", "backbone_size": 128, "depth": 2} | options)
 
 
 def options_of(path):
@@ -168,7 +168,7 @@ def test_ablations_differ_as_named(path):
     options, name = options_of(path), path.stem.removeprefix("lpmflow_")
     assert len(options) == 1
     # K = 64 must not be all there is, so 16 x 16 cells where K is what is asked
-    common = {"resize": 256, "depth": 1} if name.startswith("k_") or name == "foreground_mean" else {}
+    common = {"backbone_size": 256, "depth": 1} if name.startswith("k_") or name == "foreground_mean" else {}
     full, model = small(**common), small(**common | options)
     sizes = [sum(p.numel() for p in m.parameters()) for m in (model, full)]
     if name in FEWER:
@@ -222,7 +222,7 @@ def test_self_contrast_by_loops():
 
 def test_replaced_tokens_are_the_foreground():
     """Every replaced one is among the K most like the class tokens, none twice, and all may be."""
-    model = small(resize=256, top_k=8)
+    model = small(backbone_size=256, top_k=8)
     s, t = torch.randn(2, 257, 64), torch.randn(2, 257, 64)
     best = 1 + model.foreground_heat(s[:, 1:], s[:, :1], t[:, :1]).topk(8).indices
     drawn = []
@@ -247,9 +247,9 @@ def test_mistakes():
     with pytest.raises(ZooError, match="expected some of 11, 12, 21, 22"):
         small(flows=["13"])
     with pytest.raises(ZooError, match="windows of 16 cells do not divide 40 x 40, 8 times the grid of 5"):
-        small(resize=80, pfsr="off")
+        small(backbone_size=80, pfsr="off")
     with pytest.raises(ZooError, match="windows of 4 cells do not divide 10 x 10"):
-        small(resize=80)
+        small(backbone_size=80)
     with pytest.raises(ZooError, match="set width=32"):
         small(backbone="timm/test_resnet.r160_in1k", width=36)
 

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -11,8 +12,9 @@ import yaml
 
 import corrzoo
 from corrzoo.geometry import sample
-from corrzoo.heads.registry import HEADS
 from corrzoo.heads.vitsc import CrossPerception, LowEncoder, position_encoding, triplet_loss
+from corrzoo.matcher import HEADS
+from corrzoo.scoring.evaluation import Evaluation
 from corrzoo.types import Features, Match, ZooError
 
 TINY = dict(backbone="timm/test_vit.r160_in1k", weights="random")
@@ -114,8 +116,8 @@ def test_the_low_encoder_learns_as_slowly_as_the_backbone_and_is_kept_in_evaluat
     model.low.register_forward_hook(lambda module, args, output: low.append(len(args[0])))
     dataset = corrzoo.create_dataset("synthetic", "", "test", size=64, length=2)
     pair = corrzoo.data.PairDataset.collate([dataset[0]])
-    model.eval()._cache = corrzoo.feature_cache.FeatureCache(2**20)
-    first, second = model.predict_points(pair), model.predict_points(pair)
+    evaluation = Evaluation(model.eval(), SimpleNamespace(dataset=dataset), "default", (0.1,), cache_mb=1)
+    first, second = evaluation.predict(pair, 0), evaluation.predict(pair, 0)
     assert sum(low) == 2  # each image once: on a CPU one by one
     torch.testing.assert_close(first, second)
 
@@ -441,7 +443,7 @@ def test_actr_in_table_2_is_trained_as_vitsc_is():
     stacked, full = (
         yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("ablation/actr_vitsc_table2", "vitsc")
     )
-    own = {"resize": None, "weight_decay": 0.0, "schedule": "constant"}
+    own = {"backbone_size": None, "weight_decay": 0.0, "schedule": "constant"}
     assert (FULL | own).items() >= stacked["model"]["init_args"].items()
     assert stacked["data"].items() <= full["data"].items() and stacked["trainer"] == full["trainer"]
     with torch.device("meta"):

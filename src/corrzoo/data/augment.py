@@ -177,4 +177,4 @@ def _integer(low: int, high: int, rng: torch.Generator) -> int:
 
 
 for _name, _recipe in {"none": None, "flip": flip, "photometric": photometric, "cats": cats}.items():
-    AUGMENTS.register(_name)(_recipe)
+    AUGMENTS.add(_name, _recipe)

@@ -60,6 +60,9 @@ _CALTECH_INNER, _CALTECH_MD5 = "caltech-101/101_ObjectCategories.tar.gz", "md5:3
 # Of VOC 2012 address and md5 are those of torchvision's VOCSegmentation.
 _VOC = "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar"
 _VOC_MD5 = "md5:6cd6e144f989b92b3379bac3b3de84fd"
+# The file of CaltechDATA's record 65de6-vp158, 1.1 GB; md5 as public loaders of the dataset check it.
+_CUB = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
+_CUB_MD5 = "md5:97eceeb196236b17998738112f37df78"
 
 SOURCES: dict[str, tuple[str, list[Part]]] = {
     "spair71k": ("SPair-71k", [Part(_SPAIR, "SPair-71k.tar.gz", prefix="SPair-71k/")]),
@@ -86,10 +89,14 @@ SOURCES: dict[str, tuple[str, list[Part]]] = {
             Part(_CALTECH_LIST, "test_pairs_caltech_with_category.csv"),
         ],
     ),
+    "cub": ("CUB_200_2011", [Part(_CUB, "CUB_200_2011.tgz", prefix="CUB_200_2011/", checksum=_CUB_MD5)]),
     "voc_warps": ("VOC2012", [Part(_VOC, _VOC.rpartition("/")[2], prefix="VOCdevkit/VOC2012/", checksum=_VOC_MD5)]),
 }
 """Dataset -> its folder under `root`, and the files that make it up."""
 SOURCES["spair71k_u"] = SOURCES["spair71k"]  # its images; the annotations' archive is not one that we have seen
+
+TERMS = {"cub": "non-commercial research and education only; the photographers hold the rights to the images"}
+"""Dataset -> terms of use, printed before it is downloaded."""
 
 
 def download(name: str, root: str | Path) -> Path:
@@ -116,6 +123,8 @@ def download(name: str, root: str | Path) -> Path:
     if folder.exists():
         return folder
     work = folder.with_name(folder.name + ".download")
+    if name in TERMS:
+        print(f"{folder.name}: {TERMS[name]}")
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     try:
         work.mkdir(parents=True, exist_ok=True)

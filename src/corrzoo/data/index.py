@@ -9,7 +9,6 @@ import hashlib
 import math
 import os
 import stat
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,10 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from corrzoo.files import cache_folder, whole_file
 from corrzoo.registry import nearest
 from corrzoo.types import DIFFICULTIES, Record, ZooError
 
-FORMAT = 3
+FORMAT = 4
 """To be raised whenever `Table` or what a reader makes of its files changes, so that older caches are made anew."""
 
 LARGEST = 1 << 20
@@ -47,6 +47,7 @@ class Table(NamedTuple):
     trg_points: NDArray  # (Q, 2) float64
     starts: NDArray  # (N + 1, 2) int64: pair i owns src_points[starts[i, 0] : starts[i + 1, 0]], trg_points likewise
     boxes: NDArray  # (N, 2, 4) float64 of source and target, NaN where there is none
+    kps_ids: NDArray  # (P,) int64 of src_points, -1 where unknown; (0,) for outlines
     flags: NDArray  # (N, 4) int64, -1 where not annotated
     flip: NDArray  # (N,) bool
     outlines: NDArray  # () bool: whether the points are vertices of outlines
@@ -74,6 +75,7 @@ class Table(NamedTuple):
         points = [torch.from_numpy(part.copy()) for part in parts]  # torch.tensor takes several times as long
         outlines = bool(self.outlines)
         src_kps, trg_kps = torch.zeros(2, 0, 2, dtype=torch.float64) if outlines else points
+        kps_ids = self.kps_ids[src_first:src_last]
         src_box, trg_box = (None if math.isnan(box[0]) else torch.from_numpy(box.copy()) for box in self.boxes[i])
         return Record(
             src_path=images[src],
@@ -89,11 +91,16 @@ class Table(NamedTuple):
             flip=bool(self.flip[i]),
             src_polygon=points[0] if outlines else None,
             trg_polygon=points[1] if outlines else None,
+            kps_ids=torch.from_numpy(kps_ids.copy()) if (kps_ids >= 0).any() else None,
         )
 
 
 def pack(
-    rows: Iterable[tuple[str, Record]], home: Path, categories: list[str], pair_files: Path | None = None
+    rows: Iterable[tuple[str, Record]],
+    home: Path,
+    categories: list[str],
+    pair_files: Path | None = None,
+    border: float = BORDER,
 ) -> Table:
     """Pack and check annotated pairs.
 
@@ -102,6 +109,7 @@ def pack(
         home: The dataset's folder, which all image paths lie under.
         categories: Their names in order.
         pair_files: The folder of the files in `rows`, if each pair has one of its own.
+        border: Pixels that a point or a box may lie outside its image.
 
     Raises:
         ZooError: for no pairs at all, an unknown category, a missing image, and whatever `check` refuses.
@@ -109,9 +117,9 @@ def pack(
     states = dict(zip(*_states(pair_files), strict=True)) if pair_files else {}  # before the rows are read
     numbers: dict[Path | None, int] = {}
     sizes: list[tuple[int, int]] = []
-    where, pairs, category, src_points, trg_points, boxes, flags, flip = [], [], [], [], [], [], [], []
+    where, pairs, category, src_points, trg_points, kps_ids, boxes, flags, flip = [], [], [], [], [], [], [], [], []
     known = {name: number for number, name in enumerate(categories)}
-    no_box = torch.full((4,), torch.nan, dtype=torch.float64)
+    no_box, unknown = torch.full((4,), torch.nan, dtype=torch.float64), torch.tensor([-1])
     for place, r in rows:
         if r.category not in known:
             raise ZooError(f"{place}: unknown category {r.category!r}{nearest(r.category, categories)}")
@@ -134,6 +142,7 @@ def pack(
         category.append(known[r.category])
         src_points.append(r.src_kps if r.src_polygon is None else r.src_polygon)
         trg_points.append(r.trg_kps if r.trg_polygon is None else r.trg_polygon)
+        kps_ids.append(unknown.expand(len(r.src_kps)) if r.kps_ids is None else r.kps_ids)
         boxes += [no_box if box is None else box for box in (r.src_box, r.trg_box)]
         flags.append([r.flags.get(name, -1) for name in DIFFICULTIES])
         flip.append(r.flip)
@@ -152,6 +161,7 @@ def pack(
         src_points=torch.cat(src_points).numpy(),
         trg_points=torch.cat(trg_points).numpy(),
         starts=np.cumsum([(0, 0), *((len(src), len(trg)) for src, trg in zip(src_points, trg_points, strict=True))], 0),
+        kps_ids=torch.cat(kps_ids).numpy(),
         boxes=torch.stack(boxes).view(-1, 2, 4).numpy(),
         flags=np.array(flags),
         flip=np.array(flip),
@@ -159,11 +169,14 @@ def pack(
         files=np.array([os.fsencode(name) for name in names]),
         states=np.array([states.get(name, (-1, -1)) for name in names]),
     )
-    check(table, where)
+    check(table, where, border)
+    for place, points, ids in zip(where, src_points, kps_ids, strict=True):
+        if not table.outlines and len(points) != len(ids):
+            raise ZooError(f"{place}: {len(points)} keypoints but {len(ids)} ids: each keypoint needs its id")
     return table
 
 
-def check(table: Table, where: list[str]) -> None:
+def check(table: Table, where: list[str], border: float = BORDER) -> None:
     """Refuse pairs without points, with unequal numbers of keypoints, and with points or boxes outside the image.
 
     Only outlines may leave the image (some of Caltech-101's do): their protocol clips them.
@@ -185,14 +198,14 @@ def check(table: Table, where: list[str]) -> None:
         limit = table.sizes[table.pairs[:, side]]  # (N, 2)
         bad = ~np.isfinite(points)
         if not table.outlines:
-            bad |= (points < -BORDER) | (points > limit[owner] + BORDER)
+            bad |= (points < -border) | (points > limit[owner] + border)
         for p in np.flatnonzero(bad.any(1))[:1]:
             size = "x".join(map(str, limit[owner[p]]))
             raise ZooError(
                 f"{where[owner[p]]}: {name} point {points[p].tolist()} is not in its {size} image: correct or remove it"
             )
         low, high = table.boxes[:, side, :2], table.boxes[:, side, 2:]  # NaN compares false: no box is no bad box
-        bad = (low >= high) | (low < -BORDER) | (high > limit + BORDER)
+        bad = (low >= high) | (low < -border) | (high > limit + border)
         for i in np.flatnonzero(bad.any(1))[:1]:
             size, box = "x".join(map(str, limit[i])), table.boxes[i, side].tolist()
             raise ZooError(f"{where[i]}: {name} box {box} is not x1, y1, x2, y2 in its {size} image: correct it")
@@ -215,6 +228,21 @@ def read_points(points: Iterable, where: str) -> Tensor:
     return torch.from_numpy(array)
 
 
+def read_ids(ids: Iterable, where: str) -> Tensor:
+    """(n,) int64 keypoint ids from numbers or their texts.
+
+    Raises:
+        ZooError: if they are not such ids.
+    """
+    try:
+        array = np.array(list(ids), dtype=np.int64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ZooError(f"{where}: these are not keypoint ids ({error}): correct the annotation") from error
+    if array.ndim != 1 or (array < 0).any():
+        raise ZooError(f"{where}: keypoint ids {ids}: expected a list of 0, 1, 2, ..., correct the annotation")
+    return torch.from_numpy(array)
+
+
 def read_box(box: Iterable, where: str) -> Tensor:
     """(4,) float64 box; unsigned integers become floats before anybody subtracts them."""
     try:
@@ -224,13 +252,6 @@ def read_box(box: Iterable, where: str) -> Tensor:
     if array.shape != (4,) or not np.isfinite(array).all():
         raise ZooError(f"{where}: expected a box x1, y1, x2, y2, found {box}: correct the annotation")
     return torch.from_numpy(array)
-
-
-def cache_folder() -> Path:
-    """Where packed annotations are kept: $CORRZOO_CACHE, or corrzoo under $XDG_CACHE_HOME or ~/.cache."""
-    if own := os.environ.get("CORRZOO_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "corrzoo"
 
 
 def cached(key: str, sources: list[Path], make: Callable[[], Table], pair_files: Path | None = None) -> Table:
@@ -317,13 +338,10 @@ def _load(path: Path, state: str) -> Table | None:
 
 
 def _save(path: Path, state: str, table: Table) -> None:
-    """Write under another name first, so that no process ever reads half a cache."""
+    """Keep the table for the next start."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            fresh = Path(folder) / path.name
-            np.savez(fresh, state=np.array(state), **table._asdict())
-            os.replace(fresh, path)
+        with whole_file(path) as partial, open(partial, "wb") as file:
+            np.savez(file, state=np.array(state), **table._asdict())
     except OSError as error:
         remedy = "name a folder that can be written in CORRZOO_CACHE, or they are read again at every start"
         warnings.warn(f"cannot keep annotations in {path.parent} ({error}): {remedy}", stacklevel=2)

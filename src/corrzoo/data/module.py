@@ -29,6 +29,11 @@ class Shuffled(DistributedSampler[int]):
 
     had = 0
 
+    def set_epoch(self, epoch: int) -> None:
+        """Also of the pairs, whose augmentation and rendering depend on it."""
+        super().set_epoch(epoch)
+        self.dataset.set_epoch(epoch)  # type: ignore[attr-defined]  # a PairDataset
+
     def __iter__(self) -> Iterator[int]:
         had, self.had = self.had, 0
         return islice(super().__iter__(), had, None)
@@ -41,10 +46,11 @@ class PairsDataModule(LightningDataModule):
         train: Dataset whose training split is learnt from, a name of `list_datasets()`.
         val: Dataset whose validation split is scored while training; the training dataset when not given.
         test: Datasets whose test splits are scored by `lightning test` and matched by `lightning predict`.
-        root: Folder that holds `SPair-71k/`, `PF-PASCAL/`, `PF-WILLOW/`, `Caltech-101/`, `ap-10k/`, as far as needed.
-        size: Side of the square network image in pixels, or [H, W].
+        root: Folder that holds `SPair-71k/`, `PF-PASCAL/`, `PF-WILLOW/`, `Caltech-101/`, `ap-10k/`, `CUB_200_2011/`, as
+            far as needed.
+        image_size: Side of the square network image in pixels, or [H, W].
         batch_size: Pairs in a step, over all processes together.
-        workers: Processes that read images, for each training process.
+        num_workers: Processes that read images, for each training process.
         augment: What is done to training pairs, a name of `list_augments()`.
         download: Fetch a dataset that is not under root.
         packed: Decode and resize the images of a dataset once, into a file that all processes map and later runs find;
@@ -62,9 +68,9 @@ class PairsDataModule(LightningDataModule):
         val: str | None = None,
         test: list[str] = ["spair71k"],  # noqa: B006 - never written to; a plain default is what --help shows
         root: str = "data",
-        size: int | list[int] = 224,
+        image_size: int | list[int] = 224,
         batch_size: int = 16,
-        workers: int = 2,
+        num_workers: int = 2,
         augment: str = "none",
         download: bool = True,
         packed: bool | str = True,
@@ -80,8 +86,8 @@ class PairsDataModule(LightningDataModule):
         if repeated := {name for name in test if test.count(name) > 1}:
             raise ZooError(f"data.test names {', '.join(sorted(repeated))} more than once")
         create_augment(augment)
-        if isinstance(size, list) and len(size) != 2:
-            raise ZooError(f"data.size {size}: expected one side, or [H, W]")
+        if isinstance(image_size, list) and len(image_size) != 2:
+            raise ZooError(f"data.image_size {image_size}: expected one side, or [H, W]")
         if batch_size < 1:
             raise ZooError(f"data.batch_size {batch_size}: expected at least one pair")
 
@@ -104,7 +110,6 @@ class PairsDataModule(LightningDataModule):
         if self.trainer:
             epoch, batches = _place(self.trainer)
             sampler: Any = loader.sampler
-            self.datasets[self.hparams.train, "trn"].set_epoch(epoch)
             sampler.set_epoch(epoch)
             sampler.had = batches * (loader.batch_size or 1)
             # Lightning cannot see that the sampler goes on where it was.
@@ -135,7 +140,7 @@ class PairsDataModule(LightningDataModule):
 
     def _create(self, name: str, split: str) -> PairDataset:
         augment = create_augment(self.hparams.augment) if split == "trn" else None
-        size = self.hparams.size
+        size = self.hparams.image_size
         return create_dataset(
             name,
             self.hparams.root,
@@ -167,8 +172,8 @@ class PairsDataModule(LightningDataModule):
             sampler=shuffled if train else dealt(dataset.order(), processes),
             drop_last=train,
             generator=torch.Generator(),  # its own, for what the model draws must not depend on how often loaders begin
-            num_workers=self.hparams.workers,
-            persistent_workers=self.hparams.workers > 0,
+            num_workers=self.hparams.num_workers,
+            persistent_workers=self.hparams.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             collate_fn=PairDataset.collate,
         )

@@ -13,7 +13,8 @@ import PIL
 import torch
 from torch import Tensor
 
-from corrzoo.data.index import cache_folder, fingerprint
+from corrzoo.data.index import fingerprint
+from corrzoo.files import cache_folder, whole_file
 from corrzoo.geometry import Size
 from corrzoo.types import ZooError
 
@@ -94,7 +95,7 @@ def _whole(path: Path, need: int) -> bool:
 
 def _make_room(folder: Path, key: str, need: int) -> None:
     """Remove what other states of the same files and killed processes left, and the oldest files beyond the limit."""
-    for stale in folder.glob(f"{key}-*"):
+    for stale in [*folder.glob(f"{key}-*"), *folder.glob(f".{key}-*.part")]:
         stale.unlink(missing_ok=True)
     kept = sorted(folder.glob("*.u8"), key=lambda path: path.stat().st_mtime)
     while kept and sum(path.stat().st_size for path in kept) + need > LIMIT:
@@ -106,13 +107,8 @@ def _make_room(folder: Path, key: str, need: int) -> None:
 
 def _write(path: Path, count: int, read: Callable[[int], Tensor]) -> None:
     """By ordinary writes: on a full disk these are an error, where writing to a map kills the process."""
-    part = path.with_suffix(".part")
-    try:
-        with open(part, "wb") as file, ThreadPoolExecutor(READERS) as readers:
-            for image in readers.map(read, range(count)):
-                file.write(image.numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(path) as partial, open(partial, "wb") as file, ThreadPoolExecutor(READERS) as readers:
+        for image in readers.map(read, range(count)):
+            file.write(image.numpy().data)
+        file.flush()
+        os.fsync(file.fileno())

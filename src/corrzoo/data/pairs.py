@@ -52,6 +52,8 @@ class PairDataset(Dataset[Pair], ABC):
     """The kind of PCK threshold that is customary for the dataset."""
     outlines: ClassVar[bool] = False
     """Whether records have outlines of objects, which are scored by label transfer, and no keypoints."""
+    mirror_pairs: ClassVar[dict[str, list[tuple[int, int]]]] = {}
+    """Pairs of keypoint ids that a horizontal mirror swaps, by category; "*" for all other categories."""
     categories: list[str]
     images: list[Path]
     """The image files by image number; empty when images are rendered."""
@@ -77,6 +79,33 @@ class PairDataset(Dataset[Pair], ABC):
         self._memory = ImageMemory(cache_mb)
         self._packed: packed.PackedImages | None = None
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def _of_split(self, option: str, given: int | dict[str, int] | None, usual: dict[str, int]) -> int:
+        """This split's value of an option that is given as one value, or by the names of splits."""
+        values = given if isinstance(given, dict) else {} if given is None else {self.split: given}
+        if unknown := values.keys() - usual.keys():
+            raise ZooError(
+                f"{self.name} has no split {min(unknown)!r} to give a {option}: choose from {', '.join(usual)}"
+            )
+        return (usual | values)[self.split]
+
+    @property
+    def title(self) -> str:
+        """Name of the dataset in tables, which tells a partial copy from the whole dataset."""
+        return self.name
+
+    def fingerprint(self) -> str:
+        """Digest of all pairs: names and sizes of their images. Scores are comparable only where it is the same.
+
+        The order of the pairs and the folders above an image's own do not matter.
+        """
+        pairs = []
+        for i in range(len(self)):
+            r = self.record(i)
+            sides = zip((r.src_path, r.trg_path), self.image_numbers(i), strict=True)
+            names = [path.parts[-2:] if path else number for path, number in sides]
+            pairs.append(str((names, r.src_size, r.trg_size, r.flip)))
+        return _digest(sorted(pairs))
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -125,6 +154,7 @@ class PairDataset(Dataset[Pair], ABC):
         index, src_id, trg_id, category = numbers[:4].unbind()
         sizes = torch.from_numpy(np.array([record.src_size, record.trg_size, self.size[::-1]], dtype=np.float64))
         src_size, trg_size, new = sizes.unbind()
+        kps_ids, mirror_ids = torch.from_numpy(self._ids(record)).unbind()
         sample = Pair(
             src_img=self._image(src),
             trg_img=self._image(trg),
@@ -140,6 +170,8 @@ class PairDataset(Dataset[Pair], ABC):
             trg_id=trg_id,
             category=category,
             difficulty=numbers[4:],
+            kps_ids=kps_ids,
+            mirror_ids=mirror_ids,
         )
         if record.flip:  # an image of its own, whose number goes on from those of the files
             sample = mirror(sample)._replace(
@@ -151,6 +183,14 @@ class PairDataset(Dataset[Pair], ABC):
             sample = sample._replace(src_id=torch.tensor(-1), trg_id=torch.tensor(-1))  # not what the numbers stand for
         return sample
 
+    def _ids(self, record: Record) -> NDArray:
+        """(2, n) int64: `Pair.kps_ids` and `Pair.mirror_ids`."""
+        ids = [-1] * len(record.src_kps) if record.kps_ids is None else record.kps_ids.tolist()
+        pairs = self.mirror_pairs.get(record.category, self.mirror_pairs.get("*"))
+        swap = {a: b for pair in pairs or () for a, b in (pair, pair[::-1])}
+        mirrored = [-1] * len(ids) if pairs is None else [swap.get(k, k) for k in ids]
+        return np.array([ids, mirrored], dtype=np.int64)
+
     def _image(self, number: int) -> Tensor:
         return self._memory.get(number, lambda: self._decode(number)) if self._packed is None else self._packed[number]
 
@@ -160,13 +200,23 @@ class PairDataset(Dataset[Pair], ABC):
     @staticmethod
     def collate(samples: Sequence[Pair]) -> Pair:
         """Samples to a batch, their keypoints padded to the most that one of them has."""
-        ragged = ("src_kps", "trg_kps", "kps_mask")
+        padding = {"src_kps": 0, "trg_kps": 0, "kps_mask": 0, "kps_ids": -1, "mirror_ids": -1}
         columns = zip(Pair._fields, map(list, zip(*samples, strict=True)), strict=True)
-        return Pair(*(pad_sequence(c, batch_first=True) if name in ragged else torch.stack(c) for name, c in columns))
+        return Pair(
+            *(
+                pad_sequence(column, batch_first=True, padding_value=padding[name])
+                if name in padding
+                else torch.stack(column)
+                for name, column in columns
+            )
+        )
 
 
 def mirror(sample: Pair) -> Pair:
-    """Both images of a sample mirrored left to right, with their keypoints (x' = W - x), boxes and masks."""
+    """Both images of a sample mirrored left to right, with their keypoints (x' = W - x), boxes and masks.
+
+    Keypoint k still marks the same part in both images. That part has another id: what was a left eye is a right eye.
+    """
 
     def side(img: Tensor, kps: Tensor, size: Tensor, box: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x1, y1, x2, y2 = box
@@ -178,6 +228,7 @@ def mirror(sample: Pair) -> Pair:
     return sample._replace(
         src_img=src_img, trg_img=trg_img, src_kps=src_kps, trg_kps=trg_kps, src_box=src_box, trg_box=trg_box,
         src_mask=sample.src_mask.flip(-1), trg_mask=sample.trg_mask.flip(-1),
+        kps_ids=sample.mirror_ids, mirror_ids=sample.kps_ids,
     )  # fmt: skip
 
 
@@ -187,9 +238,9 @@ def z_order(x: NDArray, y: NDArray) -> NDArray:
     return sum((((x >> bit & 1) | (y >> bit & 1) << 1) << 2 * bit for bit in bits), np.zeros_like(x))
 
 
-def _digest(paths: Iterable[Path]) -> str:
-    """What tells these files from others, for the names of caches."""
-    return hashlib.blake2b("|".join(map(str, paths)).encode(errors="surrogateescape"), digest_size=8).hexdigest()
+def _digest(parts: Iterable[object]) -> str:
+    """Digest of what the parts are as text."""
+    return hashlib.blake2b("|".join(map(str, parts)).encode(errors="surrogateescape"), digest_size=8).hexdigest()
 
 
 class FolderDataset(PairDataset):
@@ -207,6 +258,8 @@ class FolderDataset(PairDataset):
     """What the folder must hold, for the error that says so."""
     origin: ClassVar[str] = "fetch the dataset with download=true (--data.download true) where there is a network"
     """Where it comes from, for the same error."""
+    border: ClassVar[float] = index.BORDER
+    """Pixels that a keypoint or a box may lie outside its image."""
     pair_files: Path | None = None
     """The one of `sources` that is a folder with a file for each pair, which `read_pair` reads: whether such a file has
     changed is asked when its pair is read, and not of all files at every start."""
@@ -215,14 +268,18 @@ class FolderDataset(PairDataset):
         super().__init__(root, split, size, **options)
         self.need(self.home)
         sources = self.sources()
-        self._key = f"{self.name}-{self.split}-{_digest(path.resolve() for path in sources)}"
+        self._key = f"{self.name}-{self.split}{self.variant()}-{_digest(path.resolve() for path in sources)}"
         self._table = index.cached(
             self._key,
             sources,
-            lambda: index.pack(self.read(), self.home, self.categories, self.pair_files),
+            lambda: index.pack(self.read(), self.home, self.categories, self.pair_files, self.border),
             self.pair_files,
         )
         self.images = [self.home / image for image in self._table.images.tolist()]
+
+    def variant(self) -> str:
+        """What tells this choice of pairs from others that are read from the same files; part of the cache's name."""
+        return ""
 
     @abstractmethod
     def sources(self) -> list[Path]:

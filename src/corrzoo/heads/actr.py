@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corrzoo.heads.layers import (
+from corrzoo.heads.tokens import (
     REFINED_CHANNELS,
     UPSCALE,
     Attention,
@@ -27,7 +27,7 @@ from corrzoo.heads.layers import (
     mlp,
     upscale,
 )
-from corrzoo.heads.registry import register_head
+from corrzoo.matcher import HEADS
 from corrzoo.types import Features, Match
 
 
@@ -72,7 +72,7 @@ class AsymmetricAlignment(nn.Module):
         return x + update + self.mlp(self.norm2(update))
 
 
-@register_head("ACTR")
+@HEADS.register
 class ACTR(TokenMatcher):
     """Asymmetric alignment blocks, a flow from each block's correlation, and multi-path flow super-resolution.
 

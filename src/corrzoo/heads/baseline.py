@@ -10,17 +10,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from corrzoo import ops
-from corrzoo.geometry import bilinear_cells, cell_centres, points_to_flow, sample, size_of
+from corrzoo.geometry import bilinear_cells, cell_centres, cells_to_pixels, points_to_flow, sample, size_of
 from corrzoo.heads.levels import stack_levels
-from corrzoo.heads.registry import register_head
-from corrzoo.matcher import Matcher
+from corrzoo.matcher import HEADS, Matcher
 from corrzoo.types import Features, Match, ZooError
 
 READOUT = {"soft": "none", "kernel": "argmax", "window": "crop"}
 """The read-outs that are an expectation, and what `ops` calls their window."""
 
 
-@register_head("Baseline")
+@HEADS.register
 class Baseline(Matcher):
     """ViTSC's Baseline (section 3.1): match by cosine similarity, read the position by a soft-argmax.
 
@@ -38,8 +37,8 @@ class Baseline(Matcher):
         radius: The window reaches this many cells to each side of the maximum.
         remove_mean: Each map loses its mean over the image before it is normalised. Helps CNN features, which share
             a large common component.
-        query: Where single points are asked: `flow` reads the dense flow between the four cells around a point (3.1);
-            `features` reads the source features at the point and matches those, which is finer than the grid.
+        point_query: Where single points are queried: `flow` reads the dense flow between the four cells around a
+            point (3.1); `features` reads the source features at the point and matches those: finer than the grid.
         mutual: Each score is weighted by how close it comes to the best of its row and of its column (soft mutual
             nearest neighbours: NCNet, GSF eq. 4).
         **options: What every head takes, see Matcher.
@@ -49,7 +48,7 @@ class Baseline(Matcher):
         "readout",
         "sigma",
         "radius",
-        "query",
+        "point_query",
         "mutual",
     }
 
@@ -62,7 +61,7 @@ class Baseline(Matcher):
         sigma: float | None = None,
         radius: int = 2,
         remove_mean: bool = False,
-        query: Literal["flow", "features"] = "flow",
+        point_query: Literal["flow", "features"] = "flow",
         mutual: bool = False,
         **options: Any,
     ) -> None:
@@ -72,7 +71,7 @@ class Baseline(Matcher):
                 raise ZooError(f"{name} {value}: expected a number above 0")
         self.stride, self.readout = stride, readout
         self.sigma, self.radius = sigma, radius
-        self.remove_mean, self.query, self.mutual = remove_mean, query, mutual
+        self.remove_mean, self.point_query, self.mutual = remove_mean, point_query, mutual
         self.temperature = nn.Parameter(torch.tensor(temperature), requires_grad=learn_temperature)
 
     def prepare(self, features: Features) -> Features:
@@ -93,11 +92,11 @@ class Baseline(Matcher):
         return Match(points_to_flow(points, grid, image))
 
     def match_points(self, src: Features, trg: Features, points: Tensor) -> Tensor:
-        """See the option `query`; `flow` gives what the dense flow gives, from four cells a point."""
+        """See the option `point_query`; `flow` gives what the dense flow gives, from four cells a point."""
         if self.readout == "identity":
             return points
         grid, image = size_of(src.maps[0]), size_of(src.image)
-        if self.query == "features":
+        if self.point_query == "features":
             return self._match_rows(sample(src.maps[0], points, image), src, trg).to(points.dtype)
         cells, weights = bilinear_cells(points, grid, image)  # (B, n, 4)
         rows = rearrange(src.maps[0], "b c h w -> b (h w) c")
@@ -130,4 +129,4 @@ class Baseline(Matcher):
         cells = found.xy
         if self.readout == "argmax":
             cells = torch.stack([found.argmax % w, found.argmax // w], dim=-1).to(cells) + 0.5
-        return cells * cells.new_tensor([W / w, H / h])
+        return cells_to_pixels(cells, (h, w), (H, W))

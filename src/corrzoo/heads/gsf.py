@@ -25,11 +25,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from corrzoo import ops
-from corrzoo.geometry import Size, cell_centres, sample, size_of
+from corrzoo.geometry import Size, cell_centres, cells_to_pixels, sample, size_of
 from corrzoo.heads.levels import resize
-from corrzoo.heads.registry import register_head
 from corrzoo.losses import mean_where
-from corrzoo.matcher import Matcher
+from corrzoo.matcher import HEADS, Matcher
 from corrzoo.precision import full, full_precision
 from corrzoo.types import Features, Match, Pair, ZooError
 
@@ -272,7 +271,7 @@ class Adaptation(nn.Module):
         return x + self.layers(x)
 
 
-@register_head("GSF")
+@HEADS.register
 class GSF(Matcher):
     """Guided semantic flow: pruning, propagation and matching (section 4.1), trained in two stages (4.3).
 
@@ -392,7 +391,7 @@ class GSF(Matcher):
                 if self.local:
                     refined = self.look_around(refined, cells + guidance, grid)
             tau = guidance + self.matching(refined, grid)
-        flow = rearrange(tau * tau.new_tensor([W / grid[1], H / grid[0]]), "b (h w) xy -> b xy h w", h=grid[0])
+        flow = rearrange(cells_to_pixels(tau, grid, (H, W)), "b (h w) xy -> b xy h w", h=grid[0])
         extras = {"src": f, "trg": g, "initial": initial, "logits": logits, "kept": kept, "confident": confident}
         return Match(flow, scores, extras | {"guidance": guidance, "tau": tau})
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from corrzoo.heads.layers import (
-    HEADS,
+from corrzoo.heads.tokens import (
+    ATTENTION_HEADS,
     REFINED_CHANNELS,
     UPSCALE,
     Attention,
@@ -28,12 +28,11 @@ from corrzoo.heads.layers import (
     check_windows,
     init_linear,
     mlp,
-    no_autocast,
     upscale,
 )
-from corrzoo.heads.registry import register_head
 from corrzoo.losses import mean_where
-from corrzoo.precision import full
+from corrzoo.matcher import HEADS
+from corrzoo.precision import full, full_precision
 from corrzoo.types import Features, Match, Pair, ZooError
 
 MASKED_SHARE = 0.25
@@ -46,7 +45,7 @@ FINE = 2
 """Cells of the super-resolved features to one of the coarse grid, on each axis."""
 
 
-@register_head("LPMFlow")
+@HEADS.register
 class LPMFlow(TokenMatcher):
     """LARL encodes both images' tokens together, PFSR matches them on four pairs of scales, MMFI refines the flows.
 
@@ -139,7 +138,7 @@ class LPMFlow(TokenMatcher):
         Returns:
             The tokens, and which were replaced, (B, masked) positions among them.
         """
-        with torch.no_grad(), no_autocast(s):
+        with torch.no_grad(), full_precision(s):
             heat = self.foreground_heat(full(s[:, 1:]), full(s[:, :1]), full(t[:, :1]))
             best = 1 + heat.topk(self.top_k).indices
             masked = best.gather(1, self.draw_ranks(len(s), s.device))
@@ -197,7 +196,7 @@ def self_contrast(tokens: Tensor, masked: Tensor, neighbours: Tensor) -> Tensor:
     Returns:
         (B,) mean over the m queries. The neighbours carry no gradient.
     """
-    with no_autocast(tokens):
+    with full_precision(tokens):
         tokens = full(tokens)
         query = F.normalize(tokens.gather(1, masked.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])), dim=-1)
         around = F.normalize(neighbours.to(tokens.dtype)[masked - 1] @ tokens[:, 1:].detach(), dim=-1)
@@ -284,7 +283,7 @@ class RegionBias(nn.Module):
         tokens, span = 1 + grid * grid, 2 * grid - 1
         self.table = self.mask = None
         if learned:
-            self.table = nn.Parameter(nn.init.trunc_normal_(torch.empty(HEADS, 4 * span**2), std=0.02))
+            self.table = nn.Parameter(nn.init.trunc_normal_(torch.empty(ATTENTION_HEADS, 4 * span**2), std=0.02))
             cells = torch.cartesian_prod(torch.arange(grid), torch.arange(grid))
             row, column = (cells.unsqueeze(1) - cells + grid - 1).unbind(-1)  # query - key, from 0
             index = torch.full((2, tokens, 2, tokens), 4 * span**2)  # the class tokens': a zero behind the table
@@ -303,7 +302,7 @@ class RegionBias(nn.Module):
         if self.table is not None:
             bias = F.pad(self.table, (0, 1)).index_select(1, self.index.flatten()).unflatten(1, self.index.shape)
         if self.attend != "joint":
-            none = torch.zeros(HEADS, 1, 1, device=self.barred.device) if bias is None else bias
+            none = torch.zeros(ATTENTION_HEADS, 1, 1, device=self.barred.device) if bias is None else bias
             bias = none.masked_fill(self.barred, -torch.inf)
         return bias
 

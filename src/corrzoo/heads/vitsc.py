@@ -14,23 +14,22 @@ from torch import Tensor, nn
 
 from corrzoo import ops
 from corrzoo.backbones import Backbone, BackboneSpec
-from corrzoo.geometry import Size, cell_centres, points_to_flow, sample, size_of
+from corrzoo.geometry import Size, cell_centres, cells_to_pixels, cosine_maps, points_to_flow, sample, size_of
 from corrzoo.heads.levels import resize, stack_levels
-from corrzoo.heads.registry import register_head
 from corrzoo.losses import mean_where
-from corrzoo.matcher import Matcher, cosine_maps
+from corrzoo.matcher import HEADS, Matcher
 from corrzoo.precision import full
 from corrzoo.types import Features, Match, Pair, ZooError
 
 STRIDE = 8
 """Pixels to a cell of the grid that is matched on (3.1)."""
-WIDTH, HEADS = 256, 8
+WIDTH, ATTENTION_HEADS = 256, 8
 """Channels and heads of the cross-perception. our choice: the natural width among those that Table 10 allows."""
 PE_CELLS = 28
 """our choice: positions are encoded as if every image had the cells of the training size, 224 / 8, on a side."""
 
 
-@register_head("ViTSC")
+@HEADS.register
 class ViTSC(Matcher):
     """Cross-perception, kernel soft-argmax, correlation-guided upsampler; EPE at full resolution and a triplet loss.
 
@@ -121,11 +120,11 @@ class ViTSC(Matcher):
 
     def initial_flow(self, a: Tensor, b: Tensor, src_image: Size, trg_image: Size) -> Tensor:
         """M of eq. 4: from features (B, C, h, w) of source and target, (B, 2, h, w) in pixels."""
-        (h, w), (H, W) = size_of(b), trg_image
+        h, w = size_of(b)
         rows, columns = (rearrange(x, "b c h w -> b (h w) c") for x in (a, b))
         sigma, temperature = self.sigma or 0.25 * max(h, w), self.temperature.clamp(min=1e-3)
         cells = ops.match(rows, columns, (h, w), temperature, "argmax", sigma, backend=self.backend).xy
-        return points_to_flow(cells * cells.new_tensor([W / w, H / h]), size_of(a), src_image)
+        return points_to_flow(cells_to_pixels(cells, (h, w), trg_image), size_of(a), src_image)
 
     def look_up(self, flow: Tensor, src: Features, trg: Features) -> Tensor:
         """C_local of eq. 8: (B, (2r + 1)^2, h, w), the correlation around where the flow (B, 2, h, w) leads."""
@@ -221,8 +220,8 @@ class AttentionBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm_query, self.norm_context, self.norm_self, self.norm_ffn = (nn.LayerNorm(WIDTH) for _ in range(4))
-        self.cross = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
-        self.self_attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        self.cross = nn.MultiheadAttention(WIDTH, ATTENTION_HEADS, batch_first=True)
+        self.self_attention = nn.MultiheadAttention(WIDTH, ATTENTION_HEADS, batch_first=True)
         self.ffn = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), zeroed(nn.Linear(4 * WIDTH, WIDTH)))
         zeroed(self.cross.out_proj)
         zeroed(self.self_attention.out_proj)

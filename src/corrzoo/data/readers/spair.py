@@ -1,0 +1,121 @@
+"""SPair-71k (Min et al., 2019, arXiv:1908.10543): 18 categories, 53,340 / 5,384 / 12,234 pairs."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+from corrzoo.data.index import BROKEN, read_box, read_ids, read_points
+from corrzoo.data.pairs import DATASETS, FolderDataset
+from corrzoo.geometry import Size
+from corrzoo.types import Record, ZooError
+
+CATEGORIES = [
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair"),
+    *("cow", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "train", "tvmonitor"),
+]
+
+
+@DATASETS.register
+class SPair71k(FolderDataset):
+    """SPair-71k.
+
+    Args:
+        root: The folder that holds `SPair-71k/`.
+        split: See `PairDataset`, as all the others.
+        layout: "large" for all pairs, "small" for the subset of 10,652 / 1,070 / 2,438.
+    """
+
+    name = "spair71k"
+    folder = "SPair-71k"
+    holds = "JPEGImages, PairAnnotation and Layout"
+    splits: ClassVar[tuple[str, ...]] = ("trn", "val", "test")
+    categories = CATEGORIES
+
+    def __init__(
+        self, root: str | Path, split: str, size: int | Size = 224, *, layout: str = "large", **options: Any
+    ) -> None:
+        if layout not in ("large", "small"):
+            raise ZooError(f"{self.name} has no layout {layout!r}: choose large or small")
+        self.layout = layout
+        super().__init__(root, split, size, **options)
+
+    def sources(self) -> list[Path]:
+        images = self.need(self.home / "JPEGImages")
+        self._annotations = self.need(self.home / "PairAnnotation" / self.split)
+        self.pair_files = self._annotations
+        self._list = self.need(self.home / "Layout" / self.layout / f"{self.split}.txt")
+        return [self._list, self._annotations, *filter(Path.is_dir, (images / name for name in CATEGORIES))]
+
+    def read(self) -> Iterator[tuple[str, Record]]:
+        files = set(os.listdir(self._annotations))
+        for line in self._list.read_text("utf-8", "replace").splitlines():
+            if pair := line.strip():
+                path = self._annotations / self._file_of(pair, files)
+                yield str(path), self.read_pair(path)
+
+    def _file_of(self, pair: str, files: set[str]) -> str:
+        """Name of a pair's annotation, whose colon some file systems and archivers replace."""
+        for colon in (":", "_", "%3A"):
+            if (name := pair.replace(":", colon) + ".json") in files:
+                return name
+        raise ZooError(
+            f"no annotation {self._annotations / pair}.json, which {self._list} names: fetch the dataset again"
+        )
+
+    def read_pair(self, path: Path) -> Record:
+        where = str(path)
+        try:
+            pair = json.loads(path.read_bytes())
+            images = self.home / "JPEGImages" / pair["category"]
+            src_size, trg_size = ((int(w), int(h)) for w, h, *_ in (pair["src_imsize"], pair["trg_imsize"]))
+            return Record(
+                src_path=images / pair["src_imname"],
+                trg_path=images / pair["trg_imname"],
+                src_kps=read_points(pair["src_kps"], where),
+                trg_kps=read_points(pair["trg_kps"], where),
+                src_size=src_size,
+                trg_size=trg_size,
+                category=pair["category"],
+                src_box=read_box(pair["src_bndbox"], where),
+                trg_box=read_box(pair["trg_bndbox"], where),
+                flags={
+                    "viewpoint": int(pair["viewpoint_variation"]),
+                    "scale": int(pair["scale_variation"]),
+                    "truncation": int(pair["truncation"]),
+                    "occlusion": int(pair["occlusion"]),
+                },
+                kps_ids=read_ids(pair["kps_ids"], where) if "kps_ids" in pair else None,
+            )
+        except ZooError:
+            raise
+        except BROKEN as error:
+            raise ZooError(f"{where}: not an annotation of SPair-71k ({error!r}): fetch it again") from error
+
+
+@DATASETS.register
+class SPairU(SPair71k):
+    """SPair-U (Mariotti et al., "Jamais Vu", 2025): SPair-71k's test pairs with keypoints that no training pair has.
+
+    Its annotations are SPair-71k's in form and name images of SPair-71k. They are found beside `SPair-71k/`, in
+    `SPair-U/PairAnnotation/test`, or in `SPair-71k/ExtraPairAnnotation/test`, where the authors' code looks for them.
+    There is no list: all files count, by name. Pairs whose images share no keypoint have no PCK and are left out.
+    """
+
+    name = "spair71k_u"
+    holds = "JPEGImages of SPair-71k, and SPair-U's annotations as ExtraPairAnnotation/test,"
+    origin = "unpack https://groups.inf.ed.ac.uk/hbilen-data/data/JamaisVuData/SPair-U.zip beside it"
+    splits = ("test",)
+
+    def sources(self) -> list[Path]:
+        images = self.need(self.home / "JPEGImages")
+        beside = [self.home.parent / "SPair-U" / name / "test" for name in ("PairAnnotation", "ExtraPairAnnotation")]
+        self._annotations = self.need(*beside, self.home / "ExtraPairAnnotation" / "test")
+        return [self._annotations, *filter(Path.is_dir, (images / name for name in CATEGORIES))]
+
+    def read(self) -> Iterator[tuple[str, Record]]:
+        for path in sorted(self._annotations.glob("*.json")):
+            record = self.read_pair(path)
+            if len(record.src_kps) or len(record.trg_kps):
+                yield str(path), record

@@ -1,0 +1,135 @@
+"""Scoring: matches of annotated points in original pixels, and one metric for each dataset that is evaluated."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from corrzoo.backbones.cache import FeatureCache
+from corrzoo.geometry import cell_centres, resize_points, size_of, transfer
+from corrzoo.scoring.label_transfer import LabelTransfer, polygon_mask, warp_mask
+from corrzoo.scoring.metric import BenchmarkMetric
+from corrzoo.scoring.pck import PCK
+from corrzoo.types import Features, Pair, PointMatcher, ZooError
+
+PairFeatures = Callable[[Pair], tuple[Features, Features]]
+
+
+@torch.no_grad()
+def predict_points(
+    matcher: PointMatcher, pair: Pair, query: str = "src", features: PairFeatures | None = None
+) -> Tensor:
+    """Match a batch's annotated points.
+
+    Args:
+        matcher: The model.
+        pair: The batch.
+        query: Whose points are given: `src`, or `trg` for protocols that predict the source.
+        features: Computes prepared features; `matcher.features` when None.
+
+    Returns:
+        (B, K, 2) float64 predictions in original pixels of the other image.
+    """
+    asked = pair if query == "src" else pair.swapped()
+    src, trg = (features or matcher.features)(asked)
+    points = matcher.match_points(src, trg, asked.src_kps).double()
+    H, W = asked.src_img.shape[-2:]
+    return resize_points(points, asked.trg_size.new_tensor([W, H]).double(), asked.trg_size.double())
+
+
+class Evaluation:
+    """Metrics and feature cache of one pass over one or more datasets.
+
+    Args:
+        matcher: The model; its features are computed once per image and dataset.
+        loaders: One loader per dataset.
+        protocol: PCK protocol; the dataset's usual threshold is added when it names none.
+        alphas: PCK tolerances.
+        cache_mb: Memory for features; 0 turns the cache off.
+    """
+
+    def __init__(
+        self, matcher: PointMatcher, loaders: Any, protocol: str, alphas: Sequence[float], cache_mb: int
+    ) -> None:
+        loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
+        self.matcher, self.cache_bytes = matcher, cache_mb * 2**20
+        self.datasets = [loader.dataset for loader in loaders]
+        self.metrics: list[BenchmarkMetric] = []
+        for dataset in self.datasets:
+            name = protocol if ":" in protocol else f"{protocol}:{dataset.threshold}"
+            new = LabelTransfer if dataset.outlines else lambda categories, name=name: PCK(name, alphas, categories)
+            self.metrics.append(new(dataset.categories).to(matcher.device))
+        self.release()
+
+    def features(self, pair: Pair) -> tuple[Features, Features]:
+        """Prepared features of both images, each image computed once."""
+        ids = torch.cat([pair.src_id, pair.trg_id])
+        if (ids < 0).any():
+            return self.matcher.features(pair)
+        images = self.matcher.backbone.normalise(torch.cat([pair.src_img, pair.trg_img]))
+        return self._cache(images, ids, lambda new: self.matcher.prepare(self.matcher.backbone(new))).halves()
+
+    def predict(self, pair: Pair, which: int) -> Tensor:
+        """Predictions for a batch of dataset `which`, see `predict_points`."""
+        self._enter(which)
+        if self.datasets[which].outlines:
+            raise ZooError(f"{self.datasets[which].name} has no keypoints to predict: `lightning test` scores it")
+        return predict_points(self.matcher, pair, self.metrics[which].query, self.features)
+
+    def score(self, pair: Pair, which: int) -> None:
+        """Add a batch of dataset `which` to its metric."""
+        if self.datasets[which].outlines:
+            self._enter(which)
+            self._score_outlines(pair, which)
+        else:
+            self.metrics[which].update(self.predict(pair, which), pair)
+
+    def scores(self, stage: str) -> dict[str, float]:
+        """The headline numbers, `<stage>/pck@0.1`, with the dataset's name between when there are several."""
+        out: dict[str, float] = {}
+        for dataset, metric in zip(self.datasets, self.metrics, strict=True):
+            prefix = stage if len(self.metrics) == 1 else f"{stage}/{dataset.name}"
+            out |= {f"{prefix}/{key}": value.item() for key, value in metric.compute().items() if "/" not in key}
+        return out
+
+    def release(self) -> None:
+        """Free the cached features; metrics stay."""
+        self._current, self._cache = -1, FeatureCache(0)
+
+    @property
+    def cached_bytes(self) -> int:
+        """Memory of the cached features."""
+        return self._cache.used
+
+    def by_name(self) -> list[tuple[str, BenchmarkMetric]]:
+        """Each dataset's name and its metric."""
+        return [(dataset.name, metric) for dataset, metric in zip(self.datasets, self.metrics, strict=True)]
+
+    def _enter(self, which: int) -> None:
+        if which != self._current:  # image numbers are a dataset's own
+            self._current, self._cache = which, FeatureCache(self.cache_bytes)
+
+    @torch.no_grad()
+    def _score_outlines(self, pair: Pair, which: int) -> None:
+        """Label transfer both ways: source vertices to the target, and target pixels back to the source mask."""
+        src, trg = self.features(pair)
+        network = size_of(src.image)
+        records = [self.datasets[which].record(index) for index in pair.index.tolist()]
+        vertices = [resize_points(r.src_polygon, _wh(r.src_size), _wh(network[::-1])).float() for r in records]
+        padded = pad_sequence(vertices, batch_first=True).to(src.image.device)
+        carried = self.matcher.match_points(src, trg, padded).cpu().double()
+        back = self.matcher.match(trg, src).flow.cpu().float()
+        for k, r in enumerate(records):
+            polygon = resize_points(carried[k, : len(vertices[k])], _wh(network[::-1]), _wh(r.trg_size))
+            (w, h) = r.trg_size
+            seen = transfer(cell_centres((h, w), network)[None], back[k : k + 1], network)[0].double()
+            seen = resize_points(seen, _wh(network[::-1]), _wh(r.src_size)).unflatten(0, (h, w))
+            mask, gt = warp_mask(polygon_mask(r.src_polygon, r.src_size), seen), polygon_mask(r.trg_polygon, r.trg_size)
+            index, category = int(pair.index[k]), int(pair.category[k])
+            self.metrics[which].update(polygon_mask(polygon, r.trg_size), mask, gt, index, category)
+
+
+def _wh(size: tuple[int, int]) -> Tensor:
+    return torch.tensor(size, dtype=torch.float64)

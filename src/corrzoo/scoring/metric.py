@@ -1,0 +1,98 @@
+"""The metric of a benchmark: one int64 row per pair, so that the result is exact over any number of processes."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torchmetrics
+from torch import Tensor
+
+from corrzoo.scoring.protocols import Protocol
+from corrzoo.types import ZooError
+
+
+class BenchmarkMetric(torchmetrics.Metric, ABC):
+    """Scores of a benchmark's pairs: `PCK`, or `LabelTransfer` for annotated outlines.
+
+    A row starts with the pair's index and category. Rows are gathered over processes, each pair counts once, and pairs
+    are ordered by index. Every process must call `compute()`, `rows()` and `breakdown()`; each gets the result over all
+    processes. They raise ZooError if no pair was scored.
+
+    Attributes:
+        name: Name in tables; result files use it in lower case, with underscores.
+        protocol: How pairs are scored.
+        query: Image whose points or outline are given, `src` or `trg`.
+        evaluated: Image in which they are predicted.
+    """
+
+    full_state_update = False
+    table: list[Tensor]
+    name: ClassVar[str]
+    protocol: Protocol | str
+    query: str = "src"
+    evaluated: str = "trg"
+
+    def __init__(self, width: int, categories: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.width, self.categories = width, tuple(categories)
+        self.add_state("table", [], dist_reduce_fx="cat")
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Protocol, flaw, alphas and average, for a result file."""
+
+    @abstractmethod
+    def columns(self) -> list[tuple[str, str, str]]:
+        """Columns of a table of scores: heading, key in `breakdown()`, key in `compute()`."""
+
+    @abstractmethod
+    def _scores(self, table: Tensor) -> dict[str, Tensor]:
+        """(N,) columns that `rows` shows of N pairs."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per pair, ordered by index: `index`, `category` and the scores."""
+        with self.sync_context():
+            table = self._distinct()
+        scores = {name: column.tolist() for name, column in self._scores(table).items()}
+        return [
+            {"index": index, "category": self._category(category)}
+            | {name: column[k] for name, column in scores.items()}
+            for k, (index, category) in enumerate(table[:, :2].tolist())
+        ]
+
+    def breakdown(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Mean scores of groups of pairs: `{"category": {name: {"pairs": count, score: mean, ...}}}`."""
+        with self.sync_context():
+            return self._groups(self._distinct())
+
+    def _groups(self, table: Tensor) -> dict[str, dict[str, dict[str, float]]]:
+        column = table[:, 1]
+        return {"category": {self._category(c): self._row(table[column == c]) for c in column.unique().tolist()}}
+
+    def _row(self, table: Tensor) -> dict[str, float]:
+        return {"pairs": len(table)} | {name: column.mean().item() for name, column in self._scores(table).items()}
+
+    def _category(self, number: int) -> str:
+        return self.categories[number] if self.categories else str(number)
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gather the rows of all processes; torchmetrics calls this."""
+        if not len(self.table):  # torchmetrics would send a flat float tensor for a process without pairs
+            self.table = [torch.empty(0, self.width, dtype=torch.int64, device=self.device)]
+        super().sync(*args, **kwargs)
+
+    def _distinct(self) -> Tensor:
+        """(N, width) rows on the CPU, one per index.
+
+        Samplers repeat pairs so that all processes get the same number. Whole rows are sorted, so that the result does
+        not depend on which process scored a repeated pair.
+        """
+        parts = [self.table] if isinstance(self.table, Tensor) else self.table
+        if not sum(map(len, parts)):
+            raise ZooError(f"{type(self).__name__} has no scored pairs: call update() with pairs that have keypoints")
+        rows = torch.cat([part.cpu() for part in parts])
+        rows = rows[rows[:, 0].argsort()]
+        if (rows[:, 0].diff() == 0).any():
+            rows = rows.unique(dim=0)  # slow
+        return rows[rows[:, 0].diff(prepend=rows[:1, 0] - 1) != 0]

@@ -1,0 +1,301 @@
+"""PCK of one pair (`score`) and of a benchmark (`PCK`), in float64 on the CPU. Both use `pck_update`, `pck_compute`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from corrzoo.geometry import resize_points
+from corrzoo.scoring.metric import BenchmarkMetric
+from corrzoo.scoring.protocols import AVERAGES, Protocol, Side, get_protocol
+from corrzoo.types import DIFFICULTIES, Pair, Record, ZooError, as_points
+
+ALPHAS = (0.05, 0.1, 0.15)
+"""The tolerances that most tables report."""
+BUFFERED = 4096
+"""our choice: pairs that `PCK` buffers before it scores them together, which costs a tenth of scoring 16 at a time."""
+
+
+def score(
+    pred: Tensor, record: Record, protocol: str | Protocol = "default:bbox", alphas: Sequence[float] = ALPHAS
+) -> Tensor:
+    """PCK of one pair.
+
+    Args:
+        pred: (n, 2) predictions in original pixels of the evaluated image, whatever frame the protocol measures in.
+            `get_protocol(protocol).evaluated` is `trg`, or `src` for protocols such as CATs'.
+        record: The annotated pair.
+        protocol: A name of `list_protocols()`, or a Protocol.
+        alphas: A tolerances.
+
+    Returns:
+        (A,) float64 fractions of correct keypoints.
+
+    Raises:
+        ZooError: if the protocol is unknown, the shape of `pred` is wrong, a prediction is not finite, or the record
+            has no keypoints or lacks the boxes that the protocol needs.
+    """
+    protocol, points, n = get_protocol(protocol), as_points(pred).cpu(), len(record.trg_kps)
+    if len(points) != n or n == 0:
+        raise ZooError(f"expected a prediction for each of the record's {n} keypoints (one or more), got {len(points)}")
+    sides = {
+        "src": _record_side(record.src_kps, record.src_size, record.src_box),
+        "trg": _record_side(record.trg_kps, record.trg_size, record.trg_box),
+    }
+    rows = pck_update(points[None], sides, torch.ones(1, n, dtype=torch.bool), protocol, alphas)
+    return pck_compute(rows)[0]
+
+
+def pck_update(
+    pred: Tensor, sides: dict[str, Side], mask: Tensor, protocol: Protocol, alphas: Sequence[float]
+) -> Tensor:
+    """Count correct keypoints.
+
+    Args:
+        pred: (B, K, 2) float64 predictions in original pixels of the evaluated image.
+        sides: Annotations by image, "src" and "trg"; the query's only if `protocol.asks_query`.
+        mask: (B, K) bool, which rows are keypoints.
+        protocol: The protocol.
+        alphas: A tolerances.
+
+    Returns:
+        (B, 1 + A) int64: number of keypoints, then number of correct keypoints for each alpha.
+
+    Raises:
+        ZooError: if a prediction of a keypoint is not finite, or boxes are missing that the protocol needs.
+    """
+    hits = _hits(pred, sides, mask, protocol, alphas)
+    return torch.cat([mask.sum(1, keepdim=True), hits.sum(1)], dim=1)
+
+
+def pck_compute(rows: Tensor) -> Tensor:
+    """(N, 1 + A) counts of `pck_update` -> (N, A) float64 fractions of correct keypoints."""
+    return rows[:, 1:].double() / rows[:, :1]
+
+
+def correct(pred: Tensor, gt: Tensor, threshold: Tensor, alphas: Sequence[float], mask: Tensor, compare: str) -> Tensor:
+    """Whether predictions are correct, for points and thresholds in one frame.
+
+    Args:
+        pred: (..., n, 2) predictions.
+        gt: (..., n, 2) ground truth.
+        threshold: (...) length L of each pair.
+        alphas: A tolerances: the error must be within alpha * L.
+        mask: (..., n) bool, which rows are keypoints.
+        compare: `<=` or `<`: whether an error of exactly alpha * L is correct.
+
+    Returns:
+        (..., n, A) bool, False where `mask` is.
+
+    Raises:
+        ZooError: if a prediction of a keypoint is not finite.
+    """
+    bad = (~pred.isfinite().all(-1) & mask).nonzero()
+    if len(bad):
+        at = tuple(bad[0].tolist())
+        raise ZooError(f"the prediction at {list(at)} is {pred[at].tolist()}: expected a finite (x, y)")
+    dx, dy = (pred.double() - gt.double()).unbind(-1)
+    error = (dx**2 + dy**2).sqrt().unsqueeze(-1)  # (..., n, 1)
+    limit = (threshold.double().unsqueeze(-1) * error.new_tensor(alphas)).unsqueeze(-2)  # (..., 1, A)
+    hit = error <= limit if compare == "<=" else error < limit
+    return hit & mask.unsqueeze(-1)
+
+
+def correct_points(pred: Tensor, pair: Pair, protocol: str | Protocol, alpha: float) -> Tensor:
+    """(B, K) bool, which predictions of a batch are correct, for pictures; arguments as for `PCK.update`."""
+    protocol = get_protocol(protocol)
+    sides, mask = _pair_sides(pair, protocol), pair.kps_mask.cpu()
+    return _hits(pred.detach().cpu().double(), sides, mask, protocol, (alpha,))[..., 0]
+
+
+def _hits(pred: Tensor, sides: dict[str, Side], mask: Tensor, protocol: Protocol, alphas: Sequence[float]) -> Tensor:
+    """(B, K, A) bool, for points in original pixels."""
+    evaluated = sides[protocol.evaluated]
+    query = sides.get(protocol.query, evaluated)
+    gt = protocol.frame.points(evaluated.kps, evaluated.size, annotated=True)
+    pred = protocol.frame.points(pred, evaluated.size, annotated=False)
+    return correct(pred, gt, protocol.thresholds(evaluated, query, mask), alphas, mask, protocol.compare)
+
+
+def _record_side(kps: Tensor, size: tuple[int, int], box: Tensor | None) -> Side:
+    box = torch.full((4,), torch.nan) if box is None else box
+    return Side(*(torch.as_tensor(part, dtype=torch.float64)[None] for part in (kps, size, box)))
+
+
+def _pair_sides(pair: Pair, protocol: Protocol) -> dict[str, Side]:
+    """Annotations of the images that the protocol needs."""
+    needed = (protocol.evaluated, protocol.query) if protocol.asks_query else (protocol.evaluated,)
+    return {side: _pair_side(pair, side) for side in needed}
+
+
+def _pair_side(pair: Pair, side: str) -> Side:
+    """One image of each pair of a batch, with keypoints in original pixels."""
+    kps, size, box = (getattr(pair, f"{side}_{what}").cpu().double() for what in ("kps", "size", "box"))
+    H, W = getattr(pair, f"{side}_img").shape[-2:]
+    points = resize_points(kps, size.new_tensor([W, H]), size)
+    # float32 network pixels and back move an annotated integer by up to 1e-4 px. That would decide ties with integer
+    # predictions, and what VisualAI rounds down to: undo it.
+    whole = points.round()
+    return Side(torch.where((points - whole).abs() < 1e-3, whole, points), size, box)
+
+
+class PCK(BenchmarkMetric):
+    """Percentage of correct keypoints over a benchmark.
+
+    `compute()` returns 0-d float64 tensors in percent. For each alpha, here 0.1:
+
+    - `pck@0.1`: the average that the protocol's authors report, one of the next four;
+    - `pck@0.1/image`: mean over pairs;
+    - `pck@0.1/point`: all correct points over all points;
+    - `pck@0.1/category`: mean over categories of their mean over pairs;
+    - `pck@0.1/category-point`: mean over categories of their share of correct points.
+
+    Pairs without keypoints do not count. A pair that was seen twice (by index) counts once.
+
+    `rows()` have the flags of `DIFFICULTIES` (-1 if not annotated), `points` (number of keypoints), and `pck@0.1` in
+    percent for each alpha. `breakdown()` adds groups of the flags to the categories:
+    `{"viewpoint": {"0": row, "1": row, "2": row, ">0": row}, "scale": ..., ...}`, where a row has `pairs`, `points`,
+    and `pck@0.1/image` and `pck@0.1/point` in percent for each alpha. Empty groups are left out. A pair without a flag
+    is in none of its groups. `0` and `>0` are the two-valued form that Lucaosti reports.
+
+    Args:
+        protocol: A name of `list_protocols()`, or a Protocol.
+        alphas: Tolerances.
+        categories: The dataset's names for `Pair.category`; without names, categories stay numbers.
+        **kwargs: Options of torchmetrics.Metric.
+
+    Raises:
+        ZooError: if the protocol is unknown.
+    """
+
+    name = "PCK"
+    protocol: Protocol
+
+    def __init__(
+        self,
+        protocol: str | Protocol = "default:bbox",
+        alphas: Sequence[float] = ALPHAS,
+        categories: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(7 + len(alphas), categories, **kwargs)  # index, category, 4 flags, keypoints, correct ones
+        self.protocol, self.alphas = get_protocol(protocol), tuple(alphas)
+        self.query, self.evaluated = self.protocol.query, self.protocol.evaluated
+        self._buffer: list[tuple[Tensor, Pair]] = []
+        self._buffered = 0
+
+    def update(self, pred: Tensor, pair: Pair) -> None:
+        """Add a batch. Batches are buffered and scored together, so errors may be raised by a later call.
+
+        Args:
+            pred: (B, K, 2) predictions in original pixels of the protocol's evaluated image. Rows where `pair.kps_mask`
+                is False are ignored. If `src` is evaluated, predict with `pair.swapped()` and score with `pair`.
+            pair: The batch from the dataset.
+
+        Raises:
+            ZooError: if shapes differ, a prediction is not finite, a category has no name, or boxes are missing.
+        """
+        if pred.ndim != 3 or pred.shape != pair.trg_kps.shape:
+            raise ZooError(f"expected predictions of shape {tuple(pair.trg_kps.shape)}, got {tuple(pred.shape)}")
+        small = _without_images(pair)
+        if self._buffer and self._buffer[-1][1].src_img.shape[2:] != small.src_img.shape[2:]:
+            self._score_buffer()
+        self._buffer.append((pred.detach(), small))
+        self._buffered += len(pred)
+        if self._buffered >= BUFFERED or not len(
+            self.table
+        ):  # the first batch at once: mistakes in the set-up show early
+            self._score_buffer()
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Score buffered batches, then gather the rows of all processes."""
+        self._score_buffer()
+        super().sync(*args, **kwargs)
+
+    def reset(self) -> None:
+        """Forget all pairs."""
+        super().reset()
+        self._buffer, self._buffered = [], 0
+
+    def _score_buffer(self) -> None:
+        """Turn buffered batches into rows."""
+        if not self._buffer:
+            return
+        preds, pairs = zip(*self._buffer, strict=True)
+        self._buffer, self._buffered = [], 0
+        K = max(pred.shape[1] for pred in preds)
+        pred = torch.cat([_pad(pred, K).cpu().double() for pred in preds])
+        ragged = ("src_kps", "trg_kps", "kps_mask")
+        fields = zip(Pair._fields, zip(*pairs, strict=True), strict=True)
+        pair = Pair(*(torch.cat([_pad(x, K) if name in ragged else x for x in xs]).cpu() for name, xs in fields))
+        if self.categories and pair.category.max() >= len(self.categories):
+            raise ZooError(f"category {int(pair.category.max())} has no name: PCK was given {len(self.categories)}")
+        if not pair.kps_mask.any():
+            return
+        sides = _pair_sides(pair, self.protocol)
+        counts = pck_update(pred, sides, pair.kps_mask, self.protocol, self.alphas)
+        rows = torch.cat([pair.index[:, None], pair.category[:, None], pair.difficulty, counts], dim=1)
+        self.table.append(rows[rows[:, 6] > 0].to(self.device))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Every average, see the class."""
+        table = self._distinct()
+        groups = [table[table[:, 1] == category] for category in table[:, 1].unique()]
+        per_category = torch.stack([_means(group) for group in groups]).mean(0)
+        averages = dict(zip(AVERAGES, [*_means(table), *per_category], strict=True))
+        named = {"": averages[self.protocol.averages[0]]} | {f"/{name}": average for name, average in averages.items()}
+        return {f"{key}{name}": value for name, values in named.items() for key, value in self._by_alpha(values)}
+
+    def _scores(self, table: Tensor) -> dict[str, Tensor]:
+        named = dict(zip((*DIFFICULTIES, "points"), table[:, 2:7].unbind(1), strict=True))
+        return named | dict(self._by_alpha(100 * pck_compute(table[:, 6:]).T))
+
+    def _groups(self, table: Tensor) -> dict[str, dict[str, dict[str, float]]]:
+        out = super()._groups(table)
+        for name, flag in zip(DIFFICULTIES, table[:, 2:6].unbind(1), strict=True):
+            groups = {str(value): flag == value for value in flag[flag >= 0].unique().tolist()} | {">0": flag > 0}
+            out[name] = {group: self._row(table[members]) for group, members in groups.items() if members.any()}
+        return out
+
+    def _row(self, table: Tensor) -> dict[str, float]:
+        means = zip(("image", "point"), _means(table), strict=True)
+        values = {f"{key}/{name}": value.item() for name, mean in means for key, value in self._by_alpha(mean)}
+        return {"pairs": len(table), "points": int(table[:, 6].sum())} | values
+
+    def _by_alpha(self, values: Tensor) -> list[tuple[str, Tensor]]:
+        return [(f"pck@{alpha:g}", value) for alpha, value in zip(self.alphas, values, strict=True)]
+
+    def describe(self) -> dict[str, Any]:
+        how = {"protocol": str(self.protocol), "flaw": self.protocol.flaw}
+        return how | {"alphas": list(self.alphas), "average": self.protocol.averages[0]}
+
+    def columns(self) -> list[tuple[str, str, str]]:
+        within = "point" if "point" in self.protocol.averages[0] else "image"
+        return [(f"@{alpha:g}", f"pck@{alpha:g}/{within}", f"pck@{alpha:g}") for alpha in self.alphas]
+
+
+def _means(table: Tensor) -> Tensor:
+    """(2, A) percentages of rows of PCK: mean over pairs, and over points."""
+    return torch.stack(
+        [(100 * pck_compute(table[:, 6:])).mean(0), 100 * table[:, 7:].sum(0).double() / table[:, 6].sum()]
+    )
+
+
+def _without_images(pair: Pair) -> Pair:
+    """The batch with images of no channel, which keep their size and no memory; masks and ids are dropped."""
+    (B, _, *src), trg = pair.src_img.shape, pair.trg_img.shape[2:]
+    return pair._replace(
+        src_img=pair.index.new_empty(B, 0, *src),
+        trg_img=pair.index.new_empty(B, 0, *trg),
+        src_mask=pair.index.new_empty(B, 0),
+        trg_mask=pair.index.new_empty(B, 0),
+        kps_ids=pair.index.new_empty(B, 0),
+        mirror_ids=pair.index.new_empty(B, 0),
+    )
+
+
+def _pad(x: Tensor, K: int) -> Tensor:
+    """(B, k, ...) -> (B, K, ...), with zeros."""
+    return x if x.shape[1] == K else F.pad(x, (0, 0) * (x.ndim - 2) + (0, K - x.shape[1]))

@@ -1,0 +1,292 @@
+"""The evaluation protocols of the field, by name: whose points are scored, in which frame, against which length.
+
+A keypoint is correct when its error is within alpha * L. Published numbers differ in what L is, in the frame it is
+measured in, in which of the two images is evaluated, and in how pairs are averaged. A preset with one of its threshold
+kinds, such as `actr:bbox` or `default:bbox-kp`, settles all of that. Presets follow what a project's released code
+does, which is not always what its paper says: where that is wrong it has a `flaw`, and it is never the default.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Final, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from corrzoo.registry import Registry
+from corrzoo.types import ZooError
+
+IMG: Final = "img"  # larger side of the image
+BBOX: Final = "bbox"  # of the annotated box
+KP: Final = "bbox-kp"  # of the tight box of the pair's keypoints
+PADDED: Final = "bbox-kp-padded"  # of that box when what pads the keypoint array is taken for a keypoint
+KINDS = (IMG, BBOX, KP, PADDED)
+
+AVERAGES = ("image", "point", "category", "category-point")
+"""Means over pairs, over points, and over categories of either; `metrics.PCK` has the words."""
+
+
+class Side(NamedTuple):
+    """One image of each pair as annotated: float64, in original pixels."""
+
+    kps: Tensor
+    """(B, K, 2)."""
+    size: Tensor
+    """(B, 2) original (w, h)."""
+    box: Tensor
+    """(B, 4) xyxy; NaN where there is none."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where errors and thresholds are measured.
+
+    Args:
+        fit: How a (w, h) image comes into the frame.
+            original: it stays as it is.
+            shrink: one factor for both axes, so that the larger side is at most `side`.
+            pad: one factor, so that the larger side is `side`. Where the padding goes is nothing to a distance.
+            stretch: to a square, x * side / w and y * side / h.
+            align-corners: to a square, x * (side - 1) / (w - 1), y likewise.
+        side: In pixels. It cancels from PCK when fit is stretch or pad: 1 stands for 'not recorded' there.
+    """
+
+    fit: Literal["original", "shrink", "pad", "stretch", "align-corners"] = "original"
+    side: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.fit} {self.side}" if self.side else self.fit
+
+    def scale(self, size: Tensor) -> Tensor:
+        """(B, 2) factors for x and y, for images of `size` (B, 2), (w, h)."""
+        longest = size.amax(-1, keepdim=True).expand_as(size)
+        match self.fit:
+            case "original":
+                return torch.ones_like(size)
+            case "shrink":
+                return (self.side / longest).clamp(max=1)
+            case "pad":
+                return self.side / longest
+            case "stretch":
+                return self.side / size
+            case "align-corners":
+                return (self.side - 1) / (size - 1)
+
+    def image_side(self, size: Tensor) -> Tensor:
+        """(B,) larger side of the image in the frame."""
+        if self.fit in ("original", "shrink"):
+            return (size * self.scale(size)).amax(-1)
+        return torch.full_like(size[:, 0], self.side)
+
+    def points(self, kps: Tensor, size: Tensor, annotated: bool) -> Tensor:
+        """Points (B, K, 2) from original pixels into the frame.
+
+        VisualAI, the one with align-corners, rounds annotated points down first and clamps them into the frame last.
+        """
+        if self.fit == "original":
+            return kps
+        scale = self.scale(size).unsqueeze(1)
+        if annotated and self.fit == "align-corners":
+            return (kps.floor() * scale).clamp(1e-4, self.side - 1 - 1e-4)
+        return kps * scale
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How predictions are scored. `get_protocol()` gives a preset; `dataclasses.replace()` changes one thing of it.
+
+    Args:
+        name: Of the preset.
+        kinds: The threshold kinds it offers, each with the frame it is measured in.
+        source: Where the facts come from.
+        kind: The one in use.
+        evaluated: Whose points are predicted and scored; the other image is the query.
+        threshold_side: Whose image or box gives the threshold.
+        kps_side: Whose keypoints give it; None for `threshold_side`.
+        boxless: What `bbox` means for a pair without annotated boxes (PF-WILLOW); "" for an error.
+        padding: Coordinate that pads the keypoint array, in the frame.
+        padded_max: `bbox-kp` takes its maximum over the padding as well (wrong only if all coordinates lie below it).
+        compare: Whether an error of exactly alpha * L is correct.
+        averages: What its authors report, the headline first, in the terms of `AVERAGES`.
+    """
+
+    name: str
+    kinds: Mapping[str, Frame]
+    source: str = "released code"
+    kind: str = ""
+    evaluated: Literal["src", "trg"] = "trg"
+    threshold_side: Literal["evaluated", "query"] = "evaluated"
+    kps_side: Literal["evaluated", "query"] | None = None
+    boxless: Literal["", "bbox-kp", "bbox-kp-padded"] = ""
+    padding: float = -1.0
+    padded_max: bool = False
+    compare: Literal["<=", "<"] = "<="
+    averages: tuple[str, ...] = ("image",)
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.kind}"
+
+    @property
+    def frame(self) -> Frame:
+        """Where errors and thresholds are measured."""
+        return self.kinds[self.kind]
+
+    @property
+    def query(self) -> str:
+        """The image whose points are given."""
+        return "src" if self.evaluated == "trg" else "trg"
+
+    @property
+    def asks_query(self) -> bool:
+        """Whether a threshold may come from the query image."""
+        return "query" in (self.threshold_side, self.kps_side)
+
+    @property
+    def meaning(self) -> str:
+        """What L is, in words.
+
+        >>> get_protocol("actr:bbox").meaning
+        'larger side of the src box, without boxes of the padded src keypoint box; frame: stretch 512'
+        """
+        words = {IMG: "{} image", BBOX: "{} box", KP: "{} keypoint box", PADDED: "padded {} keypoint box"}
+        kinds = [self.kind] + [self.boxless] * (self.kind == BBOX and self.boxless != "")
+        lengths = [words[kind].format(getattr(self, self._side(kind), self.query)) for kind in kinds]
+        return f"larger side of the {', without boxes of the '.join(lengths)}; frame: {self.frame}"
+
+    @property
+    def flaw(self) -> str:
+        """What is wrong with it although it is published; empty when nothing is.
+
+        >>> get_protocol("dhpf:bbox").flaw
+        "padding counts as a keypoint where no box is annotated: PF-WILLOW's thresholds are 1.28 times too long"
+        """
+        flaws = []
+        # In a square frame both images have the same side.
+        if self._side(self.kind) == "query" and (self.kind != IMG or self.frame.fit in ("original", "shrink")):
+            flaws.append(f"the threshold is the {self.query} image's, though {self.evaluated} is evaluated")
+        if PADDED in (self.kind, self.boxless if self.kind == BBOX else ""):
+            where = " where no box is annotated" if self.kind == BBOX else ""
+            flaws.append(f"padding counts as a keypoint{where}: PF-WILLOW's thresholds are 1.28 times too long")
+        return "; ".join(flaws)
+
+    def _side(self, kind: str) -> str:
+        return self.kps_side or self.threshold_side if kind in (KP, PADDED) else self.threshold_side
+
+    def thresholds(self, evaluated: Side, query: Side, mask: Tensor) -> Tensor:
+        """The length L of each pair.
+
+        Args:
+            evaluated: The evaluated image of each pair.
+            query: The other one.
+            mask: (B, K) bool, which rows of the keypoints are keypoints.
+
+        Returns:
+            (B,) float64 in the protocol's frame. The box of a single keypoint is 0 long: only exact hits count.
+
+        Raises:
+            ZooError: when boxes are asked for and a pair has none.
+        """
+        sides = {"evaluated": evaluated, "query": query}
+        side = sides[self._side(self.kind)]
+        if self.kind == IMG:
+            return self.frame.image_side(side.size)
+        if self.kind != BBOX:
+            return self._keypoint_box(self.kind, side, mask)
+        length = ((side.box[:, 2:] - side.box[:, :2]) * self.frame.scale(side.size)).amax(-1)
+        missing = length.isnan()
+        if not missing.any():
+            return length
+        if not self.boxless:
+            remedy = self.name if KP in self.kinds else "default"
+            raise ZooError(f"protocol '{self}' needs annotated boxes and a pair has none: use '{remedy}:{KP}'")
+        return torch.where(missing, self._keypoint_box(self.boxless, sides[self._side(self.boxless)], mask), length)
+
+    def _keypoint_box(self, kind: str, side: Side, mask: Tensor) -> Tensor:
+        kps, out = self.frame.points(side.kps, side.size, annotated=True), ~mask.unsqueeze(-1)
+        low, high = kps.masked_fill(out, torch.inf).amin(1), kps.masked_fill(out, -torch.inf).amax(1)
+        if kind == PADDED:
+            low = low.clamp(max=self.padding)
+        if kind == PADDED or self.padded_max:
+            high = high.clamp(min=self.padding)
+        return (high - low).amax(-1)
+
+
+def get_protocol(name: str | Protocol) -> Protocol:
+    """The protocol called `<preset>:<kind>`; a Protocol is handed back as it is.
+
+    Raises:
+        ZooError: for a preset that is not known, or a kind that it does not offer.
+
+    >>> get_protocol("cats:img").evaluated
+    'src'
+    """
+    if isinstance(name, Protocol):
+        return name
+    preset_name, _, kind = name.partition(":")
+    preset = _PRESETS[preset_name]
+    if kind not in preset.kinds:
+        offered = ", ".join(f"'{preset_name}:{k}'" for k in preset.kinds)
+        raise ZooError(f"protocol {preset_name!r} has no threshold kind {kind!r}: choose one of {offered}")
+    return replace(preset, kind=kind)
+
+
+def check_protocol(name: str) -> None:
+    """Refuse a name that is neither a preset nor a preset with a kind that it offers."""
+    _ = get_protocol(name) if ":" in name else _PRESETS[name]
+
+
+def list_protocols() -> list[str]:
+    """Every protocol as `<preset>:<kind>`."""
+    return [f"{name}:{kind}" for name in _PRESETS.names() for kind in _PRESETS[name].kinds]
+
+
+def _in(frame: Frame, *kinds: str) -> dict[str, Frame]:
+    return dict.fromkeys(kinds, frame)
+
+
+_ORIGINAL, _SQUARE_224, _SQUARE_240 = Frame(), Frame("stretch", 224), Frame("stretch", 240)
+_SQUARE_512, _UNIT_SQUARE = Frame("stretch", 512), Frame("stretch", 1)
+_UNRELEASED = "paper; no code, so the evaluated side and the frame are our choice"
+_CATSPP = Protocol("catspp", _in(_SQUARE_512, *KINDS), evaluated="src", boxless=PADDED, padded_max=True)
+# ACTR and LPMFlow answer in trg, but kept the src_bbox of CATs, which answers in src.
+_ACTR = replace(
+    _CATSPP,
+    name="actr",
+    source="released code; it has no bbox-kp (our choice: CATs++'s, on the side of its padded box)",
+    evaluated="trg",
+    threshold_side="query",
+)
+_GEOAWARE = Protocol(
+    "geoaware",
+    _in(Frame("pad", 840), IMG, BBOX),
+    "released code as it runs by default; its stretched variant has no preset",
+    compare="<",
+    averages=("point", "image"),
+)
+_TRAINING = "released eval code; the PCK of its training loop (float16 points, per point, <=) has no preset"
+
+_PRESETS: Registry[Protocol] = Registry("protocol", "list_protocols()")
+for _preset in (
+    Protocol("default", _in(_ORIGINAL, *KINDS), "our choice: the network's input size leaves no trace in the number"),
+    Protocol("hpf", _in(Frame("shrink", 300), IMG, BBOX, KP), boxless=KP),
+    Protocol("dhpf", _in(_SQUARE_240, IMG, BBOX, PADDED), boxless=PADDED),
+    Protocol("cats", _in(Frame("stretch", 256), IMG, BBOX, PADDED), evaluated="src", boxless=PADDED),
+    _CATSPP,
+    _ACTR,
+    replace(_ACTR, name="lpmflow", kps_side="evaluated"),
+    Protocol("tm", _in(_SQUARE_240, IMG, BBOX, PADDED), boxless=PADDED, padding=-2.0),
+    Protocol("dift", _in(_ORIGINAL, BBOX), averages=("image", "point")),
+    _GEOAWARE,
+    replace(_GEOAWARE, name="distilldift", source=_TRAINING),
+    Protocol("probe3d", _in(Frame("pad", 1), IMG, BBOX), compare="<", averages=("category-point",)),
+    Protocol("lucaosti", _in(_UNIT_SQUARE, BBOX), averages=("image", "point")),
+    # Our choice: the box goes through the points' own align-corners factors.
+    Protocol("visualai", _in(Frame("align-corners", 840), IMG, BBOX, KP), boxless=KP),
+    Protocol("ncnet", _in(_SQUARE_224, IMG), evaluated="src"),
+    Protocol("weakalign", _in(_SQUARE_224, IMG) | _in(_ORIGINAL, KP), evaluated="src"),
+    Protocol("sfnet", _in(_UNIT_SQUARE, IMG) | _in(_ORIGINAL, KP), evaluated="src", averages=("image", "category")),
+    Protocol("proposalflow", _in(_ORIGINAL, KP), averages=("category", "image")),
+    Protocol("vitsc", _in(_ORIGINAL, *KINDS), f"{_UNRELEASED}; eq. 12", boxless=PADDED),
+    Protocol("gsf", _in(_SQUARE_224, IMG) | _in(_ORIGINAL, BBOX, KP), f"{_UNRELEASED}; section 5.2", boxless=KP),
+):
+    _PRESETS.add(_preset.name, _preset)

@@ -1,0 +1,192 @@
+"""Released checkpoints of ACTR and LPMFlow as matchers of the zoo. Only tensors and plain values are ever read."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from corrzoo.backbones.weights import read_state
+from corrzoo.heads import HEADS
+from corrzoo.matcher import Matcher
+from corrzoo.registry import nearest
+from corrzoo.types import ZooError
+
+Names: TypeAlias = "dict[str, str | tuple[str, Names]]"
+"""The beginnings of our keys and what the authors have there; beside it, if need be, the same for what follows."""
+
+
+class Layout(NamedTuple):
+    """How a released model names what we have, and what it has beside it."""
+
+    head: str
+    names: Names
+    unused: str
+    """Pattern of the keys of theirs that no output depends on, and of index tables that we compute."""
+
+
+_COMMON: Names = {"backbone.trunk.model.": "feature_extraction.backbone.", "soft_argmax.": ""}
+_SWIN = "0.transformer.layers.0.blocks.0."
+_REFINEMENT: Names = {
+    "attention.bias_table": f"{_SWIN}attn.relative_position_bias_table",
+    "attention.": f"{_SWIN}attn.",
+    "norm1.": f"{_SWIN}norm1.",
+    "norm2.": f"{_SWIN}norm2.",
+    "mlp.": f"{_SWIN}mlp.",
+    "norm.": "0.transformer.norm.",
+    "channels.": "1.",
+}
+_BLOCK: Names = {
+    "self_attention.": "sattn.",
+    "cross_attention.": "cattn.",
+    "target_weight": "spatial_attention.weight",
+}
+
+_DECODER = _BLOCK | {
+    f"pos_embed_{side}.{scale}": f"pos_embed_{side}{suffix}"
+    for side in ("src", "trg")
+    for scale, suffix in (("coarse", ""), ("fine", "_up"))
+}
+_ENCODER: Names = {
+    "cls_embed_": "cls_pos_embed_",
+    "segment_src": "src_segment_pos_embed",
+    "segment_trg": "trg_segment_pos_embed",
+} | {
+    f"blocks.{i}.": (f"blocks.{i}.", {"bias.table": "attn.relative_position_bias_table", "attention.": "attn."})
+    for i in range(6)
+}
+
+LAYOUTS = {
+    "actr": Layout(
+        "ACTR",
+        _COMMON
+        | {f"blocks.{i}.": (f"decoder.blocks.{i}.", _BLOCK) for i in range(5)}
+        | {
+            "blocks.5.": ("decoder.last_block.0.", _BLOCK),
+            "super_resolution.project.": "refine_proj_query_feat.",
+            "super_resolution.head.": "refine2.",
+        }
+        | {
+            f"super_resolution.stages.{stage}.{branch}.": (
+                f"refine_swin_decoder_{branch + 1}_{stage + 1}.",
+                _REFINEMENT,
+            )
+            for stage in range(2)
+            for branch in range(2)
+        },
+        r"learn_parm|decoder\.pos_embed_[xy]|decoder\.(proj|norm)\..*|.*\.(norm[34]|mlp2\.fc[12])\..*"
+        r"|decoder\.last_block\.0\.spatial_attention\.weight|.*\.relative_position_index",
+    ),
+    "lpmflow": Layout(
+        "LPMFlow",
+        _COMMON
+        | {
+            "encoder.": ("encoder.", _ENCODER),
+            "pos_embed_masked": "pos_embed_src",
+            "integration.project.": "refine_proj_query_feat.",
+            "integration.head.": "SRBranches.refine2.",
+        }
+        | {f"pyramid.decoder{i}.": (f"decoder_s{i}.last_block.0.", _DECODER) for i in (1, 2, 3)}
+        | {f"pyramid.up.refine.{i}.": (f"SRBranch_feat.refine_swin_decoder_1_{i + 1}.", _REFINEMENT) for i in range(2)}
+        | {
+            f"integration.refine.{i}.": (f"SRBranches.refine_swin_decoder_{window}.", _REFINEMENT)
+            for i, window in enumerate((16, 8, 4))
+        },
+        r"masked_tokens|encoder\.(cls_token|pos_embed|patch_embed\..*|blocks\.\d\.spatial_attention\.weight)"
+        r"|.*\.norm[34]\..*|decoder_s1\..*\.pos_embed_(src|trg)_up|decoder_s3\..*\.pos_embed_(src|trg)"
+        r"|.*\.relative_position_index",
+    ),
+}
+
+
+def load_official(
+    name: str, source: str | Path | Mapping[str, Any], as_tested: bool = False, **options: Any
+) -> Matcher:
+    """The matcher of a checkpoint that the authors of ACTR or LPMFlow released, in evaluation mode, on the CPU.
+
+    Args:
+        name: `actr` or `lpmflow`.
+        source: The path of `model_best.pth` or the like, or what such a file holds: the state dict, with or without
+            the training dictionary around it and `module.` before its keys. The `args.pkl` beside it is not needed.
+        as_tested: LPMFlow's own test script loads a checkpoint other than it was trained: two embeddings overwrite two
+            others, which share their memory until the model is moved to a GPU. With this option that is done here
+            too; else the checkpoint is loaded as it was trained.
+        **options: Of the head and of `Matcher`, such as `finetune`.
+
+    Raises:
+        ZooError: for an unknown name, a file that cannot be read safely, a state dict that does not fit, naming keys.
+    """
+    if name not in LAYOUTS:
+        raise ZooError(f"no released checkpoint {name!r}{nearest(name, LAYOUTS)}: choose {' or '.join(LAYOUTS)}")
+    layout = LAYOUTS[name]
+    theirs = _state_of(source)
+    papers: dict[str, Any] = {"backbone": "ibot_b16", "weights": "random", "backbone_size": 256}
+    matcher = HEADS[layout.head](**papers | options)
+    ours = {key: official_key(key, layout.names) for key in matcher.state_dict()}
+    _check(theirs, {ours[key]: value for key, value in matcher.state_dict().items()}, layout)
+    if as_tested:
+        theirs = _as_tested(theirs, name)
+    matcher.load_state_dict({key: theirs[official] for key, official in ours.items()})
+    return matcher.eval()
+
+
+def official_key(key: str, names: Names) -> str:
+    """The authors' name for a key of ours."""
+    for ours, theirs in names.items():
+        if key.startswith(ours):
+            prefix, following = theirs if isinstance(theirs, tuple) else (theirs, {})
+            return prefix + official_key(key.removeprefix(ours), following)
+    return key
+
+
+def _state_of(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state dict in a file or a dictionary."""
+    state: Mapping[str, Any]
+    if isinstance(source, Mapping):
+        state = source
+    else:
+        path = Path(source).expanduser()
+        if not path.is_file():
+            raise ZooError(f"no checkpoint at {path}: expected the authors' model_best.pth or epoch_<n>.pth")
+        # The best score in the training dictionary is a number of numpy's, which says where its function once lived.
+        scalar: Any = np.float64().__reduce__()[0]
+        with torch.serialization.safe_globals(
+            [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType]
+        ):
+            state = read_state(path)
+    if isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    return {
+        key.removeprefix("module."): value
+        for key, value in state.items()
+        if isinstance(key, str) and isinstance(value, Tensor)
+    }
+
+
+def _check(theirs: Mapping[str, Tensor], expected: Mapping[str, Tensor], layout: Layout) -> None:
+    """Refuse a state dict that is not the layout's, to the key and shape."""
+    faults = {
+        "missing": [key for key in expected if key not in theirs],
+        "unexpected": [key for key in theirs if key not in expected and not re.fullmatch(layout.unused, key)],
+        "of another shape": [key for key in expected if key in theirs and theirs[key].shape != expected[key].shape],
+    }
+    told = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' * (len(keys) > 3)})"
+        for what, keys in faults.items()
+        if keys
+    ]
+    if told:
+        raise ZooError(f"the checkpoint is not that of the released {layout.head}: {'; '.join(told)}")
+
+
+def _as_tested(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """What the released test script evaluates: of two embeddings in one memory, the one loaded last."""
+    if name != "lpmflow":
+        raise ZooError("as_tested is about LPMFlow's embeddings: leave it out for actr")
+    return state | {
+        "encoder.pos_embed_trg": state["encoder.pos_embed_src"],
+        "encoder.cls_pos_embed_src": state["encoder.cls_pos_embed_trg"],
+    }

@@ -1,0 +1,366 @@
+"""Runs that are killed, stopped or out of disk go on, and end as if nothing had happened."""
+
+import ctypes
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from corrzoo.data.synthetic.pairs import write_spair
+
+VIT = "timm/test_vit.r160_in1k"
+FIT = [
+    *("fit", "--model=LPMFlow", f"--model.backbone={VIT}", "--model.weights=random", "--model.grid=4"),
+    *("--model.depth=1", "--model.pfsr=off", "--model.mmfi=false", "--model.lr=1e-3", "--model.schedule=cosine"),
+    *("--data.train=spair71k", "--data.root=data"),
+    *(
+        "--data.download=false",
+        "--data.image_size=64",
+        "--data.batch_size=4",
+        "--data.num_workers=1",
+        "--data.augment=cats",
+    ),
+    *("--trainer.max_epochs=5", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.logger.save_dir=runs"),
+    *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
+]
+STEPS = 5 * 2
+
+
+def run(folder: Path, args: list[str], trouble: Callable[[], None] | None = None, then: str = "") -> tuple[int, str]:
+    """The command line in a process of its own: its exit status, negative for a signal, and what it printed.
+
+    Args:
+        folder: Where it runs.
+        args: The command line.
+        trouble: Called in the process before the command begins.
+        then: Of a signal that this process sends once the run has taken a step.
+    """
+    context = multiprocessing.get_context("forkserver")  # which imports everything once, for all runs
+    context.set_forkserver_preload(["corrzoo.cli"])
+    log = folder / "log"
+    process = context.Process(target=command, args=(folder, args, trouble, dict(os.environ)))
+    process.start()
+    if then:
+        while not (folder / "steps").exists() and process.is_alive():
+            time.sleep(0.01)
+        os.kill(process.pid, getattr(signal, then))
+    process.join(timeout=600)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # also a loader's worker that did not see its parent being killed
+    process.join()
+    return process.exitcode, log.read_text()
+
+
+def command(folder: Path, args: list[str], trouble: Callable[[], None] | None, environment: dict[str, str]) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # of loaders, as in any other process
+    os.setsid()
+    os.environ |= environment
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    with open("log", "w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    if trouble:
+        trouble()
+    from corrzoo.cli import main
+
+    main(args)
+    Path("seconds").write_text(str(time.process_time()))
+
+
+class KilledAfter:
+    """SIGKILL at a moment in the process' own time, which is the same on a machine that is busy."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __call__(self) -> None:
+        def watch() -> None:
+            while time.process_time() < self.seconds:
+                time.sleep(0.001)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        threading.Thread(target=watch, daemon=True).start()
+
+
+class KilledWriting:
+    """SIGKILL when half of a file is written: the n-th checkpoint, or a cache of annotations."""
+
+    def __init__(self, what: str, n: int = 1) -> None:
+        self.what, self.n = what, n
+
+    def __call__(self) -> None:
+        owner, name = {"checkpoint": (torch, "save"), "annotations": (np, "savez")}[self.what]
+        original, left = getattr(owner, name), self.n
+
+        def write(*args: object, **options: object) -> None:
+            nonlocal left
+            left -= 1
+            original(*args, **options)
+            if not left:
+                target = args[1] if self.what == "checkpoint" else args[0]
+                file = target if hasattr(target, "truncate") else open(target, "r+b")
+                file.truncate(file.seek(0, os.SEEK_END) // 2)
+                file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        setattr(owner, name, write)
+
+
+def newest(folder: Path, name: str = "last.ckpt", run: str = "runs/*/*") -> Path:
+    return max(folder.glob(f"{run}/checkpoints/{name}"), key=lambda path: path.stat().st_mtime)
+
+
+def go_on(folder: Path) -> list[str]:
+    """What a user would type: go on where there is something to go on from."""
+    return [*FIT, "--ckpt_path=last"] if list(folder.glob("runs/*/*/checkpoints/last.ckpt")) else FIT
+
+
+def assert_same(a: object, b: object, at: str = "") -> None:
+    """Two checkpoints to the bit, but for the paths and times in them."""
+    assert type(a) is type(b), at
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), at
+        for key in a:
+            if key != "callbacks":
+                assert_same(a[key], b[key], f"{at}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), at
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{at}/{i}")
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, at
+
+
+def read(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a dataset, where an uninterrupted run has been."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_spair(folder / "data", pairs_per_split=8, images_per_category=3, size=64)
+    assert run(folder, FIT)[0] == 0
+    assert read(newest(folder))["global_step"] == STEPS
+    return folder
+
+
+@pytest.fixture
+def fresh(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the same dataset, an empty cache, and no runs."""
+    monkeypatch.setenv("CORRZOO_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "data").symlink_to(home / "data")
+    return tmp_path
+
+
+def test_a_run_that_is_killed_ten_times_ends_as_one_that_is_not(home: Path, fresh: Path) -> None:
+    whole, seconds = newest(home), float((home / "seconds").read_text())
+    moments, kills = random.Random(0), 0
+    troubles = {0: KilledWriting("annotations"), 3: KilledWriting("checkpoint"), 6: KilledWriting("checkpoint", 3)}
+    while kills < 10:  # whole sequences of kills and resumptions, of which the first may end too soon
+        status = -1
+        while status:
+            moment = KilledAfter(moments.uniform(0, 0.75 * seconds))
+            status, log = run(fresh, go_on(fresh), troubles.get(kills, moment) if kills < 10 else None)
+            assert status in (0, -signal.SIGKILL), log
+            kills += status != 0
+        assert_same(read(newest(fresh)), read(whole))
+        assert_same(read(newest(fresh, "best.ckpt"))["state_dict"], read(newest(home, "best.ckpt"))["state_dict"])
+        (fresh / "runs").rename(fresh / f"done{kills}")
+
+
+class InAStep:
+    """Something that happens in the middle of the n-th step."""
+
+    def __init__(self, happening: Callable[[], None], name: str = "training_step", n: int = 3) -> None:
+        self.happening, self.name, self.n = happening, name, n
+
+    def __call__(self) -> None:
+        from corrzoo.matcher import Matcher
+
+        original, left = getattr(Matcher, self.name), self.n
+
+        def step(*args: object) -> object:
+            nonlocal left
+            left -= 1
+            if not left:
+                self.happening()
+            return original(*args)
+
+        setattr(Matcher, self.name, step)
+
+
+def wait_for_a_signal() -> None:
+    Path("steps").touch()
+    time.sleep(1)
+
+
+def fill_the_disk() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # which holds for root, too
+
+
+def take_the_images_away() -> None:
+    shutil.rmtree("data/SPair-71k/JPEGImages")
+
+
+def kill_a_worker() -> None:
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)  # as the kernel does when memory is short
+
+
+@pytest.mark.parametrize(
+    "happening, said",
+    [
+        (fill_the_disk, "error: cannot write the checkpoint .*last.ckpt \\(File too large; .*of before is whole"),
+        (take_the_images_away, "error: no image .*jpg: restore the file"),
+        (kill_a_worker, "error: DataLoader worker .* killed by signal.*fewer --data.num_workers"),
+    ],
+)
+def test_trouble_in_a_run_is_one_line_and_it_can_go_on(
+    home: Path, fresh: Path, happening: Callable[[], None], said: str
+) -> None:
+    images = ["--data.packed=false", "--data.cache_mb=0"]
+    (fresh / "data").unlink()
+    shutil.copytree(home / "data", fresh / "data")
+    status, log = run(fresh, [*FIT, *images], InAStep(happening))
+    assert status == 1 and re.fullmatch(said + ".*", log.splitlines()[-1]) and "Traceback" not in log, log
+    assert read(newest(fresh))["global_step"] == 2
+    shutil.copytree(home / "data", fresh / "data", dirs_exist_ok=True)
+    assert run(fresh, go_on(fresh))[0] == 0
+    assert_same(read(newest(fresh)), read(newest(home)))
+
+
+def obey_permissions() -> None:
+    """Let folders that may not be written be so for root, too: without CAP_DAC_OVERRIDE (capabilities(7))."""
+    libc, override = ctypes.CDLL(None, use_errno=True), 1 << 1
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, sets) == 0
+    for which in range(3):  # effective, permitted, inheritable
+        sets[which] &= ~override
+    assert libc.capset(header, sets) == 0
+
+
+def protect(folder: Path) -> None:
+    for place in (folder, *folder.rglob("*")):
+        place.chmod(0o555 if place.is_dir() else 0o444)
+
+
+def release(folder: Path) -> None:
+    for place in (folder, *folder.rglob("*")):
+        place.chmod(0o755)
+
+
+class Protected:
+    """In the middle of the third step, what these are may not be written any more."""
+
+    def __init__(self, folders: str) -> None:
+        self.folders = folders
+
+    def __call__(self) -> None:
+        obey_permissions()
+        InAStep(lambda: [protect(folder) for folder in Path().glob(self.folders)])()
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_a_folder_that_cannot_be_written_is_said_at_the_start(fresh: Path, command: str) -> None:
+    (fresh / "runs").mkdir(mode=0o555)
+    status, log = run(fresh, [command, *FIT[1:], "--data.test=[spair71k]"], obey_permissions)
+    assert status == 1 and "Traceback" not in log, log
+    assert re.fullmatch("error: .*(Permission denied: .*runs/LPMFlow|cannot write .*runs).*", log.splitlines()[-1]), log
+
+
+@pytest.mark.parametrize(
+    "folders, said",
+    [
+        ("runs/*/*", "error: Permission denied: .*metrics.csv"),
+        (
+            "runs/*/*/checkpoints",
+            "error: cannot write the checkpoint .*(best|last).ckpt \\(Permission denied; .*of before is whole.*",
+        ),
+    ],
+)
+def test_a_folder_that_cannot_be_written_any_more_leaves_the_last_good_checkpoint(
+    home: Path, fresh: Path, folders: str, said: str
+) -> None:
+    status, log = run(fresh, FIT, Protected(folders))
+    assert status == 1 and re.fullmatch(said, log.splitlines()[-1]) and "Traceback" not in log, log
+    assert read(newest(fresh))["global_step"] == 2
+    release(fresh / "runs")
+    assert run(fresh, go_on(fresh), obey_permissions)[0] == 0
+    assert_same(read(newest(fresh)), read(newest(home)))
+
+
+def test_a_cache_that_cannot_be_written_is_named_done_without_or_read(home: Path, fresh: Path) -> None:
+    (fresh / "cache").mkdir(mode=0o555)
+    status, log = run(fresh, FIT, obey_permissions)
+    said = "error: cannot keep .* of packed images in .*cache/images \\(Permission denied\\): .*--data.packed false"
+    assert status == 1 and re.fullmatch(said, log.splitlines()[-1]) and "Traceback" not in log, log
+    status, log = run(fresh, [*FIT, "--data.packed=false"], obey_permissions)
+    assert status == 0 and f"cannot keep annotations in {fresh / 'cache'}" in log, log
+    assert_same(read(newest(fresh))["state_dict"], read(newest(home))["state_dict"])
+    release(fresh / "cache")
+    assert run(fresh, FIT)[0] == 0  # somebody else fills it
+    protect(fresh / "cache")
+    status, log = run(fresh, FIT, obey_permissions)
+    assert status == 0 and "cannot keep" not in log and "packing" not in log, log
+    release(fresh / "cache")
+
+
+@pytest.mark.parametrize("name, step", [("SIGTERM", 3), ("SIGINT", 3), ("SIGTERM", 2)])  # the middle and end of epochs
+def test_a_signal_ends_the_step_and_leaves_a_checkpoint_to_go_on_from(
+    home: Path, fresh: Path, name: str, step: int
+) -> None:
+    status, log = run(fresh, FIT, InAStep(wait_for_a_signal, n=step), then=name)
+    assert status == 128 + getattr(signal, name)
+    assert log.splitlines()[-1] == f"stopped by {name} behind step {step}: go on with --ckpt_path last"
+    assert "Traceback" not in log and read(newest(fresh))["global_step"] == step
+    assert run(fresh, go_on(fresh))[0] == 0
+    assert_same(read(newest(fresh)), read(newest(home)))
+    assert_same(read(newest(fresh, "best.ckpt"))["state_dict"], read(newest(home, "best.ckpt"))["state_dict"])
+
+
+def test_a_signal_ends_an_evaluation_at_once(home: Path, fresh: Path) -> None:
+    test = ["test", *FIT[1:], "--data.test=[spair71k]", f"--ckpt_path={newest(home)}"]
+    status, _ = run(fresh, test, InAStep(wait_for_a_signal, "test_step", 1), then="SIGTERM")
+    assert status == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("name, reached", [("SIGUSR1", 4), ("SIGTERM", 3), ("SIGKILL", 2)])
+def test_a_job_that_slurm_requeues_goes_on_where_it_was(
+    home: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch, name: str, reached: int
+) -> None:
+    """As far as it goes without SLURM: its variables, its signals, and a `scontrol` that ends a job as SLURM's does."""
+    for variable, value in {"JOB_ID": "123", "JOB_NAME": "zoo", "NTASKS": "1", "NTASKS_PER_NODE": "1", "PROCID": "0",
+                            "NODELIST": "here", "LOCALID": "0", "NODEID": "0", "NNODES": "1"}.items():  # fmt: skip
+        monkeypatch.setenv(f"SLURM_{variable}", value)
+    (fresh / "bin").mkdir()
+    scontrol = fresh / "bin" / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> "{fresh}/told"\nkill -TERM $PPID\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fresh / 'bin'}:{os.environ['PATH']}")
+    config = Path(__file__).resolve().parents[2] / "zoo_configs" / "trainer" / "slurm.yaml"
+    job = [*FIT, f"--config={config}", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"]
+    job += ["--trainer.precision=32-true", "--trainer.default_root_dir=job"]
+    status, log = run(fresh, job, InAStep(wait_for_a_signal), then=name)
+    assert status == (-signal.SIGKILL if name == "SIGKILL" else 128 + signal.SIGTERM), log
+    assert read(newest(fresh, run="job"))["global_step"] == reached
+    if name == "SIGUSR1":
+        assert (fresh / "told").read_text() == "requeue 123\n"
+        assert read(fresh / "job" / "hpc_ckpt_1.ckpt")["global_step"] == 3
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    status, log = run(fresh, job)  # the same command
+    assert status == 0 and "Restored all states from the checkpoint at job/checkpoints/last.ckpt" in log, log
+    assert_same(read(newest(fresh, run="job")), read(newest(home)))
+    assert_same(read(newest(fresh, "best.ckpt", "job"))["state_dict"], read(newest(home, "best.ckpt"))["state_dict"])

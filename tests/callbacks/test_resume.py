@@ -1,0 +1,228 @@
+"""A run goes on from any of its checkpoints to the same weights, whatever reads its pairs; files are whole or not."""
+
+import errno
+import functools
+import signal
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+
+import corrzoo
+from corrzoo.callbacks.resume import Checkpoints, WholeFiles
+from corrzoo.data.module import PairsDataModule
+from corrzoo.data.synthetic.pairs import write_spair
+from corrzoo.heads import Baseline
+from corrzoo.types import ZooError
+
+VIT = "timm/test_vit.r160_in1k"
+CASES = {
+    "LPMFlow": {"grid": 4, "depth": 1, "pfsr": "off", "mmfi": False},  # dropout, hidden tokens, a falling lambda
+    "GSF": {"grid": 4, "stage1": 0.45},  # the second stage begins within the second epoch
+    "ACTR, frozen CNN": {
+        **{"backbone": "efficientnet_lite0", "finetune": "none", "grid": 4, "depth": 1, "width": 32},
+        "levels": ["blocks.2.1", "blocks.4.2"],
+    },  # reuses features, and has to compute them again
+}
+
+
+class KeepAll(Callback):
+    """A checkpoint at each place where a run may leave one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def keep(self, trainer: Trainer, place: str) -> None:
+        trainer.save_checkpoint(self.folder / f"{place}{trainer.global_step}.ckpt")
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        self.keep(trainer, "batch")
+
+    def on_validation_end(self, trainer: Trainer, *_: object) -> None:
+        self.keep(trainer, "validation")
+
+    def on_train_epoch_end(self, trainer: Trainer, *_: object) -> None:
+        self.keep(trainer, "epoch")
+
+
+def fit(folder: Path, case: str, start: str | None = None, workers: int = 0) -> tuple[corrzoo.Matcher, Trainer]:
+    """Three epochs of three steps; the pairs of an epoch are not quite used up."""
+    seed_everything(3)
+    options = {"backbone": VIT, "schedule": "cosine", "lr": 1e-3} | CASES[case]
+    model = corrzoo.create_matcher(case.split(",")[0], weights="random", **options)
+    reuses = options.get("finetune") == "none"
+    if reuses and not (folder / "SPair-71k").exists():
+        write_spair(folder, pairs_per_split=14, images_per_category=3, size=64)
+    data = PairsDataModule(
+        train="spair71k" if reuses else "synthetic", root=str(folder), image_size=64, batch_size=4, num_workers=workers,
+        augment="none" if reuses else "cats", options={"synthetic": {"length": {"trn": 14, "val": 5}}}, packed=False,
+    )  # fmt: skip
+    trainer = Trainer(
+        # Lightning resumes otherwise where max_steps is given
+        max_epochs=3, max_steps=9 if case == "LPMFlow" else -1,
+        logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+        devices=1, enable_checkpointing=False, callbacks=[] if start else [KeepAll(folder)], num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(model, data, ckpt_path=folder / f"{start}.ckpt" if start else None)
+    return model, trainer
+
+
+@pytest.fixture(scope="module", params=CASES)
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    folder = tmp_path_factory.mktemp(request.param)
+    return folder, request.param, *fit(folder, request.param)
+
+
+@pytest.mark.parametrize(
+    "start, workers", [("batch2", 0), ("batch4", 2), ("batch6", 0), ("epoch3", 2), ("validation3", 0)]
+)
+def test_a_resumed_run_ends_with_the_same_weights_to_the_bit(whole: tuple, start: str, workers: int) -> None:
+    folder, case, model, trainer = whole
+    again, resumed = fit(folder, case, start, workers)
+    assert resumed.global_step == trainer.global_step == 9
+    for (name, value), other in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(value, other), name
+    assert torch.equal(torch.get_rng_state(), torch.load(folder / "epoch9.ckpt")["random"]["cpu"])
+
+
+def test_the_same_seed_gives_the_same_run_whatever_reads_the_pairs(whole: tuple, tmp_path: Path) -> None:
+    _, case, model, _ = whole
+    again, _ = fit(tmp_path, case, workers=2)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_validation_afterwards_gives_the_number_that_was_logged(whole: tuple) -> None:
+    folder, _, _, trainer = whole
+    fresh = corrzoo.load(folder / "epoch9.ckpt")
+    quiet = Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", devices=1)
+    (scores,) = quiet.validate(fresh, trainer.datamodule, verbose=False)
+    assert scores == {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    assert len(scores) == 3
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, original = tmp_path / "deeper" / "last.ckpt", torch.save
+    WholeFiles().save_checkpoint({"step": 1}, path)
+
+    def full_disk(content: object, file: object) -> None:
+        original(content, file)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(
+        ZooError, match=r"cannot write .*last\.ckpt \(No space left.*of before is whole.*ckpt_path last"
+    ):
+        WholeFiles().save_checkpoint({"step": 2}, path)
+    assert torch.load(path) == {"step": 1} and [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_a_checkpoint_from_an_address_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return (tmp_path.joinpath("owned").touch, ())
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.ckpt")
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    handler.log_message = lambda *_: None  # type: ignore[attr-defined]
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        for place in (f"http://127.0.0.1:{server.server_port}/evil.ckpt", tmp_path / "evil.ckpt"):
+            with pytest.raises(ZooError, match=r"evil\.ckpt is refused"):
+                WholeFiles().load_checkpoint(place)
+        server.shutdown()
+    assert not (tmp_path / "owned").exists()
+
+
+def test_the_last_is_of_every_epoch_and_the_best_moves_along(tmp_path: Path) -> None:
+    class Model(corrzoo.Matcher):
+        """Its first epoch is its best."""
+
+        def match(self, src: object, trg: object) -> corrzoo.Match:
+            return corrzoo.Match(src.maps[0].sum() * torch.zeros(len(src.image), 2, 4, 4))
+
+        def on_validation_epoch_end(self) -> None:
+            self.log("val/pck@0.1", -float(self.current_epoch))
+
+    def run(name: str, epochs: int, start: Path | None = None) -> Path:
+        keep = Checkpoints(
+            dirpath=tmp_path / name, filename="best", monitor="val/pck@0.1", mode="max", enable_version_counter=False
+        )
+        trainer = Trainer(
+            max_epochs=epochs, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+            devices=1, callbacks=[keep], num_sanity_val_steps=0,
+        )  # fmt: skip
+        lengths = {"synthetic": {"length": {"trn": 4, "val": 1}}}
+        data = PairsDataModule(train="synthetic", image_size=64, batch_size=4, num_workers=0, options=lengths)
+        trainer.fit(Model(backbone=VIT, weights="random"), data, ckpt_path=start)
+        return tmp_path / name
+
+    first = run("first", 2)
+    assert [torch.load(first / f"{name}.ckpt")["global_step"] for name in ("best", "last")] == [1, 2]
+    second = run("second", 3, first / "last.ckpt")
+    assert [torch.load(second / f"{name}.ckpt")["global_step"] for name in ("best", "last")] == [1, 3]
+
+
+def test_the_last_of_an_epoch_s_steps_is_kept_behind_its_validation_alone(tmp_path: Path) -> None:
+    happened: list[str] = []
+
+    class Noting(Checkpoints):
+        def _write_last(self, trainer: Trainer) -> None:
+            happened.append(f"step {trainer.global_step}")
+
+        def on_validation_end(self, *_: object) -> None:
+            happened.append("validation")
+
+    keep = Noting(dirpath=tmp_path, last_every_n_steps=1)
+    trainer = Trainer(
+        max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+        devices=1, callbacks=[keep], num_sanity_val_steps=0,
+    )  # fmt: skip
+    lengths = {"synthetic": {"length": {"trn": 12, "val": 1}}}
+    data = PairsDataModule(train="synthetic", image_size=64, batch_size=4, num_workers=0, options=lengths)
+    trainer.fit(corrzoo.create_matcher("Baseline", VIT, "random"), data)
+    assert happened == ["step 1", "step 2", "validation", "step 3"]
+
+
+@pytest.mark.parametrize("first", [3, 4])  # at an epoch's end, and in the midst of one
+def test_a_run_goes_on_from_where_max_steps_ended_it(tmp_path: Path, first: int) -> None:
+    def run(name: str, steps: int, start: Path | None = None) -> dict[str, torch.Tensor]:
+        seed_everything(0)
+        trainer = Trainer(
+            max_steps=steps, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+            devices=1, callbacks=[Checkpoints(dirpath=tmp_path / name)], num_sanity_val_steps=0,
+        )  # fmt: skip
+        lengths = {"synthetic": {"length": {"trn": 12, "val": 1}}}
+        data = PairsDataModule(train="synthetic", image_size=64, batch_size=4, num_workers=0, options=lengths)
+        trainer.fit(corrzoo.create_matcher("Baseline", VIT, "random", backbone_lr=1e-3), data, ckpt_path=start)
+        return torch.load(tmp_path / name / "last.ckpt")["state_dict"]
+
+    whole = run("whole", 7)
+    run("first", first)
+    again = run("second", 7, tmp_path / "first" / "last.ckpt")
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+
+
+def test_a_signal_ends_evaluation_and_the_check_before_training_at_once(tmp_path: Path) -> None:
+    found: list[bool] = []
+
+    class Asking(Baseline):
+        def validation_step(self, *args: object) -> None:
+            found.append(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
+            super().validation_step(*args)
+
+    trainer = Trainer(
+        max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+        devices=1, enable_checkpointing=False, num_sanity_val_steps=1, default_root_dir=tmp_path,
+    )  # fmt: skip
+    lengths = {"synthetic": {"length": {"trn": 4, "val": 1}}}
+    data = PairsDataModule(train="synthetic", image_size=64, batch_size=4, num_workers=0, options=lengths)
+    model = Asking(backbone=VIT, weights="random")
+    trainer.fit(model, data)
+    trainer.validate(model, data, verbose=False)
+    assert found == [True, False, True]  # that of an epoch's end waits: there is something to save

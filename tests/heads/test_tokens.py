@@ -1,0 +1,91 @@
+"""The parts that ACTR and LPMFlow share, against plain renderings of the same equations."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from corrzoo.geometry import transfer
+from corrzoo.heads import tokens as layers
+
+
+def test_arf_is_its_formula_and_never_overflows():
+    x = torch.linspace(-20, 20, 801, dtype=torch.float64).requires_grad_()
+    literal = (x.exp() - (-x).exp()) / (x.exp() + (-x - 4).exp())
+    literal = torch.where(literal < 0, 0, literal)
+    torch.testing.assert_close(layers.arf(x), literal, rtol=0, atol=1e-15)
+    ours, theirs = (torch.autograd.grad(y.sum(), x)[0] for y in (layers.arf(x), literal))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14)
+    assert [round(layers.arf(torch.tensor(v)).item(), 5) for v in (0.5, 1.0, 2.0)] == [0.62789, 0.86253, 0.98136]
+    far = torch.tensor([-1e4, -100.0, 100.0, 1e4], requires_grad=True)
+    assert layers.arf(far).tolist() == [0, 0, 1, 1]
+    assert torch.isfinite(torch.autograd.grad(layers.arf(far).sum(), far)[0]).all()
+
+
+def test_soft_argmax_finds_the_peak_from_source_to_target():
+    scores = torch.zeros(1, 256, 256)
+    scores[0, 5 * 16 + 7, 3 * 16 + 12] = 1  # source row 5, column 7; target row 3, column 12
+    flow = layers.SoftArgmax(16)(scores)
+    torch.testing.assert_close(flow[0, :, 5, 7], torch.tensor([5.0, -2.0]), rtol=0, atol=1e-4)
+
+
+def test_soft_argmax_by_sums_over_rows_and_columns():
+    read, scores = layers.SoftArgmax(4), torch.randn(2, 16, 16) / 20
+    with torch.no_grad():
+        read.x_normal += 0.1 * torch.randn(4)
+    weights = (scores / 0.02).softmax(-1).unflatten(2, (4, 4))
+    for r in range(4):
+        for c in range(4):
+            p = weights[:, 4 * r + c]
+            x = ((p.sum(1) * read.x_normal).sum(1) + 1) * 1.5 - c
+            y = ((p.sum(2) * read.y_normal).sum(1) + 1) * 1.5 - r
+            torch.testing.assert_close(read(scores)[:, :, r, c], torch.stack([x, y], 1))
+
+
+@pytest.mark.parametrize("update", [True, False])
+def test_cross_attention_is_attention(update):
+    """Against torch's own module; its weights are the mean over the heads, ours the sum."""
+    ours, s, t = layers.CrossAttention(32, update=update), torch.randn(2, 5, 32), torch.randn(2, 7, 32)
+    torchs = nn.MultiheadAttention(32, layers.ATTENTION_HEADS, batch_first=True)
+    torchs.in_proj_weight.data[:64] = ours.qkv.weight.data[:64]
+    torchs.in_proj_bias.data[:64] = ours.qkv.bias.data[:64]
+    if update:
+        torchs.in_proj_weight.data[64:], torchs.in_proj_bias.data[64:] = ours.qkv.weight[64:], ours.qkv.bias[64:]
+        torchs.out_proj.load_state_dict(ours.proj.state_dict())
+    expected, weights = torchs(s, t, t)
+    found, correlation = ours(s, t)
+    torch.testing.assert_close(correlation, weights * layers.ATTENTION_HEADS)
+    torch.testing.assert_close(found, expected) if update else None
+
+
+def test_windows_do_not_see_each_other_before_the_channel_attention():
+    refine = layers.WindowRefinement(16, 4)
+    refine.channels = nn.Identity()
+    maps = torch.randn(1, 16, 8, 12)
+    changed = maps.clone()
+    changed[:, 0, 5, 9] += 5
+    moved = (refine(changed) - refine(maps)).abs().amax(1)[0] > 1e-7
+    assert moved[4:, 8:].all() and moved.sum() == 16
+
+
+def test_window_bias_is_of_query_minus_key():
+    attention = layers.WindowAttention(16, 3)
+    index = attention.index
+    assert index[0, 0] == 2 * 5 + 2 and index[0, 8] == 0 and index[8, 0] == 24 and index[1, 0] == 2 * 5 + 3
+
+
+@pytest.mark.parametrize("grid", [64, 128])
+def test_points_read_as_released(golden, grid):
+    """flow2kps: bilinear enlargement to 512, whole pixels."""
+    data = golden.arrays("data")
+    pair, flow = golden.pair(), torch.from_numpy(data[f"pred_flow_{grid}"]) * (512 / grid)
+    found = layers.read_pixels(pair.src_kps, flow, (512, 512))
+    expected = torch.from_numpy(data[f"est_kps_{grid}"]).transpose(1, 2)
+    np.testing.assert_allclose(found[pair.kps_mask], expected[pair.kps_mask], rtol=0, atol=1e-3)
+    exact = transfer(pair.src_kps, flow, (512, 512))[pair.kps_mask]
+    assert (exact - expected[pair.kps_mask]).abs().max() > 0.1  # the lost fraction
+
+
+def test_pixels_outside_the_image_are_clamped():
+    flow, points = torch.zeros(1, 2, 4, 4), torch.tensor([[[-3.2, 5.9], [700.0, 64.0]]])
+    assert layers.read_pixels(points, flow, (64, 128)).tolist() == [[[0, 5], [127, 63]]]

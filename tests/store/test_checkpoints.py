@@ -1,0 +1,222 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import corrzoo
+from corrzoo.store.checkpoints import read_checkpoint
+from corrzoo.types import ZooError
+
+TINY = dict(backbone="timm/test_vit.r160_in1k", weights="random")
+
+
+def checkpoint(path, model):
+    content = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
+    model.on_save_checkpoint(content)
+    torch.save(content, path)
+    return path
+
+
+def test_a_checkpoint_loads_as_the_same_model(tmp_path):
+    model = corrzoo.create_matcher("Baseline", **TINY, stride=4, finetune=2).eval()
+    loaded = corrzoo.load(checkpoint(tmp_path / "a.ckpt", model))
+    assert dict(loaded.hparams) == dict(model.hparams) and not loaded.training
+    images = torch.rand(2, 1, 3, 64, 64)
+    torch.testing.assert_close(loaded(*images).flow, model(*images).flow)
+
+
+def test_it_needs_none_of_the_original_weights(tmp_path, monkeypatch):
+    """A checkpoint of a fine-tuned pretrained backbone brings its weights along."""
+    model = corrzoo.create_matcher("Baseline", **TINY)
+    model.hparams.weights = "pretrained"
+    loaded = corrzoo.load(checkpoint(tmp_path / "a.ckpt", model))
+    assert not loaded.backbone.pending
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ({"state_dict": {}}, "does not say which head"),
+        ([1, 2], "holds a list"),
+        *(
+            (content, "a.ckpt is damaged, or refused")
+            for content in (b"nothing of the kind", b"", b"hello", b"\x80\x02.")
+        ),
+    ],
+)
+def test_other_files_are_refused(tmp_path, content, expected):
+    path = tmp_path / "a.ckpt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(ZooError, match=expected):
+        corrzoo.load(path)
+
+
+def test_a_saved_folder_loads_as_the_same_model(tmp_path):
+    model = corrzoo.create_matcher("Baseline", **TINY, stride=4).eval()
+    loaded = corrzoo.load(corrzoo.save(model, tmp_path / "model"))
+    images = torch.rand(2, 1, 3, 64, 64)
+    torch.testing.assert_close(loaded(*images).flow, model(*images).flow)
+    (tmp_path / "model" / "config.json").unlink()
+    with pytest.raises(ZooError, match=r"config\.json"):
+        corrzoo.load(tmp_path / "model")
+
+
+def test_weights_that_do_not_fit_are_an_error(tmp_path):
+    path = checkpoint(tmp_path / "a.ckpt", corrzoo.create_matcher("Baseline", **TINY))
+    content = torch.load(path, weights_only=True)
+    content["state_dict"].pop("temperature")
+    torch.save(content, path)
+    with pytest.raises(ZooError, match="do not fit Baseline"):
+        corrzoo.load(path)
+
+
+def test_a_missing_file_says_where_checkpoints_are(tmp_path):
+    with pytest.raises(ZooError, match=r"no checkpoint at .*checkpoints/best\.ckpt"):
+        corrzoo.load(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hyper_parameters": TINY | {"stride": "a"}},
+        {"hyper_parameters": TINY | {"levels": 7}},
+        {"hyper_parameters": TINY | {"backbone": 5}},
+        {"state_dict": None},
+        {"state_dict": {1: torch.zeros(1)}},
+        {"trained": "long"},
+        {"image_size": "abc"},
+        {"image_size": [64]},
+    ],
+)
+def test_a_strangers_checkpoint_is_refused_in_one_line_that_names_it(tmp_path, change):
+    path = checkpoint(tmp_path / "a.ckpt", corrzoo.create_matcher("Baseline", **TINY))
+    torch.save(torch.load(path, weights_only=True) | change, path)
+    with pytest.raises(ZooError, match=r"a\.ckpt: its options or its weights do not fit Baseline") as error:
+        corrzoo.load(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("config", ["[" * 100_000, "null", "9" * 5000, None])
+def test_a_strangers_folder_is_refused_in_one_line_that_names_it(tmp_path, config):
+    folder = corrzoo.save(corrzoo.create_matcher("Baseline", **TINY), tmp_path / "model")
+    path = folder / ("model.safetensors" if config is None else "config.json")
+    path.unlink() if config is None else path.write_text(config)
+    with pytest.raises(ZooError, match=r"no .*model/model.safetensors" if config is None else "model is damaged"):
+        corrzoo.load(folder)
+
+
+def test_what_lightning_cannot_go_on_from_is_refused_with_what_reads_it(tmp_path):
+    for place in (
+        corrzoo.save(corrzoo.create_matcher("Baseline", **TINY), tmp_path / "model"),
+        Path("hf://user/model"),
+    ):
+        with pytest.raises(ZooError, match=r"is for corrzoo.load\(\) .*: give --ckpt_path a .ckpt"):
+            read_checkpoint(place)
+
+
+RESULT = {
+    "head": "Baseline",
+    "backbone": TINY["backbone"],
+    "dataset": "pfwillow",
+    "protocol": "default:bbox-kp",
+    "alphas": [0.05, 0.1],
+    "pairs": 900,
+    "pck": {"pck@0.05": 37.23, "pck@0.1": 61.24, "pck@0.1/point": 60.0},
+    "trained": {"dataset": "synthetic", "steps": 150, "batch_size": 16, "size": 128, "seed": 3},
+}
+
+
+def front_matter(folder):
+    _, front, body = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+def test_what_it_learnt_from_goes_from_checkpoint_to_folder(tmp_path):
+    path = checkpoint(tmp_path / "a.ckpt", corrzoo.create_matcher("Baseline", **TINY))
+    content = torch.load(path, weights_only=True)
+    torch.save(content | {"trained": {"dataset": "synthetic", "steps": 12, "size": 96}}, path)
+    for loaded in (corrzoo.load(path), corrzoo.load(corrzoo.save(corrzoo.load(path), tmp_path / "model"))):
+        assert loaded.image_size == 96 and loaded.trained["steps"] == 12
+    assert "synthetic (steps 12, size 96)" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_the_card_says_what_the_model_is_and_reaches(tmp_path):
+    (tmp_path / "pfwillow.json").write_text(json.dumps(RESULT))
+    other = RESULT | {"dataset": "spair71k", "protocol": "actr:bbox", "alphas": [0.1], "pck": {"pck@0.1": 9.96}}
+    model = corrzoo.create_matcher("Baseline", **TINY)
+    front, body = front_matter(corrzoo.save(model, tmp_path / "model", results=[tmp_path / "pfwillow.json", other]))
+    assert front["license"] == model.backbone.spec.licence and "Baseline" in front["tags"]
+    (index,) = front["model-index"]
+    assert [m["value"] for r in index["results"] for m in r["metrics"]] == [37.23, 61.24, 9.96]
+    assert "| pfwillow | 900 | `default:bbox-kp` | 37.2 | 61.2 |" in body
+    assert "| spair71k | 900 | `actr:bbox` |  | 10.0 |" in body
+    assert "synthetic (steps 150, batch size 16, size 128, seed 3)" in body
+    options = body.split("```json\n")[1].split("```")[0]
+    assert json.loads(options)["temperature"] == 0.03
+    params = sum(p.numel() for p in model.parameters()) / 1e6
+    assert f"| parameters | {params:.1f} M in all |" in body
+    front, body = front_matter(corrzoo.save(model, tmp_path / "model"))
+    assert front["model-index"][0]["results"] == [] and "## PCK" not in body
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ("{", "is no result file"),
+        ("[1]", "is no result file"),
+        (json.dumps({"head": "Baseline"}), "no result file of `lightning test` .*'backbone'"),
+        (json.dumps(RESULT | {"head": "ACTR"}), "is of ACTR on timm/test_vit.r160_in1k, but the model is Baseline"),
+        (
+            json.dumps(RESULT | {"options": {"stride": 16, "protocol": "x"}}),
+            "scored with stride=16, but the model has 8",
+        ),
+        (None, "cannot read the result file .*No such file"),
+    ],
+)
+def test_results_that_are_not_this_models_are_refused_before_anything_is_written(tmp_path, content, expected):
+    if content is not None:
+        (tmp_path / "r.json").write_text(content)
+    with pytest.raises(ZooError, match=expected):
+        corrzoo.save(corrzoo.create_matcher("Baseline", **TINY), tmp_path / "model", results=[tmp_path / "r.json"])
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_folder_without_weights_or_with_foreign_options_is_an_error(tmp_path):
+    folder = corrzoo.save(corrzoo.create_matcher("Baseline", **TINY), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["options"]["strde"] = 4
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ZooError, match="option 'strde' that Baseline does not know: did you mean 'stride'"):
+        corrzoo.load(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ZooError, match=r"model\.safetensors"):
+        corrzoo.load(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ZooError):
+        corrzoo.load(folder)
+
+
+LOAD = "import corrzoo, sys; print(corrzoo.load(sys.argv[1]).hparams.stride)"
+
+
+def test_a_shared_model_is_found_in_the_hubs_cache_when_offline(tmp_path, monkeypatch):
+    """In a process of its own: the hub's client reads its environment when it is imported."""
+    snapshot = tmp_path / "hub" / "models--user--model" / "snapshots" / "0a1b"
+    corrzoo.save(corrzoo.create_matcher("Baseline", **TINY, stride=4), tmp_path / "model")
+    shutil.copytree(tmp_path / "model", snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0a1b")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code = f"{LOAD}\nfor name in sys.argv[2:]:\n try: corrzoo.load(name)\n except corrzoo.ZooError as e: print(e)"
+    names = ["hf://user/model", "hf://user/other", "hf://a/b/c", "hf://user/model@v2"]
+    run = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, check=True)
+    stride, other, malformed, revision = run.stdout.splitlines()
+    assert stride == "4"
+    assert "hf://user/other is not in the hub's cache" in other and "HF_HUB_OFFLINE" in other
+    assert "expected hf://user/model" in malformed and "hf://user/model@v2 is not in" in revision

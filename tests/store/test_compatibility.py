@@ -1,0 +1,42 @@
+"""Checkpoints and saved folders that version 0.1.0 (commit 783f026) wrote still load, and match as they did.
+
+`written_by_0.1.0.tar.xz` has, for each head of that version, a checkpoint of `Trainer.save_checkpoint` after one epoch,
+the folder that `corrzoo.save` made of it, and its flow on fixed images. The weights follow a short pattern, and the
+optimiser's state is zero, so that the archive is small.
+"""
+
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import corrzoo
+
+ARCHIVE = Path(__file__).with_name("written_by_0.1.0.tar.xz")
+HEADS = ("ACTR", "Baseline", "GSF", "LPMFlow", "ViTSC")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("old")
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "written_by_783f026"
+
+
+def images() -> torch.Tensor:
+    """(2, 1, 3, 64, 64) uint8, as when the archive was made."""
+    i = torch.arange(2 * 3 * 64 * 64)
+    return ((i * 7919 + i // 977) % 256).to(torch.uint8).view(2, 1, 3, 64, 64)
+
+
+@pytest.mark.parametrize("kind", ["{}.ckpt", "{}"])
+@pytest.mark.parametrize("head", HEADS)
+def test_an_old_model_loads_and_gives_the_same_flow(written, head, kind):
+    matcher = corrzoo.load(written / kind.format(head))
+    with torch.no_grad():
+        flow = matcher(*images()).flow
+    expected = torch.load(written / f"{head}.flow.pt", weights_only=True)
+    torch.testing.assert_close(flow, expected, rtol=1e-4, atol=1e-3)
+    assert type(matcher).__name__ == head and matcher.trained["steps"] == 2 and matcher.image_size == 64

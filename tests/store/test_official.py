@@ -1,0 +1,98 @@
+"""Released checkpoints: what loads, what is refused, and that every parameter is accounted for."""
+
+import argparse
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import corrzoo
+from corrzoo.store.official import LAYOUTS, _state_of, official_key
+from corrzoo.types import ZooError
+
+PUBLISHED = {"actr": (172_810_369, 28_564_481), "lpmflow": (179_136_194, 2_969_088)}
+"""Parameters of the released models, and those among them that never had a gradient."""
+
+
+@pytest.fixture(scope="module", params=sorted(LAYOUTS))
+def released(request, golden):
+    """A released model's name, its state dict with every tensor one stored number, and our model that loaded it."""
+    name = request.param
+    state = {
+        key: torch.full([], float(i)).expand(shape) if kind == "float32" else torch.zeros(shape, dtype=torch.int64)
+        for i, (key, shape, kind) in enumerate(golden.manifest(name))
+    }
+    return name, state, corrzoo.load_official(name, state)
+
+
+def test_parameters_are_accounted_for_to_the_unit(golden, released):
+    name, _, model = released
+    sizes = {key: math.prod(shape) for key, shape, kind in golden.manifest(name) if kind == "float32"}
+    unused = sum(size for key, size in sizes.items() if re.fullmatch(LAYOUTS[name].unused, key))
+    ours = sum(p.numel() for p in model.parameters())
+    assert (sum(sizes.values()), unused) == PUBLISHED[name]
+    assert ours == sum(sizes.values()) - unused
+    assert all(f"{count:,}" in type(model).__doc__ for count in (ours, *PUBLISHED[name]))
+
+
+def test_every_key_goes_where_it_belongs(released):
+    name, state, model = released
+    for key, value in model.state_dict().items():
+        theirs = state[official_key(key, LAYOUTS[name].names)]
+        assert value.shape == theirs.shape and (value == theirs.flatten()[0]).all(), key
+    assert not model.training
+
+
+def test_the_training_dictionary_and_its_file_load(released, tmp_path):
+    """As the authors save it: an optimiser's state, a score of numpy's, a pickled Namespace beside it."""
+    name, state, model = released
+    path = tmp_path / "model_best.pth"
+    content = {"epoch": 3, "state_dict": {f"module.{key}": value for key, value in state.items()}}
+    torch.save(content | {"best_loss": np.float64(0.62), "args": argparse.Namespace(depth=6)}, path)
+    (tmp_path / "args.pkl").write_bytes(b"never opened")
+    again = corrzoo.load_official(name, path)
+    for (key, ours), value in zip(again.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(ours, value), key
+
+
+def test_what_does_not_fit_is_named(released):
+    name, state, _ = released
+    (other,) = set(LAYOUTS) - {name}
+    refused(other, state, "missing")
+    lost, changed = [key for key in state if key.endswith("proj.weight")][:2]
+    damaged = {key: value for key, value in state.items() if key != lost} | {changed: torch.zeros(3)}
+    told = f"1 missing ({lost}); 1 unexpected (stranger); 1 of another shape ({changed})"
+    refused(name, damaged | {"stranger": torch.zeros(1)}, re.escape(told))
+
+
+def refused(name, state, match):
+    with pytest.raises(ZooError, match=match) as error:
+        corrzoo.load_official(name, state)
+    assert "\n" not in str(error.value)
+
+
+def test_as_the_test_script_loads_it(released):
+    """LPMFlow's embeddings share their memory then, and what is loaded last stays (the order is the manifest's)."""
+    name, state, _ = released
+    if name == "actr":
+        with pytest.raises(ZooError, match="LPMFlow"):
+            corrzoo.load_official(name, state, as_tested=True)
+        return
+    encoder = corrzoo.load_official(name, state, as_tested=True).encoder
+    assert (encoder.pos_embed_trg == state["encoder.pos_embed_src"][0, 0, 0]).all()
+    assert (encoder.pos_embed_src == state["encoder.pos_embed_src"][0, 0, 0]).all()
+    assert (encoder.cls_embed_src == state["encoder.cls_pos_embed_trg"][0, 0, 0]).all()
+    assert list(state).index("encoder.pos_embed_trg") < list(state).index("encoder.pos_embed_src")
+
+
+def test_mistakes(tmp_path):
+    with pytest.raises(ZooError, match="did you mean 'lpmflow'"):
+        corrzoo.load_official("lpm", {})
+    with pytest.raises(ZooError, match="no checkpoint at"):
+        corrzoo.load_official("actr", tmp_path / "absent.pth")
+    assert _state_of({1: torch.zeros(1), "module.a": torch.ones(1)}) == {"a": torch.ones(1)}
+    torch.save({"state_dict": tmp_path}, tmp_path / "odd.pth")
+    with pytest.raises(ZooError, match="more than tensors"):
+        corrzoo.load_official("actr", tmp_path / "odd.pth")

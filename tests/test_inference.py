@@ -1,0 +1,146 @@
+"""Images of one's own: their own pixels in, their own pixels out, for every head."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import corrzoo
+from corrzoo import inference as imagepair
+from corrzoo.types import ZooError
+
+VIT = "timm/test_vit.r160_in1k"
+SMALL = {
+    "ViTSC": {"head_resolution": 0.125, "low_stages": 1},
+    "ACTR": {"grid": 8, "depth": 2},
+    "LPMFlow": {"grid": 4, "depth": 2},
+}
+
+
+def matcher(head="Baseline", **options):
+    torch.manual_seed(0)
+    options = SMALL.get(head, {}) | options
+    return corrzoo.create_matcher(head, backbone=VIT, weights="random", **options)
+
+
+@pytest.fixture(scope="module")
+def images():
+    """A drawn scene of 120 x 90 pixels, and the same at 200 x 180."""
+    dataset = corrzoo.create_dataset("synthetic", "", "test", size=160)
+    image = dataset.read_image(0)
+    return image.resize((120, 90)), image.resize((200, 180))
+
+
+def test_an_image_matches_its_own_enlargement(images):
+    model = matcher(stride=4, readout="window", temperature=0.02, point_query="features")
+    found = imagepair.match_images(model, *images, [[30, 40], [90.5, 60.25]], size=128)
+    expected = found.src_points * torch.tensor([200 / 120, 180 / 90])
+    assert (found.trg_points - expected).abs().max() < 5
+    assert found.src_points.tolist() == [[30, 40], [90.5, 60.25]] and found.round_trip.max() < 3
+    assert not model.training
+
+
+def test_the_flow_is_in_pixels_of_both_images(images):
+    pair = imagepair.open_pair(matcher(readout="identity"), *images, size=64)
+    flow = pair.flow()
+    assert flow.shape == (2, 90, 120) and flow.dtype == torch.float32
+    for x, y in ((0, 0), (119, 89), (17, 60)):  # pixel (x, y) has its centre half a pixel further
+        u, v = flow[:, y, x].tolist()
+        assert (x + 0.5 + u, y + 0.5 + v) == pytest.approx(((x + 0.5) * 200 / 120, (y + 0.5) * 180 / 90), abs=1e-3)
+
+
+def test_without_points_those_of_a_grid_that_hold_both_ways_are_answered(images):
+    pair = imagepair.open_pair(matcher(stride=4, readout="argmax"), *images, size=64)
+    found = pair.confident_matches()
+    points = [((i + 0.5) * 12, (j + 0.5) * 9) for j in range(imagepair.GRID) for i in range(imagepair.GRID)]
+    kept = []
+    for point in points:  # one by one, there and back
+        there = pair.match([point])
+        back = pair.swapped().match(there)[0]
+        if ((back[0] - point[0]) ** 2 + (back[1] - point[1]) ** 2) ** 0.5 <= 0.25 * 12:
+            kept.append(point)
+    assert 0 < len(kept) < len(points)
+    assert found.src_points.tolist() == [list(point) for point in kept]
+    assert (found.round_trip <= 3).all()
+    assert torch.equal(pair.match(found.src_points), found.trg_points)
+
+
+@pytest.mark.parametrize("head", corrzoo.list_heads())
+def test_every_head_answers_points_flow_and_heat_in_shapes_that_are_not_square(head, images):
+    pair = imagepair.open_pair(matcher(head), *images, size=(64, 96))
+    found = pair.match_both_ways([[10, 20], [60, 45]])
+    assert all(torch.isfinite(field).all() for field in found) and found.trg_points.shape == (2, 2)
+    assert pair.flow().shape == (2, 90, 120)
+    heat = pair.heat_map((60, 45))
+    assert torch.equal(heat, pair.heat_map(torch.tensor([60.0, 45.0])))
+    assert heat.ndim == 2 and torch.isfinite(heat).all() and heat.std() > 0
+    h, w = heat.shape
+    assert h == w if head in ("ACTR", "GSF", "LPMFlow") else h * 96 == w * 64
+
+
+def test_the_heat_is_highest_at_the_match(images):
+    pair = imagepair.open_pair(matcher(stride=4, readout="argmax", point_query="features"), *images, size=64)
+    for point in ((30, 40), (90.5, 60.25), (5, 80)):
+        heat = pair.heat_map(point)
+        y, x = divmod(int(heat.argmax()), heat.shape[1])
+        centre = (x + 0.5) * 200 / heat.shape[1], (y + 0.5) * 180 / heat.shape[0]
+        assert pair.match([point])[0].tolist() == pytest.approx(centre, abs=1e-3)
+
+
+def test_a_kept_correlation_is_read_between_the_four_cells_around_a_point(images):
+    model = matcher("LPMFlow").eval()
+    pair = imagepair.open_pair(model, *images, size=64)
+    correlation = model.match(pair.src_features, pair.trg_features).correlation[0]  # fine cells of 8 network pixels
+    x, y = 30 * 64 / 120 / 8 - 0.5, 40 * 64 / 90 / 8 - 0.5
+    i, j, a, b = int(x), int(y), x - int(x), y - int(y)
+    row = sum(
+        wx * wy * correlation[(j + dy) * 8 + i + dx]
+        for dx, wx in ((0, 1 - a), (1, a))
+        for dy, wy in ((0, 1 - b), (1, b))
+    )
+    torch.testing.assert_close(pair.heat_map((30, 40)).flatten(), row)
+
+
+def test_foreground_is_what_resembles_both_class_tokens():
+    model = matcher().eval()
+    src, trg = (torch.randint(0, 256, (2, 3, 64, 48), dtype=torch.uint8) for _ in range(2))
+    maps = imagepair.foreground_maps(model.backbone, src, trg)
+    assert maps.shape == (2, 4, 3)
+    seen = [model.backbone(image) for image in (src, trg)]
+    for b in range(2):
+        mean = (seen[0].cls[b] + seen[1].cls[b]) / 2
+        cosines = torch.stack([torch.cosine_similarity(c, mean, dim=0) for c in seen[0].maps[-1][b].flatten(1).T])
+        cosines = (cosines - cosines.min()) / (cosines.max() - cosines.min())
+        torch.testing.assert_close(maps[b].flatten(), cosines)
+    cnn = corrzoo.create_matcher("Baseline", backbone="timm/test_resnet.r160_in1k", weights="random").eval()
+    with pytest.raises(ZooError, match="no class token"):
+        imagepair.foreground_maps(cnn.backbone, src, trg)
+
+
+def test_paths_images_and_pixels_are_the_same(images, tmp_path):
+    model = matcher()
+    for image, name in zip(images, "ab", strict=True):
+        image.save(tmp_path / f"{name}.png")
+    pixels = [np.asarray(image) for image in images]
+    given = [
+        images,
+        (tmp_path / "a.png", str(tmp_path / "b.png")),
+        pixels,
+        [torch.from_numpy(p.copy()).permute(2, 0, 1) for p in pixels],
+    ]
+    answers = [imagepair.match_images(model, *pair, [[30, 40]], size=64).trg_points for pair in given]
+    assert all(torch.equal(answer, answers[0]) for answer in answers)
+
+
+def test_mistakes_are_named(images):
+    model = matcher()
+    with pytest.raises(ZooError, match=r"point \(120\.5, 3\) lies outside the source image of 120x90"):
+        imagepair.match_images(model, *images, [[120, 90], [120.5, 3]], size=64)
+    with pytest.raises(ZooError, match=r"shape \(n, 2\)"):
+        imagepair.match_images(model, *images, [1, 2, 3], size=64)
+    with pytest.raises(ZooError, match="outside"):
+        imagepair.match_images(model, *images, [[float("nan"), 3]], size=64)
+    with pytest.raises(ZooError, match="no image file"):
+        imagepair.match_images(model, "nowhere.png", images[1])
+    with pytest.raises(ZooError, match="multiples of its patch of 16"):
+        imagepair.match_images(model, Image.new("RGB", (5, 5)), images[1], size=70)
