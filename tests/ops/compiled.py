@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from corrzoo.ops import kernels
-from corrzoo.ops.epilogue import Reduction
+from corrzoo.ops.epilogue import Rows
 
 ARCHITECTURES = (80, 90, 100)
 GRIDS = {"16²": 16, "32²": 32, "37²": 37, "64²": 64, "128²": 128, "160²": 160}

@@ -6,11 +6,11 @@ import sys
 import pytest
 import torch
 from conftest import Place
+from hostless import hostless
 from problems import WINDOWS, assert_close, centres, integers, naive, problem, run
 from torch import Tensor
 from torch.export import Dim
 from torch.library import opcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from corrzoo import ops
 from corrzoo.ops import reference, strips
@@ -95,26 +95,10 @@ def test_gradcheck(device: torch.device) -> None:
 def test_operators_pass_opcheck(where: Place) -> None:
     src, trg, temperature = (x.to(where.device).requires_grad_() for x in problem(5, GRID, 6))
     for window in WINDOWS:
-        options = (0.0, window, *GRID, 1.0, True, 0, 3, where.backend)
-        opcheck(strips._operator, (src, trg, temperature, None, *options))
-        opcheck(strips._operator, (src, trg, None, None, 0.1, *options[1:]))
+        opcheck(strips._operator, (src, trg, temperature, None, window, *GRID, 1.0, True, where.backend, 3))
     corner = torch.tensor([-1, 2], device=where.device).expand(2, 5, 2).contiguous()
-    opcheck(strips._operator, (src, trg, None, corner, 1.0, "square", *GRID, 3.0, False, 0, 0, "torch"))
+    opcheck(strips._operator, (src, trg, temperature.detach(), corner, "square", *GRID, 3.0, False, "torch", 0))
     opcheck(strips._mutual_operator, (src.detach(), trg.detach(), True))
-
-
-class NoHostWork(TorchDispatchMode):
-    """Refuse operators that wait for the device, that make tensors of Python data, or that copy between devices."""
-
-    FORBIDDEN = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "lift_fresh", "scalar_tensor")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        name = func.__name__.split(".")[0]
-        assert name not in self.FORBIDDEN, f"{func} works on the host"
-        out = func(*args, **(kwargs or {}))
-        tensors = [x for x in (*args, out) if isinstance(x, Tensor)]
-        assert len({x.device for x in tensors}) <= 1, f"{func} goes between devices"
-        return out
 
 
 @pytest.mark.parametrize("learned", [True, False])
@@ -124,20 +108,13 @@ def test_calls_do_no_work_on_the_host(where: Place, window: str, learned: bool) 
         pytest.skip("the interpreter itself works on the host; needs a CUDA GPU, and there is none here")
     src, trg, temperature = (x.to(where.device).requires_grad_() for x in problem(5, GRID, 6))
     centre = centres(5, GRID).to(where.device).requires_grad_()
-    with NoHostWork():
+    with hostless():
         T = temperature if learned else 0.1
         xy = ops.match(src, trg, GRID, T, window, sigma=2.0, radius=1, backend=where.backend).xy
         local = ops.local_correlation(src, trg.mT.unflatten(2, GRID), centre, 1)
         found = ops.mutual(src, trg)
         leaves = (src, trg, centre, *([temperature] if learned else []))
         torch.autograd.grad(xy.sum() + local.sum() + found.row_max.sum() + found.col_max.sum(), leaves)
-
-
-def test_the_host_work_test_can_fail() -> None:
-    x = torch.ones(3)
-    for work in (lambda: x.sum().item(), lambda: x.new_tensor([1.0, 2.0]), lambda: x[x > 0]):
-        with pytest.raises(AssertionError, match="works on the host"), NoHostWork():
-            work()
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -165,13 +142,13 @@ def test_cuda_graphs_capture_forward_and_backward(cuda: torch.device, backend: s
 
 
 def test_memory_is_bounded_on_a_gpu(cuda: torch.device) -> None:
-    """Of a volume of 1 GB: strips of 64 MB, half of it kept, or what `memory` says."""
+    """Of a volume of 1 GB: strips of 64 MB, and half of it kept for the backward."""
     src, trg = (torch.randn(1, 128**2, 64, device=cuda, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
 
-    def peak(**options) -> int:
+    def peak() -> int:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        xy = ops.match(src, trg, (128, 128), 0.1, "argmax", 7.0, backend="triton", **options).xy
+        xy = ops.match(src, trg, (128, 128), 0.1, "argmax", 7.0, backend="triton").xy
         if xy.requires_grad:
             torch.autograd.grad(xy.sum(), (src, trg))
         return torch.cuda.max_memory_allocated() - before
@@ -179,7 +156,6 @@ def test_memory_is_bounded_on_a_gpu(cuda: torch.device) -> None:
     with torch.no_grad():
         assert peak() < 80 * 2**20
     assert peak() < 680 * 2**20
-    assert peak(memory=16 * 2**20) < 64 * 2**20
 
 
 def test_auto_chooses_triton_on_a_gpu(cuda: torch.device) -> None:
@@ -234,8 +210,8 @@ def test_mutual_ties_and_nan(device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"src": torch.zeros(2, 3)}, r"expected src of shape \(B, points, C\)"),
-        ({"src": torch.zeros(2, 0, 6)}, "nothing empty"),
+        ({"src": torch.zeros(2, 3)}, r"expected src of floating \(B, points, C\)"),
+        ({"src": torch.zeros(2, 0, 6)}, "none of them 0"),
         ({"src": torch.zeros(2, 3, 5)}, "must agree in the batch and in C"),
         ({"src": torch.zeros(2, 3, 6, dtype=torch.float64)}, "must agree"),
         ({"src": torch.zeros(2, 3, 6, dtype=torch.int64)}, "floating"),
@@ -247,7 +223,6 @@ def test_mutual_ties_and_nan(device: torch.device) -> None:
         ({"window": "argmax", "sigma": -1.0}, "needs sigma above 0, got -1.0"),
         ({"window": "crop"}, "radius must be a whole number of cells, 0 or more, got None"),
         ({"window": "crop", "radius": 1.5}, "radius must be a whole number"),
-        ({"memory": 0}, "memory must be above 0 bytes"),
         ({"backend": "cuda"}, "choose one of auto, torch, triton"),
         ({"backend": "triton"}, "needs CUDA tensors"),
     ],

@@ -12,15 +12,19 @@ GRID = (9, 15)
 
 
 def check(where: Place, inputs: Problem, tolerances: tuple[float, float], grid: Grid = GRID, **options) -> None:
-    """Outputs and gradients within tolerances of the float64 reference of the same inputs."""
+    """Positions and gradients within tolerances of the float64 reference of the same inputs.
+
+    Softmaxes that single out a cell have gradients near 0, which no float32 computes to a relative accuracy: errors
+    are relative to 1 cell, to 0.1 cells of a feature and to 1 cell of log T, if the largest value is below.
+    """
     mine = run(
         lambda s, t, T: ops.match(s, t, grid, T, backend=where.backend, **options), inputs, device=where.device
     )
-    options.pop("memory", None)
     exact = run(lambda s, t, T: naive(s, t, grid, T, **options), inputs, torch.float64)
     assert torch.equal(mine[1].cpu(), exact[1])
     assert_close(mine[:1], exact[:1], tolerances[0], floor=1.0)
-    assert_close(mine[2:], exact[2:], tolerances[1])
+    assert_close(mine[2:4], exact[2:4], tolerances[1], floor=0.1)
+    assert_close([mine[4].cpu() * inputs[2]], [exact[4] * inputs[2]], tolerances[1], floor=1.0)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -42,7 +46,8 @@ def test_grids_of_any_shape(where: Place, window: str, grid: Grid) -> None:
 def test_more_cells_than_a_program_holds(where: Place, window: str) -> None:
     """Above 16,384 cells a kernel reads a row in several tiles."""
     grid = (130, 129)
-    check(where, problem(3, grid, 8, B=1), (2e-5, 1e-4), grid, window=window, sigma=20.0, radius=4)
+    # Positions of up to 130 cells are rounded by 4e-6, and a row's part of dT is 14 times that over T.
+    check(where, problem(3, grid, 8, B=1), (2e-5, 5e-4), grid, window=window, sigma=20.0, radius=4)
 
 
 @pytest.mark.parametrize(("C", "window"), [(96, "argmax"), (384, "none"), (768, "crop")])
@@ -71,7 +76,9 @@ def test_rows_whose_scores_are_all_negative(where: Place, window: str) -> None:
 @pytest.mark.parametrize("window", WINDOWS)
 def test_half_precision_loses_nothing_before_the_sum(where: Place, window: str, dtype: torch.dtype) -> None:
     """Kernels round the scores' gradients to bfloat16, for the sake of the GEMMs that follow."""
-    tolerance = 8e-3 if where.backend == "triton" else {torch.bfloat16: 4e-3, torch.float16: 1e-3}[dtype]
+    tolerance = {torch.bfloat16: 4e-3, torch.float16: 1e-3}[dtype]
+    if where.backend == "triton":  # the interpreter truncates to bfloat16
+        tolerance = 8e-3 if where.device.type == "cuda" else 1.2e-2
     check(where, problem(37, GRID, 96, dtype=dtype), (5e-6, tolerance), window=window, sigma=2.0, radius=2)
 
 
@@ -128,10 +135,13 @@ def test_the_temperature_may_be_a_number(where: Place) -> None:
     assert_close(one, other, 1e-6)
 
 
-def test_a_limit_of_memory_changes_no_result(where: Place) -> None:
-    """Strips of one row, of two, and of both items."""
-    for memory in (1, 9 * 15 * 4 * 2, 9 * 15 * 4 * 20):
-        check(where, problem(7, GRID, 40), (5e-6, 2e-5), memory=memory)
+@pytest.mark.parametrize("strip", [1, 9 * 15 * 4 * 2, 9 * 15 * 4 * 20])
+def test_strips_of_a_row_of_two_and_of_two_items(where: Place, strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("WHOLE", 0), ("STRIP", strip), ("CPU_STRIP", strip), ("ROWS", 1)):
+        monkeypatch.setattr(strips, name, value)
+    for keep in (0, 3):
+        monkeypatch.setattr(strips, "points_to_keep", lambda *_, keep=keep: keep)
+        check(where, problem(7, GRID, 40), (5e-6, 2e-5))
 
 
 @pytest.mark.parametrize("needed", ["src", "trg", "temperature"])

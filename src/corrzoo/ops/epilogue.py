@@ -7,7 +7,6 @@ over chunks that fit a core's cache, most of them in place, and so cost little b
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,32 +23,23 @@ Piece = tuple[slice, slice]
 """Items of the batch and points: several whole items, or some points of one."""
 
 
-class Reduction(NamedTuple):
-    """What a row of scores is reduced to: the options of `corrzoo.ops.match`."""
+class Rows(NamedTuple):
+    """What rows of products are reduced to."""
 
     kind: str
     """A position by the window "none", "argmax" or "crop"; or "square": the scores of a square of cells."""
     grid: Size
-    extent: int | float
+    extent: float
     """In cells: standard deviation of "argmax", radius of "crop", side of "square"."""
-    temperature: Tensor | float
+    temperature: Tensor  # ()
     corner: Tensor | None
     """(B, N, 2) int64 (x, y) of the top left cell of "square"."""
-
-
-class Rows(NamedTuple):
-    """What a backward needs of its forward: `values` are positions (B, N, 2) in cells, or scores (B, N, side²)."""
-
     values: Tensor
+    """Positions (B, N, 2) in cells, or scores (B, N, side²)."""
     argmax: Tensor  # (B, N) int64
     lse: Tensor  # (B, N), log2 of the sum of 2^z
     a: Tensor  # (B, N), ones if features are not normalised
     b: Tensor  # (B, M)
-
-
-def inverse_norms(src: Tensor, trg: Tensor) -> tuple[Tensor, Tensor]:
-    """a (B, N) and b (B, M)."""
-    return inverse_norm(src), inverse_norm(trg)
 
 
 def gradient_dtype(features: torch.dtype) -> torch.dtype:
@@ -57,55 +47,59 @@ def gradient_dtype(features: torch.dtype) -> torch.dtype:
     return torch.promote_types(features, torch.float32)
 
 
-def read_out(block: Tensor, at: Piece, how: Reduction, to: Rows) -> None:
+def inverse_norms(src: Tensor, trg: Tensor, rows: Rows) -> None:
+    """Write a and b."""
+    rows.a.copy_(inverse_norm(src))
+    rows.b.copy_(inverse_norm(trg))
+
+
+def read_out(block: Tensor, at: Piece, rows: Rows) -> None:
     """Reduce the products (b, r, M) of the points `at`. For a position they become logits, in place."""
-    if how.kind == "square":
-        cells, factors = _square(at, how, to)
-        to.values[at] = block.gather(2, cells) * factors
+    if rows.kind == "square":
+        cells, factors = _square(at, rows)
+        rows.values[at] = block.gather(2, cells) * factors
         return
-    z, (x, y) = block.mul_(_column(at, how, to)), _axes(how, block)
-    best, to.argmax[at] = row_maxima(z)
-    _logits_(z, how, *_window(at, how, to))
-    top = z.amax(-1) if how.kind == "argmax" else best * to.a[at]
-    p = torch.sub(z, top.unsqueeze(-1)).exp2_().unflatten(-1, how.grid)
+    z, (x, y) = block.mul_(_column(at, rows)), _axes(rows)
+    best, rows.argmax[at] = row_maxima(z)
+    _logits_(z, rows, *_window(at, rows))
+    top = z.amax(-1) if rows.kind == "argmax" else best * rows.a[at]
+    p = torch.sub(z, top.unsqueeze(-1)).exp2_().unflatten(-1, rows.grid)
     along_x, along_y = p.sum(2), p.sum(3)  # (b, r, w), (b, r, h)
     mass = along_x.sum(-1)
-    to.values[at] = torch.stack([along_x @ x, along_y @ y], dim=-1) / mass.unsqueeze(-1)
-    to.lse[at] = top + mass.log2()
+    rows.values[at] = torch.stack([along_x @ x, along_y @ y], dim=-1) / mass.unsqueeze(-1)
+    rows.lse[at] = top + mass.log2()
 
 
 def score_gradients(
-    block: Tensor, at: Piece, how: Reduction, of: Rows, grad: Tensor, out: Tensor, known: bool, temperature: bool
+    block: Tensor, at: Piece, rows: Rows, grad: Tensor, out: Tensor, known: bool, temperature: bool
 ) -> Tensor | None:
-    """Write gradients of the products (b, r, M) to `out`; return the points' part of dT, if `temperature`.
+    """Write gradients of the products (b, r, M) to `out`; return the points' part of -T dT, if `temperature`.
 
     `block` has logits if `known`, else products, and may then be `out`. With v_j the centre of cell j, the gradient of
     a logit is p_j <dxy, v_j - xy>.
     """
-    if how.kind == "square":
-        cells, factors = _square(at, how, of)
+    if rows.kind == "square":
+        cells, factors = _square(at, rows)
         out.zero_().scatter_add_(2, cells, grad[at] * factors)
         return None
-    column, (x, y), (factors, penalties) = _column(at, how, of), _axes(how, block), _window(at, how, of)
-    z = block if known else _logits_(torch.mul(block, column, out=out), how, factors, penalties)
-    p = torch.sub(z, of.lse[at].unsqueeze(-1)).exp2_()
-    mean, slope = of.values[at].unsqueeze(-2), grad[at].unsqueeze(-2) / LOG2E  # (b, r, 1, 2)
+    column, (x, y), (factors, penalties) = _column(at, rows), _axes(rows), _window(at, rows)
+    z = block if known else _logits_(torch.mul(block, column, out=out), rows, factors, penalties)
+    log_p = torch.sub(z, rows.lse[at].unsqueeze(-1))
+    mean, slope = rows.values[at].unsqueeze(-2), grad[at].unsqueeze(-2) / LOG2E  # (b, r, 1, 2)
     along_x, along_y = (x - mean[..., 0]) * slope[..., 0], (y - mean[..., 1]) * slope[..., 1]
-    d = torch.add(along_x.unsqueeze(2), along_y.unsqueeze(3)).flatten(2).mul_(p)
-    moment = -torch.dot(d.flatten(), z.flatten()) / how.temperature if temperature else None
+    d = torch.add(along_x.unsqueeze(2), along_y.unsqueeze(3)).flatten(2).mul_(log_p.exp2())
+    # A row of d adds up to 0, so that log p serves as well as z, and rounds less.
+    moment = torch.dot(d.flatten(), log_p.flatten()) if temperature else None
     for factor in factors:
-        d.unflatten(-1, how.grid).mul_(factor)
+        d.unflatten(-1, rows.grid).mul_(factor)
     torch.mul(d, column, out=out)
     return moment
 
 
-def across(grads: Sequence[Tensor | None], features: Sequence[Tensor], norms: Sequence[Tensor]) -> list[Tensor | None]:
-    """Remove from gradients (B, n, C) the part along each feature, which changes only its norm."""
-    for grad, x, scale in zip(grads, features, norms, strict=True):
-        if grad is not None:
-            along = torch.einsum("bnc,bnc->bn", full(x), grad) * scale.square()
-            grad.addcmul_(full(x), along.unsqueeze(-1), value=-1)
-    return list(grads)
+def across(grad: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+    """Remove from a gradient (B, n, C) the part along each feature, which changes only its norm, in place."""
+    along = torch.einsum("bnc,bnc->bn", full(x), grad) * scale.square()
+    return grad.addcmul_(full(x), along.unsqueeze(-1), value=-1)
 
 
 def row_maxima(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,32 +113,32 @@ def row_maxima(x: Tensor) -> tuple[Tensor, Tensor]:
     return best, first * 64 + within
 
 
-def _column(at: Piece, how: Reduction, rows: Rows) -> Tensor:
+def _column(at: Piece, rows: Rows) -> Tensor:
     """(b, 1, M): what all products of a cell are multiplied by."""
-    return rows.b[at[0]].unsqueeze(1) * (LOG2E / how.temperature)
+    return rows.b[at[0]].unsqueeze(1) * (LOG2E / rows.temperature)
 
 
-def _axes(how: Reduction, like: Tensor) -> tuple[Tensor, Tensor]:
+def _axes(rows: Rows) -> tuple[Tensor, Tensor]:
     """x (w,) and y (h,) of the cells' centres."""
-    y, x = (torch.arange(n, device=like.device, dtype=like.dtype) + 0.5 for n in how.grid)
+    y, x = (torch.arange(n, device=rows.lse.device, dtype=rows.lse.dtype) + 0.5 for n in rows.grid)
     return x, y
 
 
-def _window(at: Piece, how: Reduction, rows: Rows) -> tuple[list[Tensor], list[Tensor]]:
+def _window(at: Piece, rows: Rows) -> tuple[list[Tensor], list[Tensor]]:
     """Factors and penalties, broadcast over (b, r, h, w), of the row and of its window."""
-    (x, y), argmax, a, w = _axes(how, rows.lse), rows.argmax[at], rows.a[at][..., None, None], how.grid[1]
-    if how.kind == "none":
+    (x, y), argmax, a, w = _axes(rows), rows.argmax[at], rows.a[at][..., None, None], rows.grid[1]
+    if rows.kind == "none":
         return [a], []
     dx, dy = (x - x[argmax % w].unsqueeze(-1)).unsqueeze(2), (y - y[argmax // w].unsqueeze(-1)).unsqueeze(3)
-    if how.kind == "crop":
-        return [a], [OUTSIDE * (d.abs() > how.extent).to(d.dtype) for d in (dx, dy)]
-    wx, wy = (torch.exp(d.square() / (-2 * how.extent**2)) for d in (dx, dy))
+    if rows.kind == "crop":
+        return [a], [OUTSIDE * (d.abs() > rows.extent).to(d.dtype) for d in (dx, dy)]
+    wx, wy = (torch.exp(d.square() / (-2 * rows.extent**2)) for d in (dx, dy))
     return [wx * a, wy], []
 
 
-def _logits_(z: Tensor, how: Reduction, factors: list[Tensor], penalties: list[Tensor]) -> Tensor:
+def _logits_(z: Tensor, rows: Rows, factors: list[Tensor], penalties: list[Tensor]) -> Tensor:
     """Apply factors and penalties to (b, r, M), in place."""
-    grid = z.unflatten(-1, how.grid)
+    grid = z.unflatten(-1, rows.grid)
     for factor in factors:
         grid.mul_(factor)
     for penalty in penalties:
@@ -152,11 +146,11 @@ def _logits_(z: Tensor, how: Reduction, factors: list[Tensor], penalties: list[T
     return z
 
 
-def _square(at: Piece, how: Reduction, rows: Rows) -> tuple[Tensor, Tensor]:
+def _square(at: Piece, rows: Rows) -> tuple[Tensor, Tensor]:
     """Cells (b, r, side²) of squares, clipped to the target, and the factors of their products: 0 outside of it."""
-    assert how.corner is not None
-    (h, w), corner = how.grid, how.corner[at].unsqueeze(-2)  # (b, r, 1, 2)
-    x, y = (corner + torch.arange(int(how.extent), device=corner.device).unsqueeze(-1)).unbind(-1)  # (b, r, side) each
+    assert rows.corner is not None
+    (h, w), corner = rows.grid, rows.corner[at].unsqueeze(-2)  # (b, r, 1, 2)
+    x, y = (corner + torch.arange(int(rows.extent), device=corner.device).unsqueeze(-1)).unbind(-1)  # (b, r, side) each
     inside = ((x >= 0) & (x < w)).unsqueeze(-2) & ((y >= 0) & (y < h)).unsqueeze(-1)
     cells = (y.clamp(0, h - 1).unsqueeze(-1) * w + x.clamp(0, w - 1).unsqueeze(-2)).flatten(2)
     b = rows.b[at[0]].gather(1, cells.flatten(1)).view_as(cells)

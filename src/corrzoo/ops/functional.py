@@ -1,4 +1,4 @@
-"""The public functions: check the arguments and choose the implementation."""
+"""The functions that read a correlation without holding it: they check the arguments and call the loop over strips."""
 
 from typing import Literal
 
@@ -6,56 +6,17 @@ import torch
 from torch import Tensor
 
 from corrzoo.geometry import Size
-from corrzoo.ops import reference, strips
-from corrzoo.ops.reference import Mutual, Readout
+from corrzoo.ops import strips
+from corrzoo.ops.reference import Mutual, Readout, Window, check_features, check_radius, check_window, unit
 from corrzoo.precision import full_precision
-from corrzoo.registry import nearest
 from corrzoo.types import ZooError
 
-Window = Literal["none", "argmax", "crop"]
-WINDOWS = ("none", "argmax", "crop")
 Backend = Literal["auto", "torch", "triton"]
-
-
-def correlation(src: Tensor, trg: Tensor, normalize: bool = True) -> Tensor:
-    """Compute the whole volume of scores, for networks that read it and for heat maps. `match` is cheaper.
-
-    Args:
-        src: (B, N, C) source features.
-        trg: (B, M, C) target features.
-        normalize: Divide features by their norm, so that scores are cosines. A zero feature scores 0.
-
-    Returns:
-        (B, N, M) scores in float32 (float64 for float64), also inside autocast.
-
-    Raises:
-        ZooError: if the shapes do not fit or a tensor is empty.
-    """
-    _check_features(src, trg)
-    with full_precision(src):
-        return reference.correlation(src, trg, normalize)
-
-
-def readout(
-    scores: Tensor, trg_grid: Size, temperature: float | Tensor, window: Window = "none",
-    sigma: float | None = None, radius: int | None = None,
-) -> Readout:  # fmt: skip
-    """Compute expected target positions from scores (B, N, M): `match` without its correlation, same arguments.
-
-    Raises:
-        ZooError: if the shapes do not fit, a tensor is empty, or the window lacks its argument.
-    """
-    if scores.ndim != 3 or 0 in scores.shape:
-        raise ZooError(f"expected scores of shape (B, N, M) with nothing empty, got {tuple(scores.shape)}")
-    _check_window(scores.shape[2], trg_grid, temperature, window, sigma, radius)
-    with full_precision(scores):
-        return reference.readout(scores, trg_grid, temperature, window, sigma, radius)
 
 
 def match(
     src: Tensor, trg: Tensor, trg_grid: Size, temperature: float | Tensor, window: Window = "none",
-    sigma: float | None = None, radius: int | None = None, normalize: bool = True,
-    backend: Backend = "auto", memory: int | None = None,
+    sigma: float | None = None, radius: int | None = None, normalize: bool = True, backend: Backend = "auto",
 ) -> Readout:  # fmt: skip
     """Match source points to target positions: the mean of the target coordinate under a softmax of the scores.
 
@@ -72,22 +33,14 @@ def match(
         radius: Radius of the crop, in target cells.
         normalize: Divide features by their norm. A zero feature scores 0.
         backend: "torch" (any device), "triton" (CUDA), or "auto": triton where it runs.
-        memory: Bytes of scores held at a time; nothing is kept for the backward. Default: as fast as possible, with
-            up to 256 MB on a GPU, and up to 512 MB kept for the backward.
 
     Raises:
         ZooError: if the shapes do not fit, a tensor is empty, the window lacks its argument, or the backend cannot run.
     """
-    _check_features(src, trg)
-    _check_window(trg.shape[1], trg_grid, temperature, window, sigma, radius)
-    if memory is not None and memory <= 0:
-        raise ZooError(f"memory must be above 0 bytes, got {memory}")
-    tensor = temperature.to(src.device) if isinstance(temperature, Tensor) else None
-    value = 0.0 if isinstance(temperature, Tensor) else float(temperature)
+    check_features(src, trg)
+    check_window(trg.shape[1], trg_grid, temperature, window, sigma, radius)
     extent = float((sigma if window == "argmax" else radius) or 0)
-    keep = strips.points_to_keep(src, trg) if strips.wants_gradient(src, trg, tensor) and not memory else 0
-    options = (value, window, *trg_grid, extent, normalize, memory or 0, keep, backend)
-    return Readout(*strips.rows(src, trg, tensor, None, *options)[:2])
+    return Readout(*strips.rows(src, trg, temperature, None, window, *trg_grid, extent, normalize, backend)[:2])
 
 
 def mutual(src: Tensor, trg: Tensor, normalize: bool = True) -> Mutual:
@@ -101,12 +54,12 @@ def mutual(src: Tensor, trg: Tensor, normalize: bool = True) -> Mutual:
     Raises:
         ZooError: if the shapes do not fit or a tensor is empty.
     """
-    _check_features(src, trg)
+    check_features(src, trg)
     found = Mutual(*strips.mutual(src.detach(), trg.detach(), normalize))
     if not strips.wants_gradient(src, trg):
         return found
     with full_precision(src):
-        f, g = reference.unit(src, normalize), reference.unit(trg, normalize)
+        f, g = unit(src, normalize), unit(trg, normalize)
         row_max = (f * g.take_along_dim(found.row_argmax.unsqueeze(-1), 1)).sum(-1)
         col_max = (f.take_along_dim(found.col_argmax.unsqueeze(-1), 1) * g).sum(-1)
     return found._replace(row_max=row_max, col_max=col_max)
@@ -130,55 +83,19 @@ def local_correlation(src: Tensor, trg: Tensor, centre: Tensor, radius: int, nor
     """
     if trg.ndim != 4:
         raise ZooError(f"expected trg of shape (B, C, h, w), got {tuple(trg.shape)}")
-    cells = trg.flatten(2).mT  # (B, h * w, C)
-    _check_features(src, cells)
-    _check_radius(radius)
+    cells, side = trg.flatten(2).mT, 2 * radius + 2  # (B, h * w, C)
+    check_features(src, cells)
+    check_radius(radius)
     if centre.shape != (*src.shape[:2], 2):
         raise ZooError(f"expected centre of shape {(*src.shape[:2], 2)}, got {tuple(centre.shape)}")
-    side = 2 * radius + 2
     with full_precision(src):
         centre = centre.to(torch.promote_types(src.dtype, torch.float32)) - 0.5  # the first cell is at (0, 0)
         corner = centre.detach().floor()
-        options = (1.0, "square", *trg.shape[2:], float(side), normalize, 0, 0, "torch")
-        scores, *_ = strips.rows(src, cells, None, corner.long() - radius, *options)
+        scores, *_ = strips.rows(
+            src, cells, 1.0, corner.long() - radius, "square", *trg.shape[2:], side, normalize, "torch"
+        )
         scores = scores.unflatten(-1, (side, side))
         # Offsets are whole cells, so all points have the same place between their four cells.
         x, y = (centre - corner).unsqueeze(-2).unbind(-1)
         scores = torch.lerp(scores[..., :-1], scores[..., 1:], x.unsqueeze(-1))
         return torch.lerp(scores[..., :-1, :], scores[..., 1:, :], y.unsqueeze(-1)).flatten(2)
-
-
-def _check_features(src: Tensor, trg: Tensor) -> None:
-    for name, x in (("src", src), ("trg", trg)):
-        if x.ndim != 3 or 0 in x.shape:
-            raise ZooError(f"expected {name} of shape (B, points, C) with nothing empty, got {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise ZooError(f"expected {name} of a floating dtype, got {x.dtype}")
-    if src.shape[0] != trg.shape[0] or src.shape[2] != trg.shape[2]:
-        raise ZooError(f"src {tuple(src.shape)} and trg {tuple(trg.shape)} must agree in the batch and in C")
-    if src.dtype != trg.dtype or src.device != trg.device:
-        raise ZooError(f"src is {src.dtype} on {src.device}, trg {trg.dtype} on {trg.device}: they must agree")
-
-
-def _check_window(
-    cells: int, trg_grid: Size, temperature: float | Tensor, window: str, sigma: float | None, radius: int | None
-) -> None:
-    if trg_grid[0] * trg_grid[1] != cells:
-        raise ZooError(f"trg_grid {tuple(trg_grid)} must have as many cells as the target: {cells}")
-    if isinstance(temperature, Tensor):
-        if temperature.ndim != 0:
-            raise ZooError(f"expected temperature as a number or a 0-d tensor, got shape {tuple(temperature.shape)}")
-    elif not temperature > 0:
-        raise ZooError(f"temperature must be positive, got {temperature}")
-    if window not in WINDOWS:
-        known = nearest(window, WINDOWS) or f": choose one of {', '.join(WINDOWS)}"
-        raise ZooError(f"unknown window {window!r}{known}")
-    if window == "argmax" and not (sigma or 0) > 0:
-        raise ZooError(f"window 'argmax' needs sigma above 0, got {sigma}")
-    if window == "crop":
-        _check_radius(radius)
-
-
-def _check_radius(radius: int | None) -> None:
-    if not isinstance(radius, int) or radius < 0:
-        raise ZooError(f"radius must be a whole number of cells, 0 or more, got {radius}")

@@ -5,14 +5,12 @@ A program takes a few rows of a strip, each as a tile (HB, WP) of the target gri
 than CELLS cells take several tiles a row.
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from corrzoo.ops.epilogue import Piece, Reduction, Rows
+from corrzoo.ops.epilogue import Piece, Rows
 
 CELLS, ELEMENTS, PER_THREAD = 16384, 1024, 32
 """Cells of a tile at most, elements of a program at least (by several rows, where rows are short), and of a thread."""
@@ -63,23 +61,22 @@ def _counted(inside, at, x, y, w, extent, KIND: tl.constexpr):
 
 
 @triton.jit
-def _rows(first_item, first_point, rows, N, a, temperature, ON_DEVICE: tl.constexpr, R: tl.constexpr):
-    """This program's item of the strip, its rows, which of them exist, their points, and scales beta a."""
+def _rows(first_item, first_point, rows, N, a, temperature, R: tl.constexpr):
+    """This program's item of the strip, its rows, which of them exist, their points, and scales a log2(e) / T."""
     item, row = tl.program_id(1).to(tl.int64), tl.program_id(0) * R + tl.arange(0, R)
     real = row < rows
     point = (first_item + item) * N + first_point + row
-    beta = LOG2E / (tl.load(temperature).to(tl.float32) if ON_DEVICE else temperature)
-    return item, row.to(tl.int64), real, point, beta * tl.load(a + point, mask=real, other=0.0)
+    scale = LOG2E / tl.load(temperature) * tl.load(a + point, mask=real, other=0.0)
+    return item, row.to(tl.int64), real, point, scale
 
 
 @triton.jit(do_not_specialize=["first_item", "first_point", "rows"])
 def positions(
     block, a, b, temperature, xy, argmax, lse, first_item, first_point, rows, N, h, w, stride, extent,
-    KIND: tl.constexpr, ON_DEVICE: tl.constexpr, FULL: tl.constexpr,
-    TILES: tl.constexpr, R: tl.constexpr, HB: tl.constexpr, WP: tl.constexpr,
+    KIND: tl.constexpr, FULL: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr, HB: tl.constexpr, WP: tl.constexpr,
 ):  # fmt: skip
     """`epilogue.read_out` of R rows; `extent` is -log2(e) / (2 sigma²) or the radius."""
-    item, row, real, point, scale = _rows(first_item, first_point, rows, N, a, temperature, ON_DEVICE, R)
+    item, row, real, point, scale = _rows(first_item, first_point, rows, N, a, temperature, R)
     block += item * stride
     b += (first_item + item) * h * w
     top = tl.full((R,), float("-inf"), tl.float32)
@@ -123,11 +120,11 @@ def positions(
 def product_gradients(
     block, out, a, b, temperature, xy, argmax, lse, dxy, moments,
     first_item, first_point, rows, N, h, w, stride, extent,
-    KIND: tl.constexpr, ON_DEVICE: tl.constexpr, MOMENTS: tl.constexpr, FULL: tl.constexpr,
-    TILES: tl.constexpr, R: tl.constexpr, HB: tl.constexpr, WP: tl.constexpr,
+    KIND: tl.constexpr, MOMENTS: tl.constexpr, FULL: tl.constexpr, TILES: tl.constexpr,
+    R: tl.constexpr, HB: tl.constexpr, WP: tl.constexpr,
 ):  # fmt: skip
     """`epilogue.score_gradients` of R rows, to `out` (b, r, M), which may be `block`; parts of dT to `moments`."""
-    item, row, real, point, scale = _rows(first_item, first_point, rows, N, a, temperature, ON_DEVICE, R)
+    item, row, real, point, scale = _rows(first_item, first_point, rows, N, a, temperature, R)
     block += item * stride
     out += item * rows * h * w
     b += (first_item + item) * h * w
@@ -140,17 +137,17 @@ def product_gradients(
     moment = tl.zeros((R,), tl.float32)
     for k in range(TILES):
         x, y, cell, inside = _tile(k, h, w, FULL, HB, WP)
-        factor = _factor(scale, at, x, y, w, extent, KIND) * tl.load(b + cell, mask=inside, other=0.0)
-        z = tl.load(block + _each(row) * h * w + cell, mask=inside & _each(real), other=0.0) * factor
-        d = tl.exp2(z - shift) * ((x.to(tl.float32) - mean_x) * slope_x + (y.to(tl.float32) - mean_y) * slope_y)
+        factor, scale_b = _factor(scale, at, x, y, w, extent, KIND), tl.load(b + cell, mask=inside, other=0.0)
+        z = tl.load(block + _each(row) * h * w + cell, mask=inside & _each(real), other=0.0)
+        log_p = z * scale_b * factor - shift  # rounded as in the forward
+        d = tl.exp2(log_p) * ((x.to(tl.float32) - mean_x) * slope_x + (y.to(tl.float32) - mean_y) * slope_y)
         d = tl.where(_counted(inside, at, x, y, w, extent, KIND), d, 0.0)
         if MOMENTS:
-            moment += tl.sum(_flat(d * z), axis=1)
+            moment += tl.sum(_flat(d * log_p), axis=1)
         to = out + _each(row) * h * w + cell
-        tl.store(to, (d * factor).to(out.dtype.element_ty), mask=inside & _each(real))
+        tl.store(to, (d * factor * scale_b).to(out.dtype.element_ty), mask=inside & _each(real))
     if MOMENTS:
-        T = tl.load(temperature).to(tl.float32) if ON_DEVICE else temperature
-        tl.store(moments + item * rows + row, -moment / T, mask=real)
+        tl.store(moments + item * rows + row, moment, mask=real)
 
 
 @triton.jit
@@ -201,16 +198,16 @@ def remove_along(
         tl.store(out + row[:, None] * C + c[None, :], (g - along[:, None] * v).to(out.dtype.element_ty), mask=exist)
 
 
-def tile(how: Reduction) -> dict[str, object]:
+def tile(rows: Rows) -> dict[str, object]:
     """Compile-time constants of the kernels that take rows."""
-    h, w = how.grid
+    h, w = rows.grid
     WP = triton.next_power_of_2(w)
     HB = triton.next_power_of_2(h)
     if HB * WP > CELLS:  # a row is read twice, in tiles that leave registers free
         HB = max(1, CELLS // 4 // WP)
     R, tiles = max(1, ELEMENTS // (HB * WP)), triton.cdiv(h, HB)
-    constants = {"KIND": KINDS[how.kind], "ON_DEVICE": isinstance(how.temperature, Tensor), "TILES": tiles}
-    constants |= {"FULL": WP == w and HB * tiles == h, "R": R, "HB": HB, "WP": WP}
+    constants = {"KIND": KINDS[rows.kind], "FULL": WP == w and HB * tiles == h, "TILES": tiles}
+    constants |= {"R": R, "HB": HB, "WP": WP}
     return constants | {"num_warps": min(16, max(1, R * HB * WP // (32 * PER_THREAD)))}
 
 
@@ -219,48 +216,39 @@ def gradient_dtype(features: torch.dtype) -> torch.dtype:
     return torch.float32 if features == torch.float32 else torch.bfloat16
 
 
-def inverse_norms(src: Tensor, trg: Tensor) -> tuple[Tensor, Tensor]:
+def inverse_norms(src: Tensor, trg: Tensor, rows: Rows) -> None:
     """`epilogue.inverse_norms`."""
     (B, N, C), M = src.shape, trg.shape[1]
-    a, b = src.new_empty((B, N), dtype=torch.float32), src.new_empty((B, M), dtype=torch.float32)
     grid = (triton.cdiv(N, FEATURES["R"]) + triton.cdiv(M, FEATURES["R"]), B)
-    norms[grid](src, trg, a, b, N, M, C, *src.stride(), *trg.stride(), **FEATURES)
-    return a, b
+    norms[grid](src, trg, rows.a, rows.b, N, M, C, *src.stride(), *trg.stride(), **FEATURES)
 
 
-def read_out(block: Tensor, at: Piece, how: Reduction, to: Rows) -> None:
+def read_out(block: Tensor, at: Piece, rows: Rows) -> None:
     """`epilogue.read_out`, which leaves `block` as it is."""
-    constants, (b, r, _) = tile(how), block.shape
-    positions[(triton.cdiv(r, constants["R"]), b)](
-        block, to.a, to.b, how.temperature, to.values, to.argmax, to.lse, at[0].start, at[1].start, r,
-        to.a.shape[1], *how.grid, block.stride(0), _extent(how), **constants,
-    )  # fmt: skip
+    outputs = (rows.values, rows.argmax, rows.lse)
+    _launch(positions, block, at, rows, (block, rows.a, rows.b, rows.temperature, *outputs))
 
 
 def score_gradients(
-    block: Tensor, at: Piece, how: Reduction, of: Rows, grad: Tensor, out: Tensor, known: bool, temperature: bool
+    block: Tensor, at: Piece, rows: Rows, grad: Tensor, out: Tensor, known: bool, temperature: bool
 ) -> Tensor | None:
     """`epilogue.score_gradients`, for which `block` always has products."""
-    constants, (b, r, _) = tile(how), block.shape
-    moments = block.new_empty((b, r) if temperature else 0)
-    product_gradients[(triton.cdiv(r, constants["R"]), b)](
-        block, out, of.a, of.b, how.temperature, of.values, of.argmax, of.lse, grad.contiguous(), moments,
-        at[0].start, at[1].start, r, of.a.shape[1], *how.grid, block.stride(0), _extent(how),
-        MOMENTS=temperature, **constants,
-    )  # fmt: skip
+    moments = block.new_empty(block.shape[:2] if temperature else 0)
+    inputs = (rows.a, rows.b, rows.temperature, rows.values, rows.argmax, rows.lse, grad.contiguous())
+    _launch(product_gradients, block, at, rows, (block, out, *inputs, moments), MOMENTS=temperature)
     return moments.sum() if temperature else None
 
 
-def across(grads: Sequence[Tensor | None], features: Sequence[Tensor], norms: Sequence[Tensor]) -> list[Tensor | None]:
+def across(grad: Tensor, x: Tensor, scale: Tensor) -> Tensor:
     """`epilogue.across`, in the dtype of the features."""
-    out: list[Tensor | None] = []
-    for grad, x, scale in zip(grads, features, norms, strict=True):
-        out.append(None if grad is None else torch.empty_like(grad, dtype=x.dtype))
-        if grad is not None:
-            grid = (triton.cdiv(x.shape[1], FEATURES["R"]), x.shape[0])
-            remove_along[grid](grad, x, scale, out[-1], *x.shape[1:], *x.stride(), **FEATURES)
+    out = torch.empty_like(grad, dtype=x.dtype)
+    grid = (triton.cdiv(x.shape[1], FEATURES["R"]), x.shape[0])
+    remove_along[grid](grad, x, scale, out, *x.shape[1:], *x.stride(), **FEATURES)
     return out
 
 
-def _extent(how: Reduction) -> float:
-    return how.extent if how.kind == "crop" else -LOG2E.value / (2 * how.extent**2 or 1.0)
+def _launch(kernel, block: Tensor, at: Piece, rows: Rows, tensors: tuple[Tensor, ...], **constants: bool) -> None:
+    constants |= tile(rows)
+    extent = rows.extent if rows.kind == "crop" else -LOG2E.value / (2 * rows.extent**2 or 1.0)
+    sizes = (at[0].start, at[1].start, block.shape[1], rows.a.shape[1], *rows.grid, block.stride(0), extent)
+    kernel[(triton.cdiv(block.shape[1], constants["R"]), block.shape[0])](*tensors, *sizes, **constants)

@@ -1,18 +1,21 @@
-"""The dense-correlation op in plain torch: the definition that the fast implementations are tested against.
+"""The op in plain torch: the definition that the fast implementations are tested against.
 
-It holds whole correlation volumes and leaves the gradients to autograd. `functional` has checked the arguments.
-float16 and bfloat16 are computed in float32; float64 stays float64.
+It holds whole correlation volumes and leaves the gradients to autograd. float16 and bfloat16 are computed in float32;
+float64 stays float64.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from corrzoo.geometry import Size, cell_centres
-from corrzoo.precision import full
+from corrzoo.precision import full, full_precision
+from corrzoo.registry import nearest
+from corrzoo.types import ZooError
 
+Window = Literal["none", "argmax", "crop"]
 OUTSIDE = -1e30
 """Logit of a cell outside the crop. Its weight is exactly 0, as with -inf, but 0 * OUTSIDE is not NaN."""
 
@@ -42,38 +45,55 @@ class Mutual(NamedTuple):
 def inverse_norm(x: Tensor) -> Tensor:
     """1 / |x| (...) of features (..., C); 0 for a zero feature, so that its cosines are 0."""
     norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
-    return torch.where(norm > 0, 1 / norm.clamp(min=torch.finfo(norm.dtype).tiny), 0)
+    return norm.masked_fill(norm == 0, torch.inf).reciprocal()
 
 
 def unit(x: Tensor, normalize: bool) -> Tensor:
     """Features (..., C) in full precision, divided by their norm if `normalize`."""
-    return full(x) * inverse_norm(x).unsqueeze(-1) if normalize else full(x)
+    x = full(x)  # once, so that gradients are rounded once
+    return x * inverse_norm(x).unsqueeze(-1) if normalize else x
 
 
 def correlation(src: Tensor, trg: Tensor, normalize: bool = True) -> Tensor:
-    """s_ij = <f_i, g_j>: (B, N, C) and (B, M, C) -> (B, N, M)."""
-    return unit(src, normalize) @ unit(trg, normalize).mT
+    """Compute all scores s_ij = <f_i, g_j>, for heads that read them and for heat maps. `match` is cheaper.
+
+    Args:
+        src: (B, N, C) source features.
+        trg: (B, M, C) target features.
+        normalize: Divide features by their norm, so that scores are cosines. A zero feature scores 0.
+
+    Returns:
+        (B, N, M) scores in float32 (float64 for float64), also inside autocast.
+
+    Raises:
+        ZooError: if the shapes do not fit or a tensor is empty.
+    """
+    check_features(src, trg)
+    with full_precision(src):
+        return unit(src, normalize) @ unit(trg, normalize).mT
 
 
 def readout(
-    scores: Tensor,
-    trg_grid: Size,
-    temperature: float | Tensor,
-    window: str = "none",
-    sigma: float | None = None,
-    radius: int | None = None,
-) -> Readout:
-    """E[v] under softmax_j(w_ij s_ij / T), with v the target cells' centres. `functional.match` names the windows."""
-    scores = full(scores)
-    cells = cell_centres(trg_grid, trg_grid, scores.device, scores.dtype)  # (M, 2)
-    argmax = scores.argmax(dim=-1)
-    logits = scores / temperature
-    dx, dy = (cells - cells[argmax].unsqueeze(2)).unbind(-1)  # (B, N, M) each
-    if window == "crop" and radius is not None:
-        logits = logits.masked_fill((dx.abs() > radius) | (dy.abs() > radius), OUTSIDE)
-    if window == "argmax" and sigma is not None:
-        logits = logits * torch.exp(-(dx.square() + dy.square()) / (2 * sigma**2))
-    return Readout(logits.softmax(dim=-1) @ cells, argmax)
+    scores: Tensor, trg_grid: Size, temperature: float | Tensor, window: Window = "none",
+    sigma: float | None = None, radius: int | None = None,
+) -> Readout:  # fmt: skip
+    """Compute E[v] under softmax_j(w_ij s_ij / T), v the cells' centres, of scores (B, N, M). See `match`.
+
+    Raises:
+        ZooError: if the number of cells differs from that of the grid, or the window lacks its argument.
+    """
+    check_window(scores.shape[-1], trg_grid, temperature, window, sigma, radius)
+    with full_precision(scores):
+        scores = full(scores)
+        cells = cell_centres(trg_grid, trg_grid, scores.device, scores.dtype)  # (M, 2)
+        argmax = scores.argmax(dim=-1)
+        logits = scores / temperature
+        dx, dy = (cells - cells[argmax].unsqueeze(2)).unbind(-1)  # (B, N, M) each
+        if window == "crop" and radius is not None:
+            logits = logits.masked_fill((dx.abs() > radius) | (dy.abs() > radius), OUTSIDE)
+        if window == "argmax" and sigma is not None:
+            logits = logits * torch.exp(-(dx.square() + dy.square()) / (2 * sigma**2))
+        return Readout(logits.softmax(dim=-1) @ cells, argmax)
 
 
 def mutual(src: Tensor, trg: Tensor, normalize: bool = True) -> Mutual:
@@ -92,3 +112,40 @@ def local_correlation(src: Tensor, trg: Tensor, centre: Tensor, radius: int, nor
     grid = 2 * points / points.new_tensor([w, h]) - 1
     patches = F.grid_sample(trg, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return torch.einsum("bnc,bcnk->bnk", src, patches)
+
+
+def check_features(src: Tensor, trg: Tensor) -> None:
+    """Refuse features that do not fit each other."""
+    for name, x in (("src", src), ("trg", trg)):
+        if x.ndim != 3 or 0 in x.shape or not x.is_floating_point():
+            raise ZooError(f"expected {name} of floating (B, points, C), none of them 0, got {x.dtype} {tuple(x.shape)}")
+    if src.shape[0] != trg.shape[0] or src.shape[2] != trg.shape[2]:
+        raise ZooError(f"src {tuple(src.shape)} and trg {tuple(trg.shape)} must agree in the batch and in C")
+    if src.dtype != trg.dtype or src.device != trg.device:
+        raise ZooError(f"src is {src.dtype} on {src.device}, trg {trg.dtype} on {trg.device}: they must agree")
+
+
+def check_window(
+    cells: int, trg_grid: Size, temperature: float | Tensor, window: str, sigma: float | None, radius: int | None
+) -> None:
+    """Refuse options of `match` that do not fit."""
+    if trg_grid[0] * trg_grid[1] != cells:
+        raise ZooError(f"trg_grid {tuple(trg_grid)} must have as many cells as the target: {cells}")
+    if isinstance(temperature, Tensor):
+        if temperature.ndim != 0:
+            raise ZooError(f"expected temperature as a number or a 0-d tensor, got shape {tuple(temperature.shape)}")
+    elif not temperature > 0:
+        raise ZooError(f"temperature must be positive, got {temperature}")
+    if window not in get_args(Window):
+        known = nearest(window, get_args(Window)) or f": choose one of {', '.join(get_args(Window))}"
+        raise ZooError(f"unknown window {window!r}{known}")
+    if window == "argmax" and not (sigma or 0) > 0:
+        raise ZooError(f"window 'argmax' needs sigma above 0, got {sigma}")
+    if window == "crop":
+        check_radius(radius)
+
+
+def check_radius(radius: int | None) -> None:
+    """Refuse a radius that is no whole number of cells."""
+    if not isinstance(radius, int) or radius < 0:
+        raise ZooError(f"radius must be a whole number of cells, 0 or more, got {radius}")

@@ -7,8 +7,9 @@ so that half-precision features lose nothing by normalisation. It is `epilogue` 
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial, reduce
+from collections.abc import Iterator
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
 from corrzoo.ops import epilogue
-from corrzoo.ops.epilogue import CHUNK, Piece, Reduction, Rows
+from corrzoo.ops.epilogue import CHUNK, Piece, Rows
+from corrzoo.ops.reference import inverse_norm
 from corrzoo.precision import full, full_precision
 from corrzoo.types import ZooError
 
@@ -73,11 +75,23 @@ def pieces(batch: int, points: range, width: int, elements: int, rows: int = 1) 
             yield slice(b, min(b + items, batch)), slice(r, min(r + rows, points.stop))
 
 
+def strips(src: Tensor, trg: Tensor, keep: int = 0) -> list[Piece]:
+    """Pieces of the volume (B, N, M), each with points on one side of point number `keep`."""
+    (B, N, _), M, size = src.shape, trg.shape[1], full(src[:0]).itemsize
+    strip, rows = (WHOLE if B * N * M * size <= WHOLE else STRIP, 1) if src.is_cuda else (CPU_STRIP, ROWS)
+    return [at for half in (range(keep), range(keep, N)) for at in pieces(B, half, M, strip // size, rows)]
+
+
 def chunks(at: Piece, block: Tensor) -> Iterator[tuple[Piece, Piece]]:
     """Pieces of a strip (b, r, M) that fit a core's cache: where they are in the batch, and where in the strip."""
     b, r, size = at[0].start, at[1].start, CHUNK.get(block.device.type, block.numel())
     for i, j in pieces(block.shape[0], range(block.shape[1]), block.shape[2], size):
         yield (slice(b + i.start, b + i.stop), slice(r + j.start, r + j.stop)), (i, j)
+
+
+def empty(at: Piece, trg: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for a strip (b, r, M)."""
+    return trg.new_empty(at[0].stop - at[0].start, at[1].stop - at[1].start, trg.shape[1], dtype=dtype)
 
 
 def multiply(x: Tensor, y: Tensor, out: Tensor, add: bool = False) -> Tensor:
@@ -89,113 +103,73 @@ def multiply(x: Tensor, y: Tensor, out: Tensor, add: bool = False) -> Tensor:
     return out.baddbmm_(x, y) if add else torch.bmm(x, y, out=out)
 
 
-class Products:
-    """Strips of the products <f_i, g_j> of src (B, N, C) and trg (B, M, C), and the gradients of both features.
-
-    No strip has points on both sides of point number `keep`.
-    """
-
-    def __init__(self, src: Tensor, trg: Tensor, memory: int = 0, keep: int = 0) -> None:
-        self.src, self.trg, self.keep = src, trg if src.is_cuda else full(trg), keep
-        (B, N, _), M = src.shape, trg.shape[1]
-        self.dtype = torch.promote_types(src.dtype, torch.float32)
-        size, rows = memory, 1
-        if not memory and src.is_cuda:
-            size = WHOLE if B * N * M * self.dtype.itemsize <= WHOLE else STRIP
-        elif not memory:
-            size, rows = CPU_STRIP, ROWS
-        size //= self.dtype.itemsize
-        self.strips = [at for half in (range(keep), range(keep, N)) for at in pieces(B, half, M, size, rows)]
-        self._buffers: dict[torch.dtype, Tensor] = {}
-
-    def buffer(self, at: Piece, dtype: torch.dtype) -> Tensor:
-        """Memory (b, r, M) for a strip, the same for every strip."""
-        shape = (at[0].stop - at[0].start, at[1].stop - at[1].start, self.trg.shape[1])
-        size = shape[0] * shape[1] * shape[2]
-        if dtype not in self._buffers or self._buffers[dtype].numel() < size:
-            self._buffers[dtype] = self.src.new_empty(size, dtype=dtype)
-        return self._buffers[dtype][:size].view(shape)
-
-    def fill(self, at: Piece, block: Tensor) -> Tensor:
-        """Compute the products of a strip."""
-        return multiply(self.src[at], self.trg[at[0]].mT, block)
-
-    def gradients(self, strips: Iterable[tuple[Piece, Tensor]], needs: Sequence[bool]) -> list[Tensor | None]:
-        """Gradients of src and trg in full precision, where needed, from those of the products of every strip."""
-        pairs = zip((self.src, self.trg), needs, strict=True)
-        dsrc, dtrg = (x.new_empty(x.shape, dtype=self.dtype) if need else None for x, need in pairs)
-        for at, d in strips:
-            if dsrc is not None:
-                multiply(d, self.trg[at[0]], dsrc[at])
-            if dtrg is not None:
-                multiply(d.mT, self.src[at], dtrg[at[0]], add=at[1].start > 0)
-        return [dsrc, dtrg]
-
-
 def _forward(
-    src: Tensor, trg: Tensor, temperature: Tensor | None, corner: Tensor | None, value: float, kind: str,
-    h: int, w: int, extent: float, normalize: bool, memory: int, keep: int, backend: str,
+    src: Tensor, trg: Tensor, temperature: Tensor, corner: Tensor | None, kind: str, h: int, w: int, extent: float,
+    normalize: bool, backend: str, keep: int,
 ) -> Six:  # fmt: skip
-    """The fields of `Rows`, and the products or logits (B, keep, M) of the first points. T is `value` without a tensor."""
-    e, how = _epilogue(backend, src, kind), _reduction(temperature, corner, value, kind, h, w, extent)
-    products, (*results, kept) = Products(src, trg, memory, keep), _new(src, trg, kind, extent, keep)
+    """The results in `Rows`, and the products or logits (B, keep, M) of the first points."""
+    *results, kept = _new(src, trg, kind, extent, keep)
+    rows, run = Rows(kind, (h, w), extent, temperature, corner, *results), _epilogue(backend, src, kind)
+    trg = trg if src.is_cuda else full(trg)
     with full_precision(src):
         if normalize:
-            results[3:] = e.inverse_norms(src, trg)
-        for at in products.strips:
-            block = products.fill(at, kept[at] if at[1].stop <= keep else products.buffer(at, kept.dtype))
-            for chunk, inner in chunks(at, block):
-                e.read_out(block[inner], chunk, how, Rows(*results))
+            run.inverse_norms(src, trg, rows)
+        else:
+            rows.a.fill_(1), rows.b.fill_(1)
+        for at in strips(src, trg, keep):
+            block = kept[at] if at[1].stop <= keep else empty(at, trg, kept.dtype)
+            multiply(src[at], trg[at[0]].mT, block)
+            for part, inner in chunks(at, block):
+                run.read_out(block[inner], part, rows)
+            del block  # before the next is made
     return *results, kept
 
 
 def _backward(
-    grad: Tensor, src: Tensor, trg: Tensor, temperature: Tensor | None, corner: Tensor | None,
-    values: Tensor, argmax: Tensor, lse: Tensor, a: Tensor, b: Tensor, kept: Tensor, value: float, kind: str,
-    h: int, w: int, extent: float, normalize: bool, memory: int, keep: int, backend: str, needs: list[bool],
+    grad: Tensor, src: Tensor, trg: Tensor, temperature: Tensor, corner: Tensor | None,
+    values: Tensor, argmax: Tensor, lse: Tensor, a: Tensor, b: Tensor, kept: Tensor,
+    kind: str, h: int, w: int, extent: float, normalize: bool, backend: str, keep: int, needs: list[bool],
 ) -> Three:  # fmt: skip
     """Gradients of src, trg and temperature; an empty tensor for each that is not needed."""
-    e, how = _epilogue(backend, src, kind), _reduction(temperature, corner, value, kind, h, w, extent)
-    products, rows, moments = Products(src, trg, memory, keep), Rows(values, argmax, lse, a, b), []
-
-    def strips() -> Iterator[tuple[Piece, Tensor]]:
-        dtype = e.gradient_dtype(src.dtype)
-        for at in products.strips:
-            known = at[1].stop <= keep
-            block = kept[at] if known else products.buffer(at, kept.dtype)
-            if not known and kind != "square":
-                products.fill(at, block)
-            d = block if dtype == block.dtype and not known else products.buffer(at, dtype)
-            for chunk, inner in chunks(at, block):
-                moments.append(e.score_gradients(block[inner], chunk, how, rows, grad, d[inner], known, needs[2]))
-            yield at, d
-
+    rows = Rows(kind, (h, w), extent, temperature, corner, values, argmax, lse, a, b)
+    run, features, scales = _epilogue(backend, src, kind), (src, trg), (a, b)
+    grads = [kept.new_empty(x.shape) if need else None for x, need in zip(features, needs, strict=False)]
+    dtemperature, dtype = torch.zeros_like(temperature), run.gradient_dtype(src.dtype)
+    cells = trg if src.is_cuda else full(trg)
     with full_precision(src):
-        grads = products.gradients(strips(), needs[:2])
-        grads = e.across(grads, (src, trg), (a, b)) if normalize else grads
-        grads.append(reduce(torch.add, moments) if needs[2] else None)
-    pairs = zip(grads, (src, trg, temperature), strict=True)
-    return tuple(src.new_empty(0) if g is None or x is None else g.to(x.dtype) for g, x in pairs)
+        for at in strips(src, trg, keep):
+            known = at[1].stop <= keep
+            block = kept[at] if known else empty(at, trg, kept.dtype)
+            if not known and kind != "square":
+                multiply(src[at], cells[at[0]].mT, block)
+            d = block if dtype == block.dtype and not known else empty(at, trg, dtype)
+            for part, inner in chunks(at, block):
+                moment = run.score_gradients(block[inner], part, rows, grad, d[inner], known, needs[2])
+                if needs[2]:
+                    dtemperature -= moment / temperature
+            if grads[0] is not None:
+                multiply(d, cells[at[0]], grads[0][at])
+            if grads[1] is not None:
+                multiply(d.mT, src[at], grads[1][at[0]], add=at[1].start > 0)
+            del block, d  # before the next are made
+        for i, (x, scale) in enumerate(zip(features, scales, strict=True)):
+            if normalize and grads[i] is not None:
+                grads[i] = run.across(grads[i], x, scale)
+    found = (*grads, dtemperature if needs[2] else None)
+    return tuple(src.new_empty(0) if g is None else g.to(x.dtype) for g, x in zip(found, (src, trg, kept), strict=True))
 
 
-def _epilogue(backend: str, x: Tensor, kind: str) -> Any:
+def _epilogue(backend: str, x: Tensor, kind: str) -> ModuleType:
     # triton is imported only when it runs
     name = "epilogue" if resolve_backend(backend, x) == "torch" or kind == "square" else "kernels"
     return importlib.import_module(f"corrzoo.ops.{name}")
 
 
-def _reduction(
-    temperature: Tensor | None, corner: Tensor | None, value: float, kind: str, h: int, w: int, extent: float
-) -> Reduction:
-    return Reduction(kind, (h, w), extent, value if temperature is None else full(temperature), corner)
-
-
 def _new(src: Tensor, trg: Tensor, kind: str, extent: float, keep: int) -> Six:
-    """Memory for the results of `_forward`; the norms are ones."""
-    (B, N, _), M, x = src.shape, trg.shape[1], full(src[..., :0])
-    values = x.new_empty(B, N, int(extent) ** 2 if kind == "square" else 2)
-    lse, a, b, kept = x.new_empty(B, N), x.new_ones(B, N), x.new_ones(B, M), x.new_empty(B, keep, M)
-    return values, torch.empty_like(lse, dtype=torch.int64), lse, a, b, kept
+    """Memory for the results of `_forward`."""
+    (B, N, _), M, x, square = src.shape, trg.shape[1], full(src[..., :0]), kind == "square"
+    values, lse = x.new_empty(B, N, int(extent) ** 2 if square else 2), x.new_empty(B, 0 if square else N)
+    return values, torch.empty_like(lse, dtype=torch.int64), lse, x.new_empty(B, N), x.new_empty(B, M), x.new_empty(B, keep, M)
 
 
 _operator = custom_op("corrzoo::rows", _forward, mutates_args=())
@@ -203,24 +177,23 @@ _operator_backward = custom_op("corrzoo::rows_backward", _backward, mutates_args
 
 
 @_operator.register_fake
-def _(src: Tensor, trg: Tensor, temperature: Tensor | None, corner: Tensor | None, *options: Any) -> Six:
-    return _new(src, trg, options[1], options[4], options[7])
+def _(src: Tensor, trg: Tensor, temperature: Tensor, corner: Tensor | None, *options: Any) -> Six:
+    return _new(src, trg, options[0], options[3], options[-1])
 
 
 @_operator_backward.register_fake
-def _(grad: Tensor, src: Tensor, trg: Tensor, temperature: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    pairs = zip((src, trg, temperature), args[-1], strict=False)
-    return tuple(src.new_empty(0) if x is None or not need else x.new_empty(x.shape) for x, need in pairs)
+def _(grad: Tensor, src: Tensor, trg: Tensor, temperature: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    inputs = zip((src, trg, temperature), args[-1], strict=True)
+    return tuple(x.new_empty(x.shape if need else 0) for x, need in inputs)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:4], *output)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
     ctx.options = inputs[4:]
 
 
-def _gradients(backward: Callable, ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+def _gradients(backward: Any, ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
     grads = backward(grad, *ctx.saved_tensors, *ctx.options, needs)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, *(None for _ in ctx.options)
@@ -236,30 +209,37 @@ class _Eager(torch.autograd.Function):
     backward = staticmethod(once_differentiable(partial(_gradients, _backward)))
 
 
-def rows(src: Tensor, trg: Tensor, temperature: Tensor | None, corner: Tensor | None, *options: Any) -> Six:
+def rows(src: Tensor, trg: Tensor, temperature: Tensor | float, corner: Tensor | None, *options: Any) -> Six:
     """`_forward` with gradients to src, trg and temperature: an operator while torch.compile or torch.export traces."""
-    tensors = (src, trg, temperature, corner)
-    if torch.compiler.is_compiling():
-        return _operator(*tensors, *options)
-    return _Eager.apply(*tensors, *options) if wants_gradient(*tensors) else _forward(*tensors, *options)
+    dtype = torch.promote_types(src.dtype, torch.float32)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(src.device, dtype)
+    else:
+        temperature = src.new_full((), temperature, dtype=dtype)
+    recorded = wants_gradient(src, trg, temperature)
+    keep = points_to_keep(src, trg) if recorded and options[0] != "square" else 0
+    run = _operator if torch.compiler.is_compiling() else _Eager.apply if recorded else _forward
+    return run(src, trg, temperature, corner, *options, keep)
 
 
 def _mutual(src: Tensor, trg: Tensor, normalize: bool) -> Four:
     """The fields of `corrzoo.ops.Mutual`, without gradients."""
-    products, (row_max, row_argmax, col_max, col_argmax) = Products(src, trg), _new_mutual(src, trg)
+    row_max, row_argmax, col_max, col_argmax = found = _new_mutual(src, trg)
     with full_precision(src):
-        a, b = epilogue.inverse_norms(src, trg)
-        for at in products.strips:
-            s = products.fill(at, products.buffer(at, products.dtype))
-            if normalize:
-                s.mul_(b[at[0]].unsqueeze(1)).mul_(a[at].unsqueeze(2))
+        f, g = (inverse_norm(x) for x in (src, trg)) if normalize else (None, None)
+        cells = trg if src.is_cuda else full(trg)
+        for at in strips(src, trg):
+            s = multiply(src[at], cells[at[0]].mT, empty(at, trg, row_max.dtype))
+            if f is not None and g is not None:
+                s.mul_(g[at[0]].unsqueeze(1)).mul_(f[at].unsqueeze(2))
             row_max[at], row_argmax[at] = epilogue.row_maxima(s)
             best, index = s.max(dim=1)
             old = col_max[at[0]]
             better = ~(best <= old) & ~old.isnan()  # earlier rows win ties, and the first NaN stays
             col_max[at[0]] = torch.where(better, best, old)
             col_argmax[at[0]] = torch.where(better, index + at[1].start, col_argmax[at[0]])
-    return row_max, row_argmax, col_max, col_argmax
+            del s
+    return found
 
 
 def _new_mutual(src: Tensor, trg: Tensor, *_: Any) -> Four:
