@@ -7,8 +7,8 @@
 A forward is held against one GEMM of the same size and dtype, a forward with its backward against three. On a CPU every
 round times every method once, as process time, and divides by that round's GEMM. On a GPU `bench` times calls as a user
 makes them and `graph` their CUDA graph, which has no launches. `volumes` is the peak of memory beyond inputs and
-results, in float32 volumes (B, N, M). `error` is the largest difference to the float64 reference of 256 points: of positions
-in cells, and of gradients of their features relative to the largest.
+results, in float32 volumes (B, N, M). `error` is the largest difference to the float64 reference of 256 points: of
+positions in cells, and of gradients of their features relative to the largest.
 
 Methods: `eager` (the kernel soft-argmax as SFNet writes it, the plain one as CATs does), `compile` (torch.compile of
 it), `corrzoo` (ours), `learned` (with a temperature that has a gradient), `before` (the op of `--against`).
@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from corrzoo import ops
-from corrzoo.ops import epilogue, reference, strips
+from corrzoo.ops import reference, strips
 
 C, TEMPERATURE, SIGMA = 768, 0.02, 7.0
 CPU_CASES = [("float32", 16, 16), ("float32", 32, 4), ("float32", 64, 1), ("float32", 128, 1)]
@@ -240,7 +240,9 @@ def tune(args: argparse.Namespace, end: float) -> list[dict[str, object]]:
         ratio = graph_ms(lambda: once(ours("kernel"), src, trg, side, backward)) / floor
         for name, owner in owners.items():
             setattr(owner, name, before[name])
-        rows.append({"grid": side, "batch": B, "pass": "f+b" if backward else "f", **constants, "ratio": f"{ratio:.2f}"})
+        rows.append(
+            {"grid": side, "batch": B, "pass": "f+b" if backward else "f", **constants, "ratio": f"{ratio:.2f}"}
+        )
         print("tune", *(f"{k}={v}" for k, v in rows[-1].items()), flush=True)
 
     MB = 2**20
@@ -263,7 +265,9 @@ def tune(args: argparse.Namespace, end: float) -> list[dict[str, object]]:
 
 def write(rows: list[dict[str, object]], path: Path) -> None:
     with path.open("w", newline="") as file:
-        table = csv.DictWriter(file, fieldnames=list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
+        table = csv.DictWriter(
+            file, fieldnames=list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n"
+        )
         table.writeheader()
         table.writerows(rows)
 

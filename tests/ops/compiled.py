@@ -13,7 +13,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -23,7 +22,7 @@ from corrzoo.ops.epilogue import Rows
 
 ARCHITECTURES = (80, 90, 100)
 GRIDS = {"16²": 16, "32²": 32, "37²": 37, "64²": 64, "128²": 128, "160²": 160}
-"""37² is padded; 160² takes two tiles a row."""
+"""37² is padded; 160² takes several tiles a row."""
 POINTERS = {
     **dict.fromkeys(("src", "trg", "x"), "features"),
     **dict.fromkeys(("a", "b", "block", "xy", "lse", "dxy", "moments", "grad", "scale", "temperature"), "fp32"),
@@ -37,10 +36,10 @@ def cases(quick: bool) -> list[tuple[str, dict, str, str, int]]:
     for kind, (grid, side) in itertools.product(("none", "argmax", "crop"), GRIDS.items()):
         if quick and (grid, kind) not in {(g, "argmax") for g in GRIDS} | {("64²", k) for k in ("none", "crop")}:
             continue
-        constants = kernels.tile(Reduction(kind, (side, side), 1.0, torch.ones(()), None))
-        found.append(("positions", constants, "fp32", f"{kind} {grid}"))
+        rows = Rows(kind, (side, side), *[None] * 8)
+        found.append(("positions", kernels.tile(rows, kernels.ONCE), "fp32", f"{kind} {grid}"))
         for dtype in ("bf16",) if quick else ("bf16", "fp32"):
-            found.append(("product_gradients", constants | {"MOMENTS": True}, dtype, f"{kind} {grid}"))
+            found.append(("product_gradients", kernels.tile(rows) | {"MOMENTS": True}, dtype, f"{kind} {grid}"))
     for name, dtype in itertools.product(("norms", "remove_along"), ("bf16", "fp32")):
         found.append((name, kernels.FEATURES, dtype, "any grid"))
     return [(*case, arch) for case, arch in itertools.product(found, ARCHITECTURES)]
@@ -60,7 +59,7 @@ def compile_case(case: tuple[str, dict, str, str, int]) -> dict[str, object]:
             kind = dtype
         signature[argument] = f"*{kind}" if kind else "fp32" if argument == "extent" else "i32"
         # As the launcher finds them: addresses, sizes and strides are multiples of 16, but for a grid of 37².
-        odd = ("extent", "first_item", "first_point", "rows", *(("h", "w", "N", "stride") if "37²" in grid else ()))
+        odd = ("extent", "first_item", "first_point", "rows", *(("M", "N", "stride") if "37²" in grid else ()))
         if argument not in odd:
             aligned[(i,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(

@@ -1,4 +1,4 @@
-"""Where the op's tests run: the torch implementation on every device, the kernels on a GPU or in Triton's interpreter."""
+"""Where the op's tests run: torch on every device, the kernels on a GPU or in Triton's interpreter."""
 
 from typing import NamedTuple
 

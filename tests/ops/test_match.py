@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import Place
 from problems import WINDOWS, Grid, Problem, assert_close, integers, naive, problem, run
 
+from conftest import Place
 from corrzoo import ops
 from corrzoo.ops import epilogue, strips
 
@@ -17,9 +17,7 @@ def check(where: Place, inputs: Problem, tolerances: tuple[float, float], grid: 
     Softmaxes that single out a cell have gradients near 0, which no float32 computes to a relative accuracy: errors
     are relative to 1 cell, to 0.1 cells of a feature and to 1 cell of log T, if the largest value is below.
     """
-    mine = run(
-        lambda s, t, T: ops.match(s, t, grid, T, backend=where.backend, **options), inputs, device=where.device
-    )
+    mine = run(lambda s, t, T: ops.match(s, t, grid, T, backend=where.backend, **options), inputs, device=where.device)
     exact = run(lambda s, t, T: naive(s, t, grid, T, **options), inputs, torch.float64)
     assert torch.equal(mine[1].cpu(), exact[1])
     assert_close(mine[:1], exact[:1], tolerances[0], floor=1.0)
@@ -46,8 +44,7 @@ def test_grids_of_any_shape(where: Place, window: str, grid: Grid) -> None:
 def test_more_cells_than_a_program_holds(where: Place, window: str) -> None:
     """Above 16,384 cells a kernel reads a row in several tiles."""
     grid = (130, 129)
-    # Positions of up to 130 cells are rounded by 4e-6, and a row's part of dT is 14 times that over T.
-    check(where, problem(3, grid, 8, B=1), (2e-5, 5e-4), grid, window=window, sigma=20.0, radius=4)
+    check(where, problem(3, grid, 8, B=1), (2e-5, 1e-4), grid, window=window, sigma=20.0, radius=4)
 
 
 @pytest.mark.parametrize(("C", "window"), [(96, "argmax"), (384, "none"), (768, "crop")])
@@ -84,7 +81,7 @@ def test_half_precision_loses_nothing_before_the_sum(where: Place, window: str, 
 
 def test_small_gradients_survive_float16_features(where: Place) -> None:
     """A loss that is a mean over many points has gradients of scores below float16's smallest number."""
-    src, trg, temperature = problem(37, GRID, 96, dtype=torch.float16)
+    src, trg, _ = problem(37, GRID, 96, dtype=torch.float16)
     src = src.to(where.device).requires_grad_()
     xy = ops.match(src, trg.to(where.device), GRID, 0.1, backend=where.backend).xy
     (small,) = torch.autograd.grad((xy * 1e-4).sum(), src, retain_graph=True)

@@ -56,8 +56,8 @@ def inverse_norms(src: Tensor, trg: Tensor, rows: Rows) -> None:
 def read_out(block: Tensor, at: Piece, rows: Rows) -> None:
     """Reduce the products (b, r, M) of the points `at`. For a position they become logits, in place."""
     if rows.kind == "square":
-        cells, factors = _square(at, rows)
-        rows.values[at] = block.gather(2, cells) * factors
+        cells, scales = _square(at, rows)
+        rows.values[at] = block.gather(2, cells) * scales
         return
     z, (x, y) = block.mul_(_column(at, rows)), _axes(rows)
     best, rows.argmax[at] = row_maxima(z)
@@ -79,17 +79,20 @@ def score_gradients(
     a logit is p_j <dxy, v_j - xy>.
     """
     if rows.kind == "square":
-        cells, factors = _square(at, rows)
-        out.zero_().scatter_add_(2, cells, grad[at] * factors)
+        cells, scales = _square(at, rows)
+        out.zero_().scatter_add_(2, cells, grad[at] * scales)
         return None
-    column, (x, y), (factors, penalties) = _column(at, rows), _axes(rows), _window(at, rows)
+    column, (x, y) = _column(at, rows), _axes(rows)
+    factors, penalties = _window(at, rows)
     z = block if known else _logits_(torch.mul(block, column, out=out), rows, factors, penalties)
     log_p = torch.sub(z, rows.lse[at].unsqueeze(-1))
     mean, slope = rows.values[at].unsqueeze(-2), grad[at].unsqueeze(-2) / LOG2E  # (b, r, 1, 2)
     along_x, along_y = (x - mean[..., 0]) * slope[..., 0], (y - mean[..., 1]) * slope[..., 1]
     d = torch.add(along_x.unsqueeze(2), along_y.unsqueeze(3)).flatten(2).mul_(log_p.exp2())
-    # A row of d adds up to 0, so that log p serves as well as z, and rounds less.
-    moment = torch.dot(d.flatten(), log_p.flatten()) if temperature else None
+    moment = None
+    if temperature:  # a row of d adds up to 0 but for rounding, which counts least if the best cell's log p is 0
+        log_p -= log_p.gather(2, rows.argmax[at].unsqueeze(-1))
+        moment = torch.dot(d.flatten(), log_p.flatten())
     for factor in factors:
         d.unflatten(-1, rows.grid).mul_(factor)
     torch.mul(d, column, out=out)

@@ -56,7 +56,7 @@ def mutual(src: Tensor, trg: Tensor, normalize: bool = True) -> Mutual:
     """
     check_features(src, trg)
     found = Mutual(*strips.mutual(src.detach(), trg.detach(), normalize))
-    if not strips.wants_gradient(src, trg):
+    if not (torch.is_grad_enabled() and (src.requires_grad or trg.requires_grad)):
         return found
     with full_precision(src):
         f, g = unit(src, normalize), unit(trg, normalize)

@@ -1,8 +1,7 @@
 # mypy: disallow-untyped-defs=False
 """The row-wise epilogue in Triton, for CUDA: the twin of `epilogue`, which says what is computed.
 
-A program takes a few rows of a strip, each as a tile (HB, WP) of the target grid, and reads them once. Grids of more
-than CELLS cells take several tiles a row.
+A program takes R rows of a strip and reads them once; for positions twice, if a row has more than ONCE cells.
 """
 
 import torch
@@ -12,52 +11,16 @@ from torch import Tensor
 
 from corrzoo.ops.epilogue import Piece, Rows
 
-CELLS, ELEMENTS, PER_THREAD = 16384, 1024, 32
-"""Cells of a tile at most, elements of a program at least (by several rows, where rows are short), and of a thread."""
+ONCE, TILE = 16384, 4096
+"""Cells of a row that stays in registers, and of a tile of a longer row."""
+ELEMENTS, PER_THREAD = 1024, 16
+"""Elements of a program at least (by several rows, where rows are short), and of a thread."""
 FEATURES = {"R": 16, "TILE_C": 128, "num_warps": 4}
 """Tiles of the kernels that go over features."""
 KINDS = {"none": 0, "argmax": 1, "crop": 2}
-PLAIN, GAUSSIAN, CROP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+GAUSSIAN, CROP = tl.constexpr(1), tl.constexpr(2)
 LOG2E = tl.constexpr(1.4426950408889634)
 NOWHERE = tl.constexpr(2147483647)
-
-
-@triton.jit
-def _tile(k, h, w, FULL: tl.constexpr, HB: tl.constexpr, WP: tl.constexpr):
-    """Cells of the k-th tile: x (1, 1, WP), y (1, HB, 1), index and whether they exist (1, HB, WP)."""
-    x, y = tl.arange(0, WP)[None, None, :], k * HB + tl.arange(0, HB)[None, :, None]
-    return x, y, y * w + x, ((x < w) & (y < h)) | FULL
-
-
-@triton.jit
-def _flat(v):
-    """(R, HB, WP) -> (R, HB * WP)."""
-    return tl.reshape(v, (v.shape[0], v.shape[1] * v.shape[2]))
-
-
-@triton.jit
-def _each(v):
-    """(R,) -> (R, 1, 1)."""
-    return v[:, None, None]
-
-
-@triton.jit
-def _factor(scale, at, x, y, w, extent, KIND: tl.constexpr):
-    """What scores of a row, cell by cell, are multiplied by: `scale` and the Gaussian around cell `at`."""
-    factor = _each(scale)
-    if KIND == GAUSSIAN:
-        dx, dy = (x - _each(at % w)).to(tl.float32), (y - _each(at // w)).to(tl.float32)
-        factor = factor * tl.exp2(dy * dy * extent) * tl.exp2(dx * dx * extent)
-    return factor
-
-
-@triton.jit
-def _counted(inside, at, x, y, w, extent, KIND: tl.constexpr):
-    """Which cells have weight: those that exist and, of a crop, lie within the radius `extent` of cell `at`."""
-    if KIND == CROP:
-        dx, dy = tl.abs(x - _each(at % w)).to(tl.float32), tl.abs(y - _each(at // w)).to(tl.float32)
-        inside = inside & (dx <= extent) & (dy <= extent)
-    return inside
 
 
 @triton.jit
@@ -70,46 +33,63 @@ def _rows(first_item, first_point, rows, N, a, temperature, R: tl.constexpr):
     return item, row.to(tl.int64), real, point, scale
 
 
+@triton.jit
+def _products(block, b, k, real, M, SIZE: tl.constexpr):
+    """Products (R, SIZE) times b of the k-th tile of rows at `block` (R, 1), the cells, which exist, and their b."""
+    cell = k * SIZE + tl.arange(0, SIZE)[None, :]
+    inside = cell < M
+    b = tl.load(b + cell, mask=inside, other=0.0)
+    return tl.load(block + cell, mask=inside & real[:, None], other=0.0) * b, cell, inside, b
+
+
+@triton.jit
+def _window(scale, at, cell, inside, extent, KIND: tl.constexpr, W: tl.constexpr):
+    """Factors of the scores of rows with a window around cells `at` (R,), and the cells that have weight."""
+    factor = scale[:, None]
+    if KIND != 0:
+        dx, dy = (cell % W - (at % W)[:, None]).to(tl.float32), (cell // W - (at // W)[:, None]).to(tl.float32)
+        if KIND == GAUSSIAN:
+            factor = factor * tl.exp2((dx * dx + dy * dy) * extent)
+        if KIND == CROP:
+            inside = inside & (tl.abs(dx) <= extent) & (tl.abs(dy) <= extent)
+    return factor, inside
+
+
 @triton.jit(do_not_specialize=["first_item", "first_point", "rows"])
 def positions(
-    block, a, b, temperature, xy, argmax, lse, first_item, first_point, rows, N, h, w, stride, extent,
-    KIND: tl.constexpr, FULL: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr, HB: tl.constexpr, WP: tl.constexpr,
+    block, a, b, temperature, xy, argmax, lse, first_item, first_point, rows, N, M, stride, extent,
+    KIND: tl.constexpr, W: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """`epilogue.read_out` of R rows; `extent` is -log2(e) / (2 sigma²) or the radius."""
     item, row, real, point, scale = _rows(first_item, first_point, rows, N, a, temperature, R)
-    block += item * stride
-    b += (first_item + item) * h * w
-    top = tl.full((R,), float("-inf"), tl.float32)
-    at = tl.full((R,), 0, tl.int32)
-    t = tl.zeros((R, HB, WP), tl.float32)
+    block += item * stride + row[:, None] * M
+    b += (first_item + item) * M
+    top, at = tl.full((R,), float("-inf"), tl.float32), tl.full((R,), 0, tl.int32)
+    t = tl.zeros((R, SIZE), tl.float32)
     for k in range(TILES):
-        x, y, cell, inside = _tile(k, h, w, FULL, HB, WP)
-        t = tl.load(block + _each(row) * h * w + cell, mask=inside & _each(real), other=0.0)
-        t *= tl.load(b + cell, mask=inside, other=0.0)
+        t, cell, inside, _ = _products(block, b, k, real, M, SIZE)
         t = tl.where(t == t, t, float("inf"))  # as torch's, the first NaN is the maximum, and positions become NaN
         t = tl.where(inside, t, float("-inf"))
-        best = tl.max(_flat(t), axis=1)
-        first = tl.min(_flat(tl.where(t == _each(best), cell, NOWHERE)), axis=1)
+        best = tl.max(t, axis=1)
+        first = tl.min(tl.where(t == best[:, None], cell, NOWHERE), axis=1)
         at, top = tl.where(best > top, first, at), tl.maximum(best, top)
-    high = top * scale
-    if KIND == GAUSSIAN:
-        high = tl.full((R,), float("-inf"), tl.float32)
+    high = tl.full((R,), float("-inf"), tl.float32) if KIND == GAUSSIAN else top * scale
     mass, sum_x, sum_y = tl.zeros((R,), tl.float32), tl.zeros((R,), tl.float32), tl.zeros((R,), tl.float32)
     for k in range(TILES):
-        x, y, cell, inside = _tile(k, h, w, FULL, HB, WP)
+        cell = k * SIZE + tl.arange(0, SIZE)[None, :]
+        inside = cell < M
         if TILES > 1:  # else the row is in registers
-            t = tl.load(block + _each(row) * h * w + cell, mask=inside & _each(real), other=0.0)
-            t *= tl.load(b + cell, mask=inside, other=0.0)
-        z = t * _factor(scale, at, x, y, w, extent, KIND)
-        z = tl.where(_counted(inside, at, x, y, w, extent, KIND), z, float("-inf"))
+            t, cell, inside, _ = _products(block, b, k, real, M, SIZE)
+        factor, counted = _window(scale, at, cell, inside, extent, KIND, W)
+        z = tl.where(counted, t * factor, float("-inf"))
         if KIND == GAUSSIAN:  # else the maximum is known
-            old, high = high, tl.maximum(high, tl.max(_flat(z), axis=1))
+            old, high = high, tl.maximum(high, tl.max(z, axis=1))
             old = tl.exp2(old - high)
             mass, sum_x, sum_y = mass * old, sum_x * old, sum_y * old
-        e = tl.exp2(z - _each(high))
-        mass += tl.sum(_flat(e), axis=1)
-        sum_x += tl.sum(_flat(e * x.to(tl.float32)), axis=1)
-        sum_y += tl.sum(_flat(e * y.to(tl.float32)), axis=1)
+        e = tl.exp2(z - high[:, None])
+        mass += tl.sum(e, axis=1)
+        sum_x += tl.sum(e * (cell % W).to(tl.float32), axis=1)
+        sum_y += tl.sum(e * (cell // W).to(tl.float32), axis=1)
     tl.store(xy + 2 * point, sum_x / mass + 0.5, mask=real)
     tl.store(xy + 2 * point + 1, sum_y / mass + 0.5, mask=real)
     tl.store(argmax + point, at.to(tl.int64), mask=real)
@@ -119,35 +99,34 @@ def positions(
 @triton.jit(do_not_specialize=["first_item", "first_point", "rows"])
 def product_gradients(
     block, out, a, b, temperature, xy, argmax, lse, dxy, moments,
-    first_item, first_point, rows, N, h, w, stride, extent,
-    KIND: tl.constexpr, MOMENTS: tl.constexpr, FULL: tl.constexpr, TILES: tl.constexpr,
-    R: tl.constexpr, HB: tl.constexpr, WP: tl.constexpr,
+    first_item, first_point, rows, N, M, stride, extent, MOMENTS: tl.constexpr,
+    KIND: tl.constexpr, W: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """`epilogue.score_gradients` of R rows, to `out` (b, r, M), which may be `block`; parts of dT to `moments`."""
+    """`epilogue.score_gradients` of R rows, to `out` (b, r, M), which may be `block`; parts of -T dT to `moments`."""
     item, row, real, point, scale = _rows(first_item, first_point, rows, N, a, temperature, R)
-    block += item * stride
-    out += item * rows * h * w
-    b += (first_item + item) * h * w
+    block += item * stride + row[:, None] * M
+    out += (item * rows + row[:, None]) * M
+    b += (first_item + item) * M
     at = tl.load(argmax + point, mask=real, other=0).to(tl.int32)
-    shift = _each(tl.load(lse + point, mask=real, other=0.0))
-    slope_x = _each(tl.load(dxy + 2 * point, mask=real, other=0.0)) / LOG2E
-    slope_y = _each(tl.load(dxy + 2 * point + 1, mask=real, other=0.0)) / LOG2E
-    mean_x = _each(tl.load(xy + 2 * point, mask=real, other=0.0)) - 0.5
-    mean_y = _each(tl.load(xy + 2 * point + 1, mask=real, other=0.0)) - 0.5
-    moment = tl.zeros((R,), tl.float32)
+    shift = tl.load(lse + point, mask=real, other=0.0)[:, None]
+    slope_x = tl.load(dxy + 2 * point, mask=real, other=0.0)[:, None] / LOG2E
+    slope_y = tl.load(dxy + 2 * point + 1, mask=real, other=0.0)[:, None] / LOG2E
+    mean_x = tl.load(xy + 2 * point, mask=real, other=0.0)[:, None] - 0.5
+    mean_y = tl.load(xy + 2 * point + 1, mask=real, other=0.0)[:, None] - 0.5
+    moment, total, best = tl.zeros((R,), tl.float32), tl.zeros((R,), tl.float32), tl.zeros((R,), tl.float32)
     for k in range(TILES):
-        x, y, cell, inside = _tile(k, h, w, FULL, HB, WP)
-        factor, scale_b = _factor(scale, at, x, y, w, extent, KIND), tl.load(b + cell, mask=inside, other=0.0)
-        z = tl.load(block + _each(row) * h * w + cell, mask=inside & _each(real), other=0.0)
-        log_p = z * scale_b * factor - shift  # rounded as in the forward
-        d = tl.exp2(log_p) * ((x.to(tl.float32) - mean_x) * slope_x + (y.to(tl.float32) - mean_y) * slope_y)
-        d = tl.where(_counted(inside, at, x, y, w, extent, KIND), d, 0.0)
+        t, cell, inside, column = _products(block, b, k, real, M, SIZE)
+        factor, counted = _window(scale, at, cell, inside, extent, KIND, W)
+        log_p = t * factor - shift
+        d = ((cell % W).to(tl.float32) - mean_x) * slope_x + ((cell // W).to(tl.float32) - mean_y) * slope_y
+        d = tl.where(counted, tl.exp2(log_p) * d, 0.0)
         if MOMENTS:
-            moment += tl.sum(_flat(d * log_p), axis=1)
-        to = out + _each(row) * h * w + cell
-        tl.store(to, (d * factor * scale_b).to(out.dtype.element_ty), mask=inside & _each(real))
+            moment += tl.sum(d * log_p, axis=1)
+            total += tl.sum(d, axis=1)
+            best += tl.sum(tl.where(cell == at[:, None], log_p, 0.0), axis=1)
+        tl.store(out + cell, (d * factor * column).to(out.dtype.element_ty), mask=inside & real[:, None])
     if MOMENTS:
-        tl.store(moments + item * rows + row, moment, mask=real)
+        tl.store(moments + item * rows + row, moment - total * best, mask=real)
 
 
 @triton.jit
@@ -198,17 +177,14 @@ def remove_along(
         tl.store(out + row[:, None] * C + c[None, :], (g - along[:, None] * v).to(out.dtype.element_ty), mask=exist)
 
 
-def tile(rows: Rows) -> dict[str, object]:
-    """Compile-time constants of the kernels that take rows."""
-    h, w = rows.grid
-    WP = triton.next_power_of_2(w)
-    HB = triton.next_power_of_2(h)
-    if HB * WP > CELLS:  # a row is read twice, in tiles that leave registers free
-        HB = max(1, CELLS // 4 // WP)
-    R, tiles = max(1, ELEMENTS // (HB * WP)), triton.cdiv(h, HB)
-    constants = {"KIND": KINDS[rows.kind], "FULL": WP == w and HB * tiles == h, "TILES": tiles}
-    constants |= {"R": R, "HB": HB, "WP": WP}
-    return constants | {"num_warps": min(16, max(1, R * HB * WP // (32 * PER_THREAD)))}
+def tile(rows: Rows, once: int = TILE) -> dict[str, int]:
+    """Compile-time constants of the kernels that take rows; a row of at most `once` cells is one tile."""
+    M, W = rows.grid[0] * rows.grid[1], rows.grid[1]
+    size = triton.next_power_of_2(M)
+    size = size if size <= once else TILE
+    R = max(1, ELEMENTS // size)
+    constants = {"KIND": KINDS[rows.kind], "W": W, "TILES": triton.cdiv(M, size), "R": R, "SIZE": size}
+    return constants | {"num_warps": min(16, max(1, R * size // (32 * PER_THREAD)))}
 
 
 def gradient_dtype(features: torch.dtype) -> torch.dtype:
@@ -226,7 +202,7 @@ def inverse_norms(src: Tensor, trg: Tensor, rows: Rows) -> None:
 def read_out(block: Tensor, at: Piece, rows: Rows) -> None:
     """`epilogue.read_out`, which leaves `block` as it is."""
     outputs = (rows.values, rows.argmax, rows.lse)
-    _launch(positions, block, at, rows, (block, rows.a, rows.b, rows.temperature, *outputs))
+    _launch(positions, block, at, rows, (block, rows.a, rows.b, rows.temperature, *outputs), tile(rows, ONCE))
 
 
 def score_gradients(
@@ -235,7 +211,8 @@ def score_gradients(
     """`epilogue.score_gradients`, for which `block` always has products."""
     moments = block.new_empty(block.shape[:2] if temperature else 0)
     inputs = (rows.a, rows.b, rows.temperature, rows.values, rows.argmax, rows.lse, grad.contiguous())
-    _launch(product_gradients, block, at, rows, (block, out, *inputs, moments), MOMENTS=temperature)
+    constants = tile(rows) | {"MOMENTS": temperature}
+    _launch(product_gradients, block, at, rows, (block, out, *inputs, moments), constants)
     return moments.sum() if temperature else None
 
 
@@ -247,8 +224,7 @@ def across(grad: Tensor, x: Tensor, scale: Tensor) -> Tensor:
     return out
 
 
-def _launch(kernel, block: Tensor, at: Piece, rows: Rows, tensors: tuple[Tensor, ...], **constants: bool) -> None:
-    constants |= tile(rows)
+def _launch(kernel, block: Tensor, at: Piece, rows: Rows, tensors: tuple[Tensor, ...], constants: dict) -> None:
     extent = rows.extent if rows.kind == "crop" else -LOG2E.value / (2 * rows.extent**2 or 1.0)
-    sizes = (at[0].start, at[1].start, block.shape[1], rows.a.shape[1], *rows.grid, block.stride(0), extent)
+    sizes = (at[0].start, at[1].start, block.shape[1], rows.a.shape[1], block.shape[2], block.stride(0), extent)
     kernel[(triton.cdiv(block.shape[1], constants["R"]), block.shape[0])](*tensors, *sizes, **constants)

@@ -118,7 +118,8 @@ def check_features(src: Tensor, trg: Tensor) -> None:
     """Refuse features that do not fit each other."""
     for name, x in (("src", src), ("trg", trg)):
         if x.ndim != 3 or 0 in x.shape or not x.is_floating_point():
-            raise ZooError(f"expected {name} of floating (B, points, C), none of them 0, got {x.dtype} {tuple(x.shape)}")
+            got = f"{x.dtype} {tuple(x.shape)}"
+            raise ZooError(f"expected {name} of shape (B, points, C) with nothing empty, floating, got {got}")
     if src.shape[0] != trg.shape[0] or src.shape[2] != trg.shape[2]:
         raise ZooError(f"src {tuple(src.shape)} and trg {tuple(trg.shape)} must agree in the batch and in C")
     if src.dtype != trg.dtype or src.device != trg.device:

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
-from corrzoo.ops import epilogue
-from corrzoo.ops.epilogue import CHUNK, Piece, Rows
+from corrzoo.ops.epilogue import CHUNK, Piece, Rows, row_maxima
 from corrzoo.ops.reference import inverse_norm
 from corrzoo.precision import full, full_precision
 from corrzoo.types import ZooError
@@ -31,7 +30,7 @@ KEEP, KEEP_HALF = 32 * 2**20, 512 * 2**20
 """Our choice: keep a volume of at most KEEP bytes for the backward, and half of a larger one, at most KEEP_HALF bytes.
 Computing a score again costs a third of its backward, and large volumes are what the op avoids."""
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-Three, Four = tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -54,11 +53,6 @@ def resolve_backend(backend: str, x: Tensor) -> str:
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ZooError(f"backend='triton' needs CUDA tensors, got {x.device}: use backend='torch' or 'auto'")
     return "triton"
-
-
-def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd records a function of these tensors."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def points_to_keep(src: Tensor, trg: Tensor) -> int | torch.SymInt:
@@ -108,28 +102,29 @@ def _forward(
     normalize: bool, backend: str, keep: int,
 ) -> Six:  # fmt: skip
     """The results in `Rows`, and the products or logits (B, keep, M) of the first points."""
-    *results, kept = _new(src, trg, kind, extent, keep)
-    rows, run = Rows(kind, (h, w), extent, temperature, corner, *results), _epilogue(backend, src, kind)
+    values, argmax, lse, a, b, kept = _new(src, trg, kind, extent, keep)
+    rows = Rows(kind, (h, w), extent, temperature, corner, values, argmax, lse, a, b)
+    run = _epilogue(backend, src, kind)
     trg = trg if src.is_cuda else full(trg)
     with full_precision(src):
         if normalize:
             run.inverse_norms(src, trg, rows)
         else:
-            rows.a.fill_(1), rows.b.fill_(1)
+            a.fill_(1), b.fill_(1)
         for at in strips(src, trg, keep):
             block = kept[at] if at[1].stop <= keep else empty(at, trg, kept.dtype)
             multiply(src[at], trg[at[0]].mT, block)
             for part, inner in chunks(at, block):
                 run.read_out(block[inner], part, rows)
             del block  # before the next is made
-    return *results, kept
+    return values, argmax, lse, a, b, kept
 
 
 def _backward(
     grad: Tensor, src: Tensor, trg: Tensor, temperature: Tensor, corner: Tensor | None,
     values: Tensor, argmax: Tensor, lse: Tensor, a: Tensor, b: Tensor, kept: Tensor,
     kind: str, h: int, w: int, extent: float, normalize: bool, backend: str, keep: int, needs: list[bool],
-) -> Three:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of src, trg and temperature; an empty tensor for each that is not needed."""
     rows = Rows(kind, (h, w), extent, temperature, corner, values, argmax, lse, a, b)
     run, features, scales = _epilogue(backend, src, kind), (src, trg), (a, b)
@@ -155,8 +150,8 @@ def _backward(
         for i, (x, scale) in enumerate(zip(features, scales, strict=True)):
             if normalize and grads[i] is not None:
                 grads[i] = run.across(grads[i], x, scale)
-    found = (*grads, dtemperature if needs[2] else None)
-    return tuple(src.new_empty(0) if g is None else g.to(x.dtype) for g, x in zip(found, (src, trg, kept), strict=True))
+    dsrc, dtrg = (x.new_empty(0) if g is None else g.to(x.dtype) for g, x in zip(grads, features, strict=True))
+    return dsrc, dtrg, dtemperature if needs[2] else dtemperature.new_empty(0)
 
 
 def _epilogue(backend: str, x: Tensor, kind: str) -> ModuleType:
@@ -169,7 +164,8 @@ def _new(src: Tensor, trg: Tensor, kind: str, extent: float, keep: int) -> Six:
     """Memory for the results of `_forward`."""
     (B, N, _), M, x, square = src.shape, trg.shape[1], full(src[..., :0]), kind == "square"
     values, lse = x.new_empty(B, N, int(extent) ** 2 if square else 2), x.new_empty(B, 0 if square else N)
-    return values, torch.empty_like(lse, dtype=torch.int64), lse, x.new_empty(B, N), x.new_empty(B, M), x.new_empty(B, keep, M)
+    argmax = torch.empty_like(lse, dtype=torch.int64)
+    return values, argmax, lse, x.new_empty(B, N), x.new_empty(B, M), x.new_empty(B, keep, M)
 
 
 _operator = custom_op("corrzoo::rows", _forward, mutates_args=())
@@ -206,7 +202,11 @@ class _Eager(torch.autograd.Function):
     """The same without the operator's host time, which is three times a Function's."""
 
     forward, setup_context = staticmethod(_forward), staticmethod(_setup)
-    backward = staticmethod(once_differentiable(partial(_gradients, _backward)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(_backward, ctx, *grads)
 
 
 def rows(src: Tensor, trg: Tensor, temperature: Tensor | float, corner: Tensor | None, *options: Any) -> Six:
@@ -216,9 +216,9 @@ def rows(src: Tensor, trg: Tensor, temperature: Tensor | float, corner: Tensor |
         temperature = temperature.to(src.device, dtype)
     else:
         temperature = src.new_full((), temperature, dtype=dtype)
-    recorded = wants_gradient(src, trg, temperature)
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (src, trg, temperature))
     keep = points_to_keep(src, trg) if recorded and options[0] != "square" else 0
-    run = _operator if torch.compiler.is_compiling() else _Eager.apply if recorded else _forward
+    run: Any = _operator if torch.compiler.is_compiling() else _Eager.apply if recorded else _forward
     return run(src, trg, temperature, corner, *options, keep)
 
 
@@ -226,19 +226,21 @@ def _mutual(src: Tensor, trg: Tensor, normalize: bool) -> Four:
     """The fields of `corrzoo.ops.Mutual`, without gradients."""
     row_max, row_argmax, col_max, col_argmax = found = _new_mutual(src, trg)
     with full_precision(src):
-        f, g = (inverse_norm(x) for x in (src, trg)) if normalize else (None, None)
+        a, b = (inverse_norm(x) for x in (src, trg)) if normalize else (None, None)
         cells = trg if src.is_cuda else full(trg)
-        for at in strips(src, trg):
-            s = multiply(src[at], cells[at[0]].mT, empty(at, trg, row_max.dtype))
-            if f is not None and g is not None:
-                s.mul_(g[at[0]].unsqueeze(1)).mul_(f[at].unsqueeze(2))
-            row_max[at], row_argmax[at] = epilogue.row_maxima(s)
-            best, index = s.max(dim=1)
-            old = col_max[at[0]]
-            better = ~(best <= old) & ~old.isnan()  # earlier rows win ties, and the first NaN stays
-            col_max[at[0]] = torch.where(better, best, old)
-            col_argmax[at[0]] = torch.where(better, index + at[1].start, col_argmax[at[0]])
-            del s
+        for strip in strips(src, trg):
+            block = multiply(src[strip], cells[strip[0]].mT, empty(strip, trg, row_max.dtype))
+            for at, inner in chunks(strip, block):
+                s = block[inner]
+                if a is not None and b is not None:
+                    s.mul_(b[at[0]].unsqueeze(1)).mul_(a[at].unsqueeze(2))
+                row_max[at], row_argmax[at] = row_maxima(s)
+                best, index = s.max(dim=1)
+                old = col_max[at[0]]
+                better = ~(best <= old) & ~old.isnan()  # earlier rows win ties, and the first NaN stays
+                col_max[at[0]] = torch.where(better, best, old)
+                col_argmax[at[0]] = torch.where(better, index + at[1].start, col_argmax[at[0]])
+            del block, s
     return found
 
 
