@@ -1,5 +1,7 @@
 """`match` against the float64 reference: every implementation, on every device that is here."""
 
+import itertools
+
 import pytest
 import torch
 from problems import WINDOWS, Grid, Problem, assert_close, integers, naive, problem, run
@@ -184,6 +186,16 @@ def test_what_is_kept_for_the_backward() -> None:
     assert kept(16, 16) == 256 and kept(32, 8) == 1024  # up to 32 MB: all
     assert kept(64, 1) == 2048  # half of 64 MB
     assert kept(128, 4) * 4 * 128**2 * 4 == 512 * 2**20  # and 512 MB of 4 GB
+
+
+def test_memory_on_a_cpu() -> None:
+    """Beyond a volume of 16 MB that is kept, a backward holds a strip of 4 MB and a few chunks of 1 MB."""
+    src, trg = (torch.randn(1, 2048, 4, requires_grad=True) for _ in range(2))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        torch.autograd.grad(ops.match(src, trg, (32, 64), 0.1, "argmax", 7.0).xy.sum(), (src, trg))
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    assert 16 * 2**20 < max(held) < 26 * 2**20
 
 
 @pytest.mark.parametrize("cells", [20, 128])

@@ -186,6 +186,7 @@ def _(grad: Tensor, src: Tensor, trg: Tensor, temperature: Tensor, *args: Any) -
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:4], *output)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else zeros as large as what is kept
     ctx.options = inputs[4:]
 
 
