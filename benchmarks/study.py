@@ -195,7 +195,7 @@ REAL = {
     "baseline": (),
     "actr": ("--model.grid=6",),
     "vitsc": (),
-    "gsf": ("--model.grid=10", "--model.c_p=1.3", "--model.c_m=1.1"),
+    "gsf": ("--model.grid=10", "--model.c_p=0.75", "--model.c_m=3.5"),
     "lpmflow": (),
 }
 """By head, what is not as in its file: grids for images of 160 pixels."""

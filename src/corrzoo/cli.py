@@ -251,8 +251,8 @@ def _one_line(error: Exception) -> str:
         return f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
     if "DataLoader worker" in str(error):
         return (
-            f"{str(error).splitlines()[0]} Mostly that is memory: give fewer --data.num_workers or less "
-            "--data.cache_mb, and go on with --ckpt_path last"
+            f"{str(error).splitlines()[0]} Mostly that is memory: give fewer --data.num_workers, and go on with "
+            "--ckpt_path last"
         )
     raise error
 

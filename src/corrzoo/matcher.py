@@ -190,9 +190,13 @@ class Matcher(LightningModule, ABC):
 
     # ------------------------------------------------------------------ training
 
-    def training_step(self, pair: Pair, batch_idx: int) -> Tensor:
+    def training_losses(self, pair: Pair) -> Tensor | dict[str, Tensor]:
+        """Loss of a training batch, as `loss` returns it. A head that trains in stages overrides this."""
         ids = torch.cat([pair.src_id, pair.trg_id])
-        terms = self.loss(self.match(*self.features_of(pair.src_img, pair.trg_img, ids)), pair)
+        return self.loss(self.match(*self.features_of(pair.src_img, pair.trg_img, ids)), pair)
+
+    def training_step(self, pair: Pair, batch_idx: int) -> Tensor:
+        terms = self.training_losses(pair)
         terms = terms if isinstance(terms, dict) else {"loss": terms}
         means = over_processes(torch.stack(list(terms.values()))) / processes()
         logged = {f"train/{name}": mean for name, mean in zip(terms, means, strict=True)}
@@ -233,9 +237,7 @@ class Matcher(LightningModule, ABC):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         groups = self.param_groups()
         if not groups:
-            raise ZooError(
-                "nothing to train: no parameter asks for a gradient; set --model.finetune to `all` or a number"
-            )
+            raise ZooError("nothing to train: every parameter is frozen; set --model.finetune to `all` or a number")
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.hparams.optimizer]
         optimizer, schedule = kind(groups, weight_decay=self.hparams.weight_decay), torch.optim.lr_scheduler
         match self.hparams.schedule:

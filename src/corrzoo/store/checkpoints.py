@@ -21,8 +21,12 @@ WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 HUB = "hf://"
 RENAMED = {"resize": "backbone_size", "query": "point_query"}
 """Options of checkpoints that version 0.1.0 wrote, and what they are called now."""
-DROPPED = frozenset({"sha256"})
-"""Options of version 0.1.0 that are gone, and that changed nothing about a loaded model."""
+DROPPED = frozenset({"sha256", "geo_weight"})
+"""Options of version 0.1.0 that are gone and did not change what a loaded model predicts."""
+REMOVED = {"GSF": {"network": "unet", "soft_argmax": "kept"}}
+"""Options of version 0.1.0 that are gone, by head, and the only value that can still be loaded."""
+IMPLIED = {"GSF": {"start": "guidance"}}
+"""Options that version 0.1.0 did not have, by head, and the value that reproduces its predictions."""
 
 
 def save(matcher: Matcher, folder: str | Path, results: Sequence[str | Path | dict[str, Any]] = ()) -> Path:
@@ -120,8 +124,18 @@ def _read(path: Path) -> dict[str, Any]:
     if head not in HEADS and not module.startswith("corrzoo."):  # named, but not imported for a file's sake
         raise ZooError(f"{path} holds a {head} of {module!r}: import that module first (--plugins {module})")
     HEADS[head]  # an unknown head names the nearest
-    options = {RENAMED.get(name, name): value for name, value in options.items() if name not in DROPPED}
-    return content | {"hyper_parameters": options}
+    return content | {"hyper_parameters": _translated(path, head, options)}
+
+
+def _translated(path: Path, head: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Options as this version has them."""
+    removed = REMOVED.get(head, {})
+    for name, value in removed.items():
+        if options.get(name, value) != value:
+            raise ZooError(f"{path} needs {head}'s {name}={options[name]!r}, which is gone: load it with corrzoo 0.1.0")
+    gone = DROPPED | removed.keys()
+    kept = {RENAMED.get(name, name): value for name, value in options.items() if name not in gone}
+    return IMPLIED.get(head, {}) | kept
 
 
 def _read_folder(path: Path) -> dict[str, Any]:
