@@ -209,7 +209,7 @@ def test_workers_outlive_a_stop_signal_to_all_processes_but_not_their_parents():
     data.setup("fit")
     batches = iter(data.val_dataloader())
     pids = [str(worker.pid) for worker in batches._workers]
-    seen = [next(batches)]
+    seen = [next(batches), next(batches)]  # one of each worker: both have set up their signals
     for kind in ("-TERM", "-INT"):
         subprocess.run(["kill", kind, *pids], check=True)  # by another process, as kill -- -pgid does
     seen += batches

@@ -138,7 +138,7 @@ class PairDataset(Dataset[Pair], ABC):
         self._packed = pack_images(key, self.images, self.size, self._decode, into)
 
     def order(self) -> list[int]:
-        """All pairs, those that share an image close to each other, so that a small feature cache suffices."""
+        """All pairs. Pairs that share an image are close to each other, so that a small feature cache suffices."""
         return list(range(len(self)))
 
     def __getitem__(self, i: int) -> Pair:

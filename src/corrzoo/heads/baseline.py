@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from corrzoo import ops
 from corrzoo.geometry import bilinear_cells, cell_centres, cells_to_pixels, points_to_flow, sample, size_of
-from corrzoo.heads.levels import stack_levels
+from corrzoo.heads.levels import stack_levels, stride_grid
 from corrzoo.matcher import HEADS, Matcher
 from corrzoo.types import Features, Match, ZooError
 
@@ -76,9 +76,7 @@ class Baseline(Matcher):
 
     def prepare(self, features: Features) -> Features:
         """All levels (B, C_i, h_i, w_i) as one map (B, C, h, w) of the head's stride."""
-        H, W = size_of(features.image)
-        grid = (max(round(H / self.stride), 1), max(round(W / self.stride), 1))
-        maps = features.maps
+        grid, maps = stride_grid(size_of(features.image), self.stride), features.maps
         if self.remove_mean:
             maps = [level - level.mean((2, 3), keepdim=True) for level in maps]
         return features._replace(maps=[stack_levels(maps, grid)])

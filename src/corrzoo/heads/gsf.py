@@ -239,7 +239,7 @@ class GSF(Matcher):
         if self.stage == 2:
             return super().training_losses(pair)
         with torch.no_grad():
-            src, trg = self.features_of(pair.src_img, pair.trg_img, torch.cat([pair.src_id, pair.trg_id]))
+            src, trg = self.training_features(pair)
         guidance = self.guide(src, trg)
         with full_precision(guidance.field):
             terms = self.weighted(self.pruning_terms(guidance, on_object(pair, self.grid)))

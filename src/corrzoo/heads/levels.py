@@ -7,6 +7,11 @@ from torch import Tensor
 from corrzoo.geometry import Size, size_of
 
 
+def stride_grid(image: Size, stride: int) -> Size:
+    """The (h, w) nearest to a stride in pixels for an (H, W) image, at least one cell."""
+    return max(round(image[0] / stride), 1), max(round(image[1] / stride), 1)
+
+
 def resize(maps: Tensor, size: Size) -> Tensor:
     """Maps (B, C, h, w) at another size, bilinearly between cell centres; unchanged if they have it already.
 

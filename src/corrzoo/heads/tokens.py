@@ -72,8 +72,8 @@ class TokenMatcher(Matcher):
     def prepare(self, features: Features) -> Features:
         """Compute one map (B, width, g, g) and one class token (B, width).
 
-        our choice, for what the papers' iBOT does not need: several levels weigh the same in every cell. Where there
-        is no class token, or not one for all levels, the mean of the cells replaces it.
+        our choice, as the papers read one level of iBOT: several levels are normalised to weigh the same in every cell.
+        With several levels, or without a class token, the mean of the cells is the class token.
         """
         size = (self.grid, self.grid)
         levels = [rearrange(resize(level, size), "b c h w -> b (h w) c") for level in features.maps]

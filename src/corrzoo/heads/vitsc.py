@@ -24,7 +24,7 @@ from corrzoo.geometry import (
     sample,
     size_of,
 )
-from corrzoo.heads.levels import resize, stack_levels
+from corrzoo.heads.levels import resize, stack_levels, stride_grid
 from corrzoo.losses import mean_where
 from corrzoo.matcher import HEADS, Matcher
 from corrzoo.precision import full
@@ -33,7 +33,7 @@ from corrzoo.types import Features, Match, Pair, ZooError
 STRIDE = 8
 """Stride of the grid that is matched (3.1)."""
 WIDTH, ATTENTION_HEADS = 256, 8
-"""Channels and heads of the cross-perception. our choice: the usual width among those that Table 10 allows."""
+"""Channels and heads of the cross-perception. our choice: 256 is the usual width that fits Table 10."""
 PE_CELLS = 28
 """our choice: positions are encoded as if every image had the cells of the training size, 224 / 8, on a side."""
 
@@ -121,7 +121,8 @@ class ViTSC(Matcher):
 
     def prepare(self, features: Features) -> Features:
         """The map to match (B, C, h, w), then the L-encoder's (B, 256, H/4, W/4) if there is one."""
-        grid = stride_grid(size_of(features.image)) if self.attend_at == "stride8" else size_of(features.maps[-1])
+        native = size_of(features.maps[-1])
+        grid = native if self.attend_at == "native" else stride_grid(size_of(features.image), STRIDE)
         maps = [full(self.project(stack_levels(features.maps, grid)))]
         return features._replace(maps=maps if self.low is None else [*maps, self.low(features.image).maps[0]])
 
@@ -131,7 +132,7 @@ class ViTSC(Matcher):
         a, b = src.maps[0], trg.maps[0]
         if self.perception is not None:
             a, b = self.perception(a, b)
-        a, b = resize(a, stride_grid(image)), resize(b, stride_grid(trg_image))  # (B, C, H/8, W/8)
+        a, b = resize(a, stride_grid(image, STRIDE)), resize(b, stride_grid(trg_image, STRIDE))  # (B, C, H/8, W/8)
         flow = self.initial_flow(a, b, image, trg_image)  # (B, 2, H/8, W/8)
         local = self.look_up(flow, src, trg) if self.guided else None  # (B, (2r + 1)^2, H/8, W/8)
         flow = resize(flow, image) if self.upsampler is None else self.upsampler(flow, local, image)
@@ -154,7 +155,7 @@ class ViTSC(Matcher):
         """C_local of eq. 8: the correlation around the cells that the flow (B, 2, h, w) leads to."""
         grid, image, trg_image = size_of(flow), size_of(src.image), size_of(trg.image)
         if self.low is None:
-            source, target = resize(src.maps[0], grid), resize(trg.maps[0], stride_grid(trg_image))
+            source, target = resize(src.maps[0], grid), resize(trg.maps[0], stride_grid(trg_image, STRIDE))
         else:
             source, target = F.adaptive_avg_pool2d(src.maps[1], grid), trg.maps[1]
         # Detached as in RAFT: where the correlation is read does not train the flow.
@@ -350,11 +351,6 @@ def triplet_loss(src: Tensor, trg: Tensor, mask: Tensor, margin: float) -> Tenso
 
 
 # ---------------------------------------------------------------------- helpers
-
-
-def stride_grid(image: Size) -> Size:
-    """The (h, w) nearest to stride 8 of a (H, W) image."""
-    return max(round(image[0] / STRIDE), 1), max(round(image[1] / STRIDE), 1)
 
 
 def zeroed(layer: nn.Module) -> nn.Module:
