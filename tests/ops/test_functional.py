@@ -41,9 +41,10 @@ def everything_naive(src: Tensor, trg: Tensor, temperature: Tensor) -> tuple[Ten
 
 
 def test_all_functions_in_one_graph_equal_the_reference(where: Place) -> None:
-    inputs = problem(5, GRID, 6)
+    dtype, tolerance = (torch.float64, 1e-12) if where.backend == "torch" else (torch.float32, 2e-5)
+    inputs = problem(5, GRID, 6, dtype=dtype)
     exact = run(everything_naive, inputs, torch.float64)
-    assert_close(run(everything(where.backend), inputs, device=where.device), exact, 2e-5)
+    assert_close(run(everything(where.backend), inputs, device=where.device), exact, tolerance)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -197,6 +198,19 @@ def test_mutual_and_local_correlation_of_half_precision(device: torch.device, dt
     assert_close(mine, exact, tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_local_scores_that_a_gpu_rounds(
+    device: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(strips, "resolve_backend", lambda *_: "triton")
+    src, trg, _ = problem(40, (9, 15), 40, dtype=dtype)
+    inputs = (src, trg.mT.unflatten(2, (9, 15)), centres(40, (9, 15)).float())
+    mine = run(lambda s, t, c: ops.local_correlation(s, t, c, 4), inputs, device=device)
+    exact = run(lambda s, t, c: reference.local_correlation(s, t, c, 4), inputs, torch.float64)
+    assert_close(mine[:1], exact[:1], 1e-5)
+    assert_close(mine[1:], exact[1:], 8e-3)
+
+
 @pytest.mark.usefixtures("room")
 def test_mutual_ties_and_nan(device: torch.device) -> None:
     src, trg, _ = (x.to(device) for x in integers(9, GRID, 6))
@@ -212,6 +226,7 @@ def test_mutual_ties_and_nan(device: torch.device) -> None:
     [
         ({"src": torch.zeros(2, 3)}, r"expected src of shape \(B, points, C\)"),
         ({"src": torch.zeros(2, 0, 6)}, "nothing empty"),
+        ({"src": torch.zeros(0, 3, 6), "trg": torch.zeros(0, 20, 6)}, "nothing empty"),
         ({"src": torch.zeros(2, 3, 5)}, "must agree in the batch and in C"),
         ({"src": torch.zeros(2, 3, 6, dtype=torch.float64)}, "must agree"),
         ({"src": torch.zeros(2, 3, 6, dtype=torch.int64)}, "floating"),

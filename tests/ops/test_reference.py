@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from corrzoo.ops import reference
+from corrzoo.types import ZooError
 
 H, W, T = 3, 5, 0.2
 
@@ -62,3 +63,9 @@ def test_cosines_of_zero_features_are_zero_and_have_no_gradient() -> None:
     scores = reference.correlation(src, torch.randn(1, 3, 4))
     scores.sum().backward()
     assert scores.abs().max() == 0 and src.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("shape", [(4, 15), (2, 0, 15)])
+def test_scores_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ZooError, match=r"expected scores of shape \(B, N, M\) with nothing empty"):
+        reference.readout(torch.zeros(shape), (3, 5), T)

@@ -42,11 +42,6 @@ class Rows(NamedTuple):
     b: Tensor  # (B, M)
 
 
-def gradient_dtype(features: torch.dtype) -> torch.dtype:
-    """The dtype of the gradients of products."""
-    return torch.promote_types(features, torch.float32)
-
-
 def inverse_norms(src: Tensor, trg: Tensor, rows: Rows) -> None:
     """Write a and b."""
     rows.a.copy_(inverse_norm(src))
@@ -80,7 +75,7 @@ def score_gradients(
     """
     if rows.kind == "square":
         cells, scales = _square(at, rows)
-        out.zero_().scatter_add_(2, cells, grad[at] * scales)
+        out.zero_().scatter_add_(2, cells, (grad[at] * scales).to(out.dtype))  # cells outside add 0 to one inside
         return None
     column, (x, y) = _column(at, rows), _axes(rows)
     factors, penalties = _window(at, rows)

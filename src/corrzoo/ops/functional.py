@@ -92,7 +92,7 @@ def local_correlation(src: Tensor, trg: Tensor, centre: Tensor, radius: int, nor
         centre = centre.to(torch.promote_types(src.dtype, torch.float32)) - 0.5  # the first cell is at (0, 0)
         corner = centre.detach().floor()
         scores, *_ = strips.rows(
-            src, cells, 1.0, corner.long() - radius, "square", *trg.shape[2:], side, normalize, "torch"
+            src, cells, 1.0, corner.long() - radius, "square", *trg.shape[2:], side, normalize, "auto"
         )
         scores = scores.unflatten(-1, (side, side))
         # Offsets are whole cells, so all points have the same place between their four cells.

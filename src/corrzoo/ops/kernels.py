@@ -187,11 +187,6 @@ def tile(rows: Rows, once: int = TILE) -> dict[str, int]:
     return constants | {"num_warps": min(16, max(1, R * size // (32 * PER_THREAD)))}
 
 
-def gradient_dtype(features: torch.dtype) -> torch.dtype:
-    """bfloat16 for half precision: it has the range that gradients of scores need, and float16 has not."""
-    return torch.float32 if features == torch.float32 else torch.bfloat16
-
-
 def inverse_norms(src: Tensor, trg: Tensor, rows: Rows) -> None:
     """`epilogue.inverse_norms`."""
     (B, N, C), M = src.shape, trg.shape[1]

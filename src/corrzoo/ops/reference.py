@@ -80,8 +80,10 @@ def readout(
     """Compute E[v] under softmax_j(w_ij s_ij / T), v the cells' centres, of scores (B, N, M). See `match`.
 
     Raises:
-        ZooError: if the number of cells differs from that of the grid, or the window lacks its argument.
+        ZooError: if the shapes do not fit or the window lacks its argument.
     """
+    if scores.ndim != 3 or 0 in scores.shape:
+        raise ZooError(f"expected scores of shape (B, N, M) with nothing empty, got {tuple(scores.shape)}")
     check_window(scores.shape[-1], trg_grid, temperature, window, sigma, radius)
     with full_precision(scores):
         scores = full(scores)

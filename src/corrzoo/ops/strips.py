@@ -136,7 +136,10 @@ def _backward(
     rows = Rows(kind, (h, w), extent, temperature, corner, values, argmax, lse, a, b)
     run, features, scales = _epilogue(backend, src, kind), (src, trg), (a, b)
     grads = [kept.new_empty(x.shape) if need else None for x, need in zip(features, needs, strict=False)]
-    dtemperature, dtype = torch.zeros_like(temperature), run.gradient_dtype(src.dtype)
+    dtemperature = torch.zeros_like(temperature)
+    # For half precision the GEMMs on a GPU multiply bfloat16: it has the range that these gradients need.
+    half = src.itemsize == 2 and resolve_backend(backend, src) == "triton"
+    dtype = torch.bfloat16 if half else kept.dtype
     cells, todo = trg if src.is_cuda else full(trg), strips(src, trg, keep)
     memory = room(todo, trg, dtype)
     other = memory if dtype == kept.dtype else room([at for at in todo if at[1].stop > keep], trg, kept.dtype)
