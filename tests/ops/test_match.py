@@ -65,7 +65,8 @@ def test_widths_of_backbones(where: Place, C: int, window: str) -> None:
 def test_full_size_on_a_gpu(cuda: torch.device, window: str, dtype: torch.dtype) -> None:
     tolerances = (1e-5, 2e-5 if dtype == torch.float32 else 8e-3)
     options = {"window": window, "sigma": 7.0, "radius": 3}
-    check(Place("triton", cuda), problem(4096, (64, 64), 768, dtype=dtype), tolerances, (64, 64), **options)
+    floors = (1e-3, 1e3)  # dT sums 8,192 points' terms of either sign
+    check(Place("triton", cuda), problem(4096, (64, 64), 768, dtype=dtype), tolerances, (64, 64), floors, **options)
 
 
 @pytest.mark.parametrize("temperature", [0.005, 1.0])

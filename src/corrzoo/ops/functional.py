@@ -68,6 +68,8 @@ def mutual(src: Tensor, trg: Tensor, normalize: bool = True) -> Mutual:
 def local_correlation(src: Tensor, trg: Tensor, centre: Tensor, radius: int, normalize: bool = True) -> Tensor:
     """Compute scores of source points in a square of the target around a centre (RAFT's look-up; ViTSC eq. 8).
 
+    As in `match`, the scores with all cells are computed in strips, and then those of the square are kept.
+
     Args:
         src: (B, N, C) features of the source points.
         trg: (B, C, h, w) target features.
