@@ -1,9 +1,7 @@
 """Compile the kernels for GPUs that are not here, and count what they use: a CSV table on stdout.
 
-The table of all cases is kept as benchmarks/results/correlation_kernels.csv.
-
-`python tests/ops/compiled.py` prints all cases, `--quick` those that the tests assert on. It needs triton, whose wheel
-brings ptxas and cuobjdump. It must run without TRITON_INTERPRET.
+`python tests/ops/compiled.py` prints all cases, kept as benchmarks/results/correlation_kernels.csv; `--quick` prints
+those of the tests. It needs triton, whose wheel brings ptxas and cuobjdump, and runs without TRITON_INTERPRET.
 """
 
 import csv
@@ -15,60 +13,58 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from corrzoo.ops import kernels, launch
+from corrzoo.ops import kernels
+from corrzoo.ops.epilogue import Rows
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ARCHITECTURES = (80, 90, 100)
+GRIDS = {"16²": 16, "32²": 32, "37²": 37, "64²": 64, "128²": 128, "160²": 160}
+"""37² is padded; 160² takes several tiles a row."""
 POINTERS = {
-    **dict.fromkeys(("src", "trg"), "features"),
-    **dict.fromkeys(("row_at", "col_at"), "i32"),
-    **dict.fromkeys(("argmax", "corner"), "i64"),
-    **dict.fromkeys(("a", "b", "row_best", "col_best", "temperature", "centre", "out", "rows_in", "moments"), "fp32"),
-    **dict.fromkeys(("grad", "dsrc", "dtrg"), "fp32"),
+    **dict.fromkeys(("src", "trg", "x"), "features"),
+    **dict.fromkeys(("a", "b", "block", "xy", "lse", "dxy", "moments", "grad", "scale", "temperature"), "fp32"),
+    "argmax": "i64",
 }
-GEMMS = [
-    ("maxima", {"COLUMNS": True}),
-    ("maxima", {"COLUMNS": False}),
-    ("expectation", {"KIND": 0, "BEST": True}),
-    ("expectation", {"KIND": 1, "BEST": False}),
-    ("expectation", {"KIND": 1, "BEST": True}),
-    ("expectation", {"KIND": 2, "BEST": False}),
-    ("score_gradients", {"KIND": 0, "MOMENTS": True}),
-    ("score_gradients", {"KIND": 1, "MOMENTS": True}),
-    ("score_gradients", {"KIND": 2, "MOMENTS": True}),
-]
-PATCHES = [("patch_scores", {"side": 8}), ("patch_gradients", {"side": 8})]
-TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-"""The machine instruction that multiplies half-precision matrices."""
 
 
-def compile_case(case: tuple[str, str, dict, int]) -> dict:
-    dtype, name, constants, arch = case
-    if name.startswith("patch"):
-        constants = launch.patch_options(constants["side"])
-    else:
-        fixed = {"NORMALIZE": True, "PRECISION": "ieee", "UPCAST": False}
-        constants = {**constants, **launch.tiles(DTYPES[dtype], arch // 10), **fixed}
-    options = {k: constants.pop(k) for k in ("num_warps", "num_stages") if k in constants}
-    function = getattr(kernels, name)
+def cases(quick: bool) -> list[tuple[str, dict, str, str, int]]:
+    """(kernel, its constants, dtype of features and score gradients, grid, architecture)."""
+    found = []
+    for kind, (grid, side) in itertools.product(("none", "argmax", "crop"), GRIDS.items()):
+        if quick and (grid, kind) not in {(g, "argmax") for g in GRIDS} | {("64²", k) for k in ("none", "crop")}:
+            continue
+        rows = Rows(kind, (side, side), *[None] * 8)
+        found.append(("positions", kernels.tile(rows, kernels.ONCE), "fp32", f"{kind} {grid}"))
+        for dtype in ("bf16",) if quick else ("bf16", "fp32"):
+            found.append(("product_gradients", kernels.tile(rows) | {"MOMENTS": True}, dtype, f"{kind} {grid}"))
+    for name, dtype in itertools.product(("norms", "remove_along"), ("bf16", "fp32")):
+        found.append((name, kernels.FEATURES, dtype, "any grid"))
+    return [(*case, arch) for case, arch in itertools.product(found, ARCHITECTURES)]
+
+
+def compile_case(case: tuple[str, dict, str, str, int]) -> dict[str, object]:
+    name, constants, dtype, grid, arch = case
+    function, constants = getattr(kernels, name), dict(constants)
+    options = {"num_warps": constants.pop("num_warps")}
     signature, values, aligned = {}, {}, {}
     for i, argument in enumerate(function.arg_names):
-        if argument in constants or argument in ("src_c", "trg_c"):
+        if argument in constants or argument.endswith("_c"):
             signature[argument], values[argument] = "constexpr", constants.get(argument, 1)
             continue
         kind = POINTERS.get(argument)
-        if kind == "features" or (name == "score_gradients" and argument == "out"):
+        if kind == "features" or argument == "out":
             kind = dtype
         signature[argument] = f"*{kind}" if kind else "fp32" if argument == "extent" else "i32"
-        if argument != "extent":
-            aligned[(i,)] = [["tt.divisibility", 16]]  # C = 768 and grids of 16², 32², 64²
-    source = ASTSource(function, signature, values, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        # As the launcher finds them: addresses, sizes and strides are multiples of 16, but for a grid of 37².
+        odd = ("extent", "first_item", "first_point", "rows", *(("M", "N", "stride") if "37²" in grid else ()))
+        if argument not in odd:
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(
+        ASTSource(function, signature, values, aligned), target=GPUTarget("cuda", arch, 32), options=options
+    )
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -80,24 +76,22 @@ def compile_case(case: tuple[str, str, dict, int]) -> dict:
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", report[0]).groups())
     return {
         "kernel": name,
-        "case": " ".join(f"{k}={v}" for k, v in case[2].items()),
+        "case": grid,
+        "constants": " ".join(f"{k}={v}" for k, v in case[1].items()),
         "dtype": dtype,
         "arch": arch,
         "registers": registers,
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", report[1])),
         "stack_bytes": stack,
         "shared_bytes": compiled.metadata.shared,
-        "tensor_core": len(re.findall(rf"\b{TENSOR_CORE[arch]}\b", report[1])),
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", report[1], re.MULTILINE)),
+        "wide_loads": len(re.findall(r"\bLDG\.E\S*\.128\b", report[1])),
     }
 
 
 def main() -> None:
-    quick = "--quick" in sys.argv
-    gemms = [*(("bf16", *case) for case in GEMMS), *(("fp32", *case) for case in (GEMMS[3::4] if quick else GEMMS))]
-    patches = [("fp32", *case) for case in PATCHES]
-    cases = [(*case, arch) for case, arch in itertools.product(gemms + patches, ARCHITECTURES)]
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        rows = pool.map(compile_case, cases, chunksize=1)
+        rows = pool.map(compile_case, cases("--quick" in sys.argv), chunksize=1)
     table = csv.DictWriter(sys.stdout, fieldnames=rows[0], lineterminator="\n")
     table.writeheader()
     table.writerows(rows)

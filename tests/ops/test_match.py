@@ -1,222 +1,223 @@
-"""`match`, `mutual` and `local_correlation` in strips against the reference, and as torch operators."""
+"""`match` against the float64 reference: every implementation, on every device that is here."""
 
-import subprocess
-import sys
+import itertools
 
 import pytest
 import torch
-from problems import WINDOWS, assert_close, integers, naive, problem, run
-from torch import Tensor
-from torch.export import Dim
-from torch.library import opcheck
+from problems import WINDOWS, Grid, Problem, assert_close, integers, naive, problem, run
 
+from conftest import Place
 from corrzoo import ops
-from corrzoo.ops import library, reference, streaming
-from corrzoo.types import ZooError
+from corrzoo.ops import epilogue, strips
 
-GRID = (4, 5)
-
-
-def small(monkeypatch: pytest.MonkeyPatch, strip: int, chunk: int) -> None:
-    """Strips and chunks of so many scores, of which a test's problem then has several."""
-    for name, size in (("STRIP", {"cpu": strip}), ("CHUNK", {"cpu": chunk}), ("ROWS", 1)):
-        monkeypatch.setattr(streaming.Scores, name, size)
+GRID = (9, 15)
 
 
-@pytest.fixture(params=[(2**19, 2**18), (100, 47), (300, 150)], ids=["one strip", "rows", "items"])
-def room(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    small(monkeypatch, *request.param)
+def check(
+    where: Place, inputs: Problem, tolerances: tuple[float, float], grid: Grid = GRID,
+    floors: tuple[float, float] = (1e-3, 1e-3), **options,
+) -> None:  # fmt: skip
+    """Positions and gradients within tolerances of the float64 reference of the same inputs.
+
+    Errors are relative to the largest value, but at least to 1 cell, and to `floors` for gradients of features and of
+    the temperature.
+    """
+    mine = run(lambda s, t, T: ops.match(s, t, grid, T, backend=where.backend, **options), inputs, device=where.device)
+    exact = run(lambda s, t, T: naive(s, t, grid, T, **options), inputs, torch.float64)
+    assert torch.equal(mine[1].cpu(), exact[1])
+    assert mine[0].dtype == torch.promote_types(inputs[0].dtype, torch.float32)
+    assert_close(mine[:1], exact[:1], tolerances[0], floor=1.0)
+    assert_close(mine[2:4], exact[2:4], tolerances[1], floor=floors[0])
+    assert_close(mine[4:], exact[4:], tolerances[1], floor=floors[1])
 
 
-@pytest.mark.usefixtures("room")
-@pytest.mark.parametrize("recompute", [True, False, "auto"])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("window", WINDOWS)
-def test_match_and_its_gradients_equal_the_reference(window: str, normalize: bool, recompute: bool | str) -> None:
-    options = {"window": window, "sigma": 1.3, "radius": 1, "normalize": normalize}
-    inputs = problem(7, GRID, 6, B=3, dtype=torch.float64, window=window)
-
-    def mine(src: Tensor, trg: Tensor, temperature: Tensor, centre: Tensor | None) -> ops.Matches:
-        return ops.match(src, trg, GRID, temperature, centre=centre, recompute=recompute, **options)
-
-    assert_close(run(mine, inputs), run(lambda s, t, T, c: naive(s, t, GRID, T, c, **options), inputs), 1e-11)
+def test_match_equals_the_reference(where: Place, window: str, normalize: bool) -> None:
+    """37 points and 9 x 15 cells: no size is a multiple of a tile."""
+    options = {"window": window, "sigma": 2.3, "radius": 2, "normalize": normalize}
+    src, trg, temperature = problem(37, GRID, 40)
+    check(where, (src, trg, temperature if normalize else temperature * 30), (5e-6, 2e-5), **options)
 
 
-@pytest.mark.parametrize("keep", [0, 3, 7])
-def test_a_part_of_the_logits_may_be_kept(keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops.functional, "_points_to_keep", lambda *_: keep)
-    small(monkeypatch, 100, 50)
-    inputs = problem(7, GRID, 6, dtype=torch.float64, window="argmax")
-    options = {"window": "argmax", "sigma": 2.0}
-    mine = run(lambda s, t, T, c: ops.match(s, t, GRID, T, **options), inputs)
-    assert_close(mine, run(lambda s, t, T, c: naive(s, t, GRID, T, c, **options), inputs), 1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grid", [(16, 16), (1, 40), (40, 1), (8, 64)])
 @pytest.mark.parametrize("window", WINDOWS)
-def test_half_precision_features_are_computed_in_float32(window: str, dtype: torch.dtype) -> None:
-    inputs = problem(9, (6, 7), 40, dtype=dtype, window=window)
+def test_grids_of_any_shape(where: Place, window: str, grid: Grid) -> None:
+    # dT sums terms of either sign over the cells and points: 10 is 1 cell of log T, of 40 cells, at T = 0.1.
+    check(where, problem(5, grid, 24), (5e-6, 2e-5), grid, (1e-3, 10), window=window, sigma=2.0, radius=3)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_more_cells_than_a_program_holds(where: Place, window: str) -> None:
+    """Above 16,384 cells a kernel reads a row in several tiles."""
+    grid = (130, 129)
+    # As above: terms of dT are up to 65 cells * 20 log2(p) / T.
+    check(where, problem(3, grid, 8, B=1), (2e-5, 1e-4), grid, (1e-3, 10), window=window, sigma=20.0, radius=4)
+
+
+@pytest.mark.parametrize(("C", "window"), [(96, "argmax"), (384, "none"), (768, "crop")])
+def test_widths_of_backbones(where: Place, C: int, window: str) -> None:
+    check(where, problem(70, (16, 20), C, B=1), (5e-6, 2e-5), (16, 20), window=window, sigma=5.0, radius=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_full_size_on_a_gpu(cuda: torch.device, window: str, dtype: torch.dtype) -> None:
+    tolerances = (1e-5, 2e-5 if dtype == torch.float32 else 8e-3)
+    options = {"window": window, "sigma": 7.0, "radius": 3}
+    floors = (1e-3, 1e3)  # dT sums 8,192 points' terms of either sign
+    check(Place("triton", cuda), problem(4096, (64, 64), 768, dtype=dtype), tolerances, (64, 64), floors, **options)
+
+
+@pytest.mark.parametrize("temperature", [0.005, 1.0])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_extreme_temperatures(where: Place, window: str, temperature: float) -> None:
+    src, trg, _ = problem(20, GRID, 40)
+    # At 0.005 a score's last bit, 6e-8, is 1.2e-5 of a logit. The crop's softmax has one cell then, v = xy but for xy's
+    # last bit, 1e-6 of 15: gradients are below 2e-3, and that bit alone is 1e-6 / (T |f|) = 3e-5 of them.
+    floors = (0.1, 1e-3) if window == "crop" and temperature == 0.005 else (1e-3, 1e-3)
     options = {"window": window, "sigma": 2.0, "radius": 1}
-    mine = run(lambda s, t, T, c: ops.match(s, t, (6, 7), T, centre=c, **options), inputs)
-    exact = run(lambda s, t, T, c: naive(s, t, (6, 7), T, c, **options), inputs, torch.float64)
-    assert mine[0].dtype == torch.float32 and mine[5].dtype == dtype
-    assert_close(mine[:5], exact[:5], 5e-6, floor=1.0)
-    assert_close(mine[5:], exact[5:], {torch.float32: 2e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}[dtype])
+    check(where, (src, trg, torch.tensor(temperature)), (5e-5, 5e-4), floors=floors, **options)
 
 
-def test_gradcheck() -> None:
-    src, trg, temperature, centre = (x.requires_grad_() for x in problem(3, (3, 4), 5, 1, torch.float64))
-
-    def function(*inputs: Tensor) -> tuple[Tensor, ...]:
-        out = ops.match(inputs[0], inputs[1], (3, 4), inputs[2], window="given", sigma=1.5, centre=inputs[3])
-        return out.xy, out.max, out.lse, out.entropy
-
-    assert torch.autograd.gradcheck(function, (src, trg, temperature, centre))
-    maps = trg.detach().mT.unflatten(2, (3, 4)).requires_grad_()
-    assert torch.autograd.gradcheck(lambda s, t, c: ops.local_correlation(s, t, c, 1), (src, maps, centre))
-    assert torch.autograd.gradcheck(lambda s, t: ops.mutual(s, t)[::2], (src, trg))
+@pytest.mark.parametrize("window", WINDOWS)
+def test_rows_whose_scores_are_all_negative(where: Place, window: str) -> None:
+    """The Gaussian then raises far cells above the argmax."""
+    src, trg, temperature = problem(10, GRID, 6)
+    src, trg = src.abs(), -trg.abs()
+    check(where, (src, trg, temperature / 20), (5e-5, 5e-4), window=window, sigma=50.0, radius=2)
 
 
-def test_operators_pass_opcheck() -> None:
-    src, trg, temperature, centre = (x.requires_grad_() for x in problem(5, GRID, 6))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_half_precision_loses_nothing_before_the_sum(where: Place, window: str, dtype: torch.dtype) -> None:
+    """Kernels round the scores' gradients to bfloat16, for the sake of the GEMMs that follow."""
+    tolerance = 8e-3 if where.backend == "triton" else {torch.bfloat16: 4e-3, torch.float16: 1e-3}[dtype]
+    check(where, problem(37, GRID, 96, dtype=dtype), (5e-6, tolerance), window=window, sigma=2.0, radius=2)
+
+
+def test_small_gradients_survive_float16_features(where: Place) -> None:
+    """A loss that is a mean over many points has gradients of scores below float16's smallest number."""
+    src, trg, _ = problem(37, GRID, 96, dtype=torch.float16)
+    src = src.to(where.device).requires_grad_()
+    xy = ops.match(src, trg.to(where.device), GRID, 0.1, backend=where.backend).xy
+    (small,) = torch.autograd.grad((xy * 1e-4).sum(), src, retain_graph=True)
+    (large,) = torch.autograd.grad(xy.sum(), src)
+    assert (small.float() * 1e4 - large.float()).abs().max() < 0.02 * large.float().abs().max()
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_ties_go_to_the_lowest_index(where: Place, window: str) -> None:
+    src, trg, temperature = integers(20, GRID, 40)
+    trg[:, 68:] = trg[:, :67]
+    options = {"window": window, "sigma": 2.0, "radius": 1, "normalize": False}
+    check(where, (src, trg, temperature), (5e-6, 3e-5), **options)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_zero_features_score_zero_and_have_no_gradient(where: Place, window: str) -> None:
+    src, trg, temperature = problem(20, GRID, 40)
+    src[:, 3], trg[:, 5] = 0, 0
+    check(where, (src, trg, temperature), (5e-6, 3e-5), window=window, sigma=2.0, radius=1)
+
+
+def test_maps_in_any_memory_format_and_few_points(where: Place) -> None:
+    """Features (B, h * w, C) that are views of maps (B, C, h, w), contiguous or channels_last."""
+    src, trg, temperature = problem(3, GRID, 40)
+    maps = trg.mT.unflatten(2, GRID)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        check(where, (src, maps.contiguous(memory_format=layout).flatten(2).mT, temperature), (5e-6, 2e-5))
+    check(where, (src[:, :, ::2], trg[:, :, ::2], temperature), (5e-6, 2e-5))
+
+
+def test_nan_propagates_as_in_the_reference(where: Place) -> None:
+    src, trg, temperature = problem(5, GRID, 40)
+    src[0, 2, 3], trg[1, 70, 0] = torch.nan, torch.nan
     for window in WINDOWS:
-        given = centre if window == "given" else None
-        opcheck(library.match, (src, trg, temperature, given, *GRID, window, 1.0, 1, True, 3, "torch"))
-    opcheck(library.mutual, (src.detach(), trg.detach(), True, "torch"))
-    maps, corner = trg.detach().unflatten(1, GRID).requires_grad_(), torch.tensor([-1, 2]).expand(2, 5, 2)
-    opcheck(library.patch_scores, (src, maps, corner.contiguous(), 3, "torch"))
+        options = {"window": window, "sigma": 2.0, "radius": 1}
+        features = (src.to(where.device), trg.to(where.device), GRID)
+        mine = ops.match(*features, temperature.to(where.device), backend=where.backend, **options)
+        plain = naive(src, trg, GRID, temperature, **options)
+        torch.testing.assert_close([x.cpu() for x in mine], list(plain), equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
-def twice(src: Tensor, trg: Tensor, temperature: Tensor, centre: Tensor) -> Tensor:
-    """Every function in one graph, `match` twice: the second around the answer of the first."""
-    first = ops.match(src, trg, GRID, temperature, window="given", sigma=1.0, centre=centre)
-    second = ops.match(src, trg, GRID, temperature, window="given", sigma=2.0, centre=first.xy)
-    local = ops.local_correlation(src, trg.mT.unflatten(2, GRID), second.xy, 1)
-    return torch.stack([first.entropy.sum(), second.xy.sum(), local.sum(), ops.mutual(src, trg).row_max.sum()])
+def test_the_temperature_may_be_a_number(where: Place) -> None:
+    src, trg, _ = (x.to(where.device) for x in problem(9, GRID, 40))
+    one = run(lambda s, t: ops.match(s, t, GRID, 0.25, "argmax", 2.0, backend=where.backend), (src, trg))
+    T = torch.tensor(0.25, device=where.device)
+    other = run(lambda s, t: ops.match(s, t, GRID, T, "argmax", 2.0, backend=where.backend), (src, trg))
+    assert_close(one, other, 1e-6)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_as_one_graph(dynamic: bool) -> None:
-    inputs = problem(5, GRID, 6)
-    compiled = torch.compile(twice, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    assert_close(run(compiled, inputs), run(twice, inputs), 1e-6)
+@pytest.mark.parametrize("strip", [1, 9 * 15 * 4 * 2, 9 * 15 * 4 * 20])
+def test_strips_of_a_row_of_two_and_of_two_items(where: Place, strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("WHOLE", 0), ("STRIP", strip), ("CPU_STRIP", strip), ("ROWS", 1)):
+        monkeypatch.setattr(strips, name, value)
+    for keep in (0, 3):
+        monkeypatch.setattr(strips, "points_to_keep", lambda *_, keep=keep: keep)
+        check(where, problem(7, GRID, 40), (5e-6, 2e-5))
 
 
-def test_double_use_in_one_graph_equals_the_reference() -> None:
-    def plain(src: Tensor, trg: Tensor, temperature: Tensor, centre: Tensor) -> Tensor:
-        first = naive(src, trg, GRID, temperature, centre, window="given", sigma=1.0)
-        second = naive(src, trg, GRID, temperature, first.xy, window="given", sigma=2.0)
-        local = reference.local_correlation(src, trg.mT.unflatten(2, GRID), second.xy, 1)
-        return torch.stack([first.entropy.sum(), second.xy.sum(), local.sum(), reference.mutual(src, trg)[0].sum()])
-
-    inputs = problem(5, GRID, 6, dtype=torch.float64)
-    assert_close(run(twice, inputs), run(plain, inputs), 1e-12)
-
-
-def test_exports_with_dynamic_sizes() -> None:
-    class Head(torch.nn.Module):
-        def forward(self, src: Tensor, trg: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            f, g = src.flatten(2).mT, trg.flatten(2).mT
-            out = ops.match(f, g, (trg.shape[2], trg.shape[3]), 0.1, window="argmax", sigma=2.0)
-            return out.xy, ops.mutual(f, g).col_argmax, ops.local_correlation(f, trg, out.xy, 1)
-
-    sizes = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
-    traced = (torch.randn(2, 6, 5, 7), torch.randn(2, 6, 4, 9))
-    exported = torch.export.export(Head(), traced, dynamic_shapes={"src": sizes, "trg": sizes})
-    other = (torch.randn(3, 6, 8, 3), torch.randn(3, 6, 6, 5))
-    torch.testing.assert_close(exported.module()(*other), Head()(*other))
+@pytest.mark.parametrize("needed", ["src", "trg", "temperature"])
+def test_a_single_gradient(where: Place, needed: str) -> None:
+    inputs = dict(zip(("src", "trg", "temperature"), (x.to(where.device) for x in problem(9, GRID, 40)), strict=True))
+    rest = {name: x for name, x in inputs.items() if name != needed}
+    mine = run(lambda x: ops.match(**rest, **{needed: x}, trg_grid=GRID, backend=where.backend), [inputs[needed]])
+    double = {name: x.double() for name, x in rest.items()}
+    exact = run(lambda x: naive(**double, **{needed: x}, grid=GRID), [inputs[needed]], torch.float64)
+    assert_close(mine, exact, 2e-5)
 
 
-def test_autocast_changes_nothing() -> None:
-    inputs = problem(5, GRID, 6)
-
-    def within(*tensors: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return twice(*tensors)
-
-    assert_close(run(within, inputs), run(twice, inputs), 0)
-    scores = reference.correlation(*inputs[:2])
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(ops.correlation(*inputs[:2]), scores)
-        out = ops.readout(scores, GRID, 0.02)
-    assert torch.equal(out.xy, reference.readout(scores, GRID, 0.02).xy)
+def test_a_graph_may_be_used_twice(where: Place) -> None:
+    src, trg, temperature = (x.to(where.device).requires_grad_() for x in problem(9, GRID, 40))
+    xy = ops.match(src, trg, GRID, temperature, "argmax", 2.0, backend=where.backend).xy
+    first, second = (torch.autograd.grad(xy.sum(), (src, trg, temperature), retain_graph=True) for _ in range(2))
+    assert_close(first, second, 0)
 
 
-@pytest.mark.usefixtures("room")
+@pytest.mark.parametrize(("strip", "rows", "chunk"), [(800, 1, 47), (2400, 1, 150), (2**21, 512, 2**18)])
+@pytest.mark.parametrize("keep", [0, 3, 7])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_mutual_and_local_correlation_equal_the_reference(normalize: bool) -> None:
-    src, trg, _, centre = problem(7, GRID, 6, dtype=torch.float64)
-    mine = run(lambda s, t: ops.mutual(s, t, normalize), (src, trg))
-    assert_close(mine, run(lambda s, t: reference.mutual(s, t, normalize), (src, trg)), 1e-12)
-    inputs = (src, trg.mT.unflatten(2, GRID), centre * 2 - 2)  # many lie outside
-    mine = run(lambda s, t, c: ops.local_correlation(s, t, c, 2, normalize), inputs)
-    assert_close(mine, run(lambda s, t, c: reference.local_correlation(s, t, c, 2, normalize), inputs), 1e-12)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_strips_and_chunks_in_float64(
+    device: torch.device, window: str, normalize: bool, keep: int, strip: int, rows: int, chunk: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Strips of some rows and of several items; none, some or all of the logits kept for the backward."""
+    monkeypatch.setattr(strips, "points_to_keep", lambda *_: keep)
+    for name, value in (("WHOLE", 0), ("STRIP", strip), ("CPU_STRIP", strip), ("ROWS", rows)):
+        monkeypatch.setattr(strips, name, value)
+    monkeypatch.setitem(epilogue.CHUNK, device.type, chunk)
+    inputs = problem(7, (4, 5), 6, B=3, dtype=torch.float64)
+    options = {"window": window, "sigma": 1.3, "radius": 1, "normalize": normalize}
+    # Without norms logits reach 100, so that exp2 rounds to 1e-14 of terms up to 10 / T of gradients.
+    floors, tolerance = ((1e-3, 1e-3), 1e-12) if normalize else ((0.1, 1.0), 1e-11)
+    check(Place("torch", device), inputs, (tolerance, tolerance), (4, 5), floors, **options)
+
+
+def test_what_is_kept_for_the_backward() -> None:
+    def kept(side: int, batch: int) -> int:
+        x = torch.empty(batch, side**2, 1, device="meta")
+        return strips.points_to_keep(x, x)
+
+    assert kept(16, 16) == 256 and kept(32, 8) == 1024  # up to 32 MB: all
+    assert kept(64, 1) == 2048  # half of 64 MB
+    assert kept(128, 4) * 4 * 128**2 * 4 == 512 * 2**20  # and 512 MB of 4 GB
+
+
+def test_memory_on_a_cpu() -> None:
+    """Beyond a volume of 16 MB that is kept, a backward holds a strip of 4 MB and a few chunks of 1 MB."""
+    src, trg = (torch.randn(1, 2048, 4, requires_grad=True) for _ in range(2))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        torch.autograd.grad(ops.match(src, trg, (32, 64), 0.1, "argmax", 7.0).xy.sum(), (src, trg))
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    assert 16 * 2**20 < max(held) < 26 * 2**20
 
 
 @pytest.mark.parametrize("cells", [20, 128])
 def test_row_maxima_are_the_first(cells: int) -> None:
     x = torch.randint(0, 9, (2, 50, cells), generator=torch.Generator().manual_seed(0)).float()
     x[0, 3, 100 % cells] = x[0, 3, 7] = torch.nan
-    for mine, plain in zip(streaming.row_maxima(x), x.max(-1), strict=True):
+    for mine, plain in zip(epilogue.row_maxima(x), x.max(-1), strict=True):
         torch.testing.assert_close(mine, plain, equal_nan=True)
-
-
-@pytest.mark.usefixtures("room")
-def test_ties_go_to_the_lowest_index() -> None:
-    src, trg, temperature, _ = integers(9, GRID, 6)  # sums of small integers are exact in any order: true ties
-    out, plain = ops.mutual(src, trg, normalize=False), reference.mutual(src, trg, normalize=False)
-    assert torch.equal(out.row_argmax, plain.row_argmax) and torch.equal(out.col_argmax, plain.col_argmax)
-    assert torch.equal(ops.match(src, trg, GRID, temperature, normalize=False).argmax, plain.row_argmax)
-    assert ops.match(torch.zeros_like(src), trg, GRID, 0.1).argmax.max() == 0
-
-
-def test_nan_propagates_as_in_the_reference() -> None:
-    src, trg, temperature, _ = problem(5, GRID, 6)
-    src[0, 2, 3] = torch.nan
-    for window in ("none", "argmax", "crop"):
-        options = {"window": window, "sigma": 1.0, "radius": 1}
-        mine = ops.match(src, trg, GRID, temperature, **options)
-        plain = naive(src, trg, GRID, temperature, None, **options)
-        torch.testing.assert_close(mine, plain, equal_nan=True)
-    torch.testing.assert_close(ops.mutual(src, trg), reference.mutual(src, trg), equal_nan=True)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"src": torch.zeros(2, 3)}, r"expected src of shape \(B, points, C\)"),
-        ({"src": torch.zeros(2, 0, 6)}, "nothing empty"),
-        ({"src": torch.zeros(2, 3, 5)}, "must agree in the batch and in C"),
-        ({"src": torch.zeros(2, 3, 6, dtype=torch.float64)}, "must agree"),
-        ({"src": torch.zeros(2, 3, 6, dtype=torch.int64)}, "floating"),
-        ({"trg_grid": (3, 5)}, "as many cells as the target: 20"),
-        ({"temperature": 0.0}, "temperature must be positive"),
-        ({"temperature": torch.ones(2)}, "0-d tensor"),
-        ({"window": "agmax"}, "did you mean 'argmax'"),
-        ({"window": "argmax"}, "needs sigma"),
-        ({"window": "argmax", "sigma": -1.0}, "sigma must be positive"),
-        ({"window": "crop"}, "needs radius"),
-        ({"window": "crop", "radius": 1.5}, "radius must be a whole number"),
-        ({"window": "given", "sigma": 1.0}, "needs centre"),
-        ({"window": "given", "sigma": 1.0, "centre": torch.zeros(2, 4, 2)}, "centre of shape"),
-        ({"recompute": "never"}, "True, False or 'auto'"),
-        ({"backend": "cuda"}, "choose one of auto, torch, triton"),
-        ({"backend": "triton"}, "needs CUDA tensors"),
-    ],
-)
-def test_errors_say_what_is_wrong(change: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    arguments = {"src": torch.zeros(2, 3, 6), "trg": torch.zeros(2, 20, 6), "trg_grid": GRID, "temperature": 0.1}
-    with pytest.raises(ZooError, match=message) as error:
-        ops.match(**{**arguments, **change})
-    assert "\n" not in str(error.value)
-
-
-def test_imports_with_torch_alone() -> None:
-    """No triton before it is asked for, and none of the zoo's other dependencies at all."""
-    others = ("triton", "lightning", "timm", "einops", "torchmetrics", "scipy", "PIL", "jsonargparse")
-    code = (
-        "import torch, sys; before = set(sys.modules); import corrzoo.ops;"
-        f"print([m for m in set(sys.modules) - before if m.split('.')[0] in {others}])"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

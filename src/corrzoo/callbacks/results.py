@@ -24,7 +24,7 @@ from rich.table import Table
 
 from corrzoo.callbacks.folder import run_folder
 from corrzoo.files import sha256, write_text
-from corrzoo.ops.functional import resolve_backend
+from corrzoo.ops import resolve_backend
 from corrzoo.scoring.metric import BenchmarkMetric
 from corrzoo.types import Pair, ZooError
 

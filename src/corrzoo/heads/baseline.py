@@ -114,7 +114,7 @@ class Baseline(Matcher):
         )
         temperature = self.temperature.clamp(min=1e-3)
         if self.mutual:
-            best_of_column = ops.mutual(_rows(src), columns, backend=self.backend).col_max.unsqueeze(1)
+            best_of_column = ops.mutual(_rows(src), columns).col_max.unsqueeze(1)
             scores = ops.correlation(rows, columns).relu()  # (B, N, h*w)
             best_of_row = scores.amax(2, keepdim=True)
             scores = scores**3 / (best_of_row * best_of_column).clamp(min=1e-5)  # s * s/row * s/column

@@ -161,7 +161,7 @@ class ViTSC(Matcher):
         # Detached as in RAFT: where the correlation is read does not train the flow.
         points = cell_centres(grid, image, flow.device, flow.dtype) + rearrange(flow.detach(), "b xy h w -> b (h w) xy")
         rows, centre = rearrange(source, "b c h w -> b (h w) c"), pixels_to_cells(points, size_of(target), trg_image)
-        local = ops.local_correlation(rows, target, centre, self.radius, backend=self.backend)  # (B, h*w, (2r + 1)^2)
+        local = ops.local_correlation(rows, target, centre, self.radius)  # (B, h*w, (2r + 1)^2)
         return local.mT.unflatten(2, grid)
 
     def loss(self, match: Match, pair: Pair) -> dict[str, Tensor]:

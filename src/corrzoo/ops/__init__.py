@@ -1,22 +1,14 @@
-"""Dense correlation: scores between two feature grids and what is read out of them. Needs torch alone.
+"""Dense correlation between two feature grids and what is read from it. Needs torch alone.
 
-`functional` holds the public functions, `reference` the equations in plain torch. `library` makes torch operators of
-the two fast implementations: `streaming` (any device) and `launch` with its `kernels` (Triton, imported when used).
+`reference` has the equations in plain torch, `functional` the functions that never hold a whole correlation volume.
+These loop over strips of it (`strips`), each finished by an epilogue in torch (`epilogue`) or Triton (`kernels`).
 """
 
-from corrzoo.ops.functional import (
-    Backend,
-    Window,
-    correlation,
-    local_correlation,
-    match,
-    mutual,
-    readout,
-    resolve_backend,
-)
-from corrzoo.ops.reference import Matches, Mutual
+from corrzoo.ops.functional import Backend, local_correlation, match, mutual
+from corrzoo.ops.reference import Mutual, Readout, Window, correlation, readout
+from corrzoo.ops.strips import resolve_backend
 
 __all__ = [
-    "Backend", "Matches", "Mutual", "Window", "correlation", "local_correlation", "match", "mutual", "readout",
+    "Backend", "Mutual", "Readout", "Window", "correlation", "local_correlation", "match", "mutual", "readout",
     "resolve_backend",
 ]  # fmt: skip

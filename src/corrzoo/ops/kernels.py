@@ -1,265 +1,225 @@
 # mypy: disallow-untyped-defs=False
-"""The op as Triton kernels: a GEMM over tiles of the correlation whose epilogue reduces each tile where it is made.
+"""The row-wise epilogue in Triton, for CUDA: the twin of `epilogue`, which says what is computed.
 
-Scores are <f_i, g_j> a_i b_j: features as they come, their products summed in float32, the inverse norms a and b
-applied to the sum. So half-precision features lose nothing by being normalised. Logits are to base 2.
-
-Every kernel has a torch twin in `streaming`, which says what it computes; `launch` allocates and combines.
+A program takes R rows of a strip and reads them once; for positions twice, if a row has more than ONCE cells.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-PLAIN, GAUSSIAN, CROP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+from corrzoo.ops.epilogue import Piece, Rows
+
+ONCE, TILE = 16384, 4096
+"""Cells of a row that stays in registers, and of a tile of a longer row."""
+ELEMENTS, PER_THREAD = 1024, 16
+"""Elements of a program at least (by several rows, where rows are short), and of a thread."""
+FEATURES = {"R": 16, "TILE_C": 128, "num_warps": 4}
+"""Tiles of the kernels that go over features."""
+KINDS = {"none": 0, "argmax": 1, "crop": 2}
+GAUSSIAN, CROP = tl.constexpr(1), tl.constexpr(2)
+LOG2E = tl.constexpr(1.4426950408889634)
+NOWHERE = tl.constexpr(2147483647)
 
 
 @triton.jit
-def _products(
-    src, trg, item, rows, cols, N, M, C, src_b, src_n, src_c, trg_b, trg_m, trg_c,
-    TILE_N: tl.constexpr, TILE_M: tl.constexpr, TILE_C: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+def _rows(first_item, first_point, rows, N, a, temperature, R: tl.constexpr):
+    """This program's item of the strip, its rows, which of them exist, their points, and scales a log2(e) / T."""
+    item, row = tl.program_id(1).to(tl.int64), tl.program_id(0) * R + tl.arange(0, R)
+    real = row < rows
+    point = (first_item + item) * N + first_point + row
+    scale = LOG2E / tl.load(temperature) * tl.load(a + point, mask=real, other=0.0)
+    return item, row.to(tl.int64), real, point, scale
+
+
+@triton.jit
+def _products(block, b, k, real, M, SIZE: tl.constexpr):
+    """Products (R, SIZE) times b of the k-th tile of rows at `block` (R, 1), the cells, which exist, and their b."""
+    cell = k * SIZE + tl.arange(0, SIZE)[None, :]
+    inside = cell < M
+    b = tl.load(b + cell, mask=inside, other=0.0)
+    return tl.load(block + cell, mask=inside & real[:, None], other=0.0) * b, cell, inside, b
+
+
+@triton.jit
+def _window(scale, at, cell, inside, extent, KIND: tl.constexpr, W: tl.constexpr):
+    """Factors of the scores of rows with a window around cells `at` (R,), and the cells that have weight."""
+    factor = scale[:, None]
+    if KIND != 0:
+        dx, dy = (cell % W - (at % W)[:, None]).to(tl.float32), (cell // W - (at // W)[:, None]).to(tl.float32)
+        if KIND == GAUSSIAN:
+            factor = factor * tl.exp2((dx * dx + dy * dy) * extent)
+        if KIND == CROP:
+            inside = inside & (tl.abs(dx) <= extent) & (tl.abs(dy) <= extent)
+    return factor, inside
+
+
+@triton.jit(do_not_specialize=["first_item", "first_point", "rows"])
+def positions(
+    block, a, b, temperature, xy, argmax, lse, first_item, first_point, rows, N, M, stride, extent,
+    KIND: tl.constexpr, W: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """<f_i, g_j> of points `rows` and cells `cols` in four quarters (TILE_N, TILE_M / 4); 0 beyond N or M.
-
-    Epilogues work on a quarter at a time because a whole tile and what they compute from it do not fit the registers.
-    """
-    channels = tl.arange(0, TILE_C)
-    src += item * src_b + rows[:, None] * src_n + channels[None, :] * src_c
-    trg += item * trg_b + cols[None, :] * trg_m + channels[:, None] * trg_c
-    out = tl.zeros((TILE_N, TILE_M), dtype=tl.float32)
-    for c in range(0, C, TILE_C):
-        f = tl.load(src, mask=(rows < N)[:, None] & (channels < C - c)[None, :], other=0.0)
-        g = tl.load(trg, mask=(cols < M)[None, :] & (channels < C - c)[:, None], other=0.0)
-        if UPCAST:  # the interpreter multiplies the bit patterns of bfloat16
-            f, g = f.to(tl.float32), g.to(tl.float32)
-        out = tl.dot(f, g, out, input_precision=PRECISION)
-        src += TILE_C * src_c
-        trg += TILE_C * trg_c
-    left, right = tl.split(tl.permute(tl.reshape(out, (TILE_N, 2, TILE_M // 2)), (0, 2, 1)))
-    a, b = tl.split(tl.permute(tl.reshape(left, (TILE_N, 2, TILE_M // 4)), (0, 2, 1)))
-    c, d = tl.split(tl.permute(tl.reshape(right, (TILE_N, 2, TILE_M // 4)), (0, 2, 1)))
-    return a, b, c, d
-
-
-@triton.jit
-def _scores(products, a, b, item, cols, M, NORMALIZE: tl.constexpr):
-    """Scores from products; `a` are the rows' inverse norms, `b` points to the cells'."""
-    if NORMALIZE:
-        products *= a[:, None]
-        products *= tl.load(b + item * M + cols, mask=cols < M, other=0.0)[None, :]
-    return products
-
-
-@triton.jit
-def _better(best, at, scores, cols, M):
-    """Row maxima (best, at) with another tile's scores (TILE_N, cells `cols`); a NaN counts as infinity."""
-    scores = tl.where(scores == scores, scores, float("inf"))
-    scores = tl.where((cols < M)[None, :], scores, float("-inf"))
-    tile = tl.max(scores, axis=1)
-    tile_at = tl.min(tl.where(scores == tile[:, None], cols[None, :], 2147483647), axis=1)
-    return tl.maximum(best, tile), tl.where(tile > best, tile_at, at)  # earlier cells win ties
+    """`epilogue.read_out` of R rows; `extent` is -log2(e) / (2 sigma²) or the radius."""
+    item, row, real, point, scale = _rows(first_item, first_point, rows, N, a, temperature, R)
+    block += item * stride + row[:, None] * M
+    b += (first_item + item) * M
+    top, at = tl.full((R,), float("-inf"), tl.float32), tl.full((R,), 0, tl.int32)
+    t = tl.zeros((R, SIZE), tl.float32)
+    for k in range(TILES):
+        t, cell, inside, _ = _products(block, b, k, real, M, SIZE)
+        t = tl.where(t == t, t, float("inf"))  # as torch's, the first NaN is the maximum, and positions become NaN
+        t = tl.where(inside, t, float("-inf"))
+        best = tl.max(t, axis=1)
+        first = tl.min(tl.where(t == best[:, None], cell, NOWHERE), axis=1)
+        at, top = tl.where(best > top, first, at), tl.maximum(best, top)
+    high = tl.full((R,), float("-inf"), tl.float32) if KIND == GAUSSIAN else top * scale
+    mass, sum_x, sum_y = tl.zeros((R,), tl.float32), tl.zeros((R,), tl.float32), tl.zeros((R,), tl.float32)
+    for k in range(TILES):
+        cell = k * SIZE + tl.arange(0, SIZE)[None, :]
+        inside = cell < M
+        if TILES > 1:  # else the row is in registers
+            t, cell, inside, _ = _products(block, b, k, real, M, SIZE)
+        factor, counted = _window(scale, at, cell, inside, extent, KIND, W)
+        z = tl.where(counted, t * factor, float("-inf"))
+        if KIND == GAUSSIAN:  # else the maximum is known
+            old, high = high, tl.maximum(high, tl.max(z, axis=1))
+            old = tl.exp2(old - high)
+            mass, sum_x, sum_y = mass * old, sum_x * old, sum_y * old
+        e = tl.exp2(z - high[:, None])
+        mass += tl.sum(e, axis=1)
+        sum_x += tl.sum(e * (cell % W).to(tl.float32), axis=1)
+        sum_y += tl.sum(e * (cell // W).to(tl.float32), axis=1)
+    tl.store(xy + 2 * point, sum_x / mass + 0.5, mask=real)
+    tl.store(xy + 2 * point + 1, sum_y / mass + 0.5, mask=real)
+    tl.store(argmax + point, at.to(tl.int64), mask=real)
+    tl.store(lse + point, high + tl.log2(mass), mask=real)
 
 
-@triton.jit
-def _factor(beta, cx, cy, cols, w, extent, KIND: tl.constexpr):
-    """What scores are multiplied with to be logits: beta, times the window; `extent` is log2(e) / (2 sigma²)."""
-    factor = beta
-    if KIND == GAUSSIAN:
-        dx, dy = (cols % w).to(tl.float32)[None, :] + 0.5 - cx, (cols // w).to(tl.float32)[None, :] + 0.5 - cy
-        factor = beta * tl.exp2(-(dx * dx + dy * dy) * extent)
-    return factor
-
-
-@triton.jit
-def _inside(cx, cy, cols, M, w, extent, KIND: tl.constexpr):
-    """Which cells count: those that exist and, of a crop, lie within the radius `extent`."""
-    inside = (cols < M)[None, :]
-    if KIND == CROP:
-        dx, dy = (cols % w).to(tl.float32)[None, :] + 0.5 - cx, (cols // w).to(tl.float32)[None, :] + 0.5 - cy
-        inside = inside & (tl.abs(dx) <= extent) & (tl.abs(dy) <= extent)
-    return inside
-
-
-@triton.jit
-def maxima(
-    src, trg, a, b, row_best, row_at, col_best, col_at,
-    N, M, C, src_b, src_n, src_c, trg_b, trg_m, trg_c, span,
-    COLUMNS: tl.constexpr, TILE_N: tl.constexpr, TILE_M: tl.constexpr, TILE_C: tl.constexpr,
-    NORMALIZE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+@triton.jit(do_not_specialize=["first_item", "first_point", "rows"])
+def product_gradients(
+    block, out, a, b, temperature, xy, argmax, lse, dxy, moments,
+    first_item, first_point, rows, N, M, stride, extent, MOMENTS: tl.constexpr,
+    KIND: tl.constexpr, W: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Maxima of TILE_N rows over `span` columns, to row_* (B, N, splits); of columns to col_* (B, row tiles, M)."""
-    item = tl.program_id(2).to(tl.int64)
-    rows = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    norms = tl.load(a + item * N + rows, mask=rows < N, other=0.0) if NORMALIZE else 0.0
-    start = tl.program_id(1) * span
-    best = tl.full((TILE_N,), float("-inf"), dtype=tl.float32)
-    at = tl.full((TILE_N,), 2147483647, dtype=tl.int32)
-    for first in range(start, tl.minimum(start + span, M), TILE_M):
-        quarters = _products(src, trg, item, rows, first + tl.arange(0, TILE_M), N, M, C, src_b, src_n, src_c, trg_b,
-                           trg_m, trg_c, TILE_N, TILE_M, TILE_C, PRECISION, UPCAST)  # fmt: skip
-        for quarter in tl.static_range(4):
-            cols = first + quarter * (TILE_M // 4) + tl.arange(0, TILE_M // 4)
-            s = _scores(quarters[quarter], norms, b, item, cols, M, NORMALIZE)
-            best, at = _better(best, at, s, cols, M)
-            if COLUMNS:
-                s = tl.where((rows < N)[:, None], tl.where(s == s, s, float("inf")), float("-inf"))
-                col = tl.max(s, axis=0)
-                to = (item * tl.num_programs(0) + tl.program_id(0)) * M + cols
-                tl.store(col_best + to, col, mask=cols < M)
-                row = tl.min(tl.where(s == col[None, :], rows[:, None], 2147483647), axis=0)
-                tl.store(col_at + to, row, mask=cols < M)
-    to = (item * N + rows) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(row_best + to, best, mask=rows < N)
-    tl.store(row_at + to, at, mask=rows < N)
-
-
-@triton.jit
-def expectation(
-    src, trg, a, b, temperature, centre, out, row_at,
-    N, M, C, w, src_b, src_n, src_c, trg_b, trg_m, trg_c, span, plane, extent,
-    KIND: tl.constexpr, BEST: tl.constexpr, TILE_N: tl.constexpr, TILE_M: tl.constexpr, TILE_C: tl.constexpr,
-    NORMALIZE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """Softmax sums of TILE_N rows over `span` columns: out (6, B, N, splits) = logit maximum, mass, x, y, logits, best.
-
-    The sums are relative to the maximum and weighted by 2^(logit - maximum), `plane` is the size of one of the six.
-    """
-    item = tl.program_id(2).to(tl.int64)
-    rows = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    norms = tl.load(a + item * N + rows, mask=rows < N, other=0.0) if NORMALIZE else 0.0
-    start = tl.program_id(1) * span
-    beta = 1.4426950408889634 / tl.load(temperature)
-    if KIND == PLAIN:
-        cx, cy = 0.0, 0.0
-    else:
-        cx = tl.load(centre + (item * N + rows) * 2, mask=rows < N, other=0.0)[:, None]
-        cy = tl.load(centre + (item * N + rows) * 2 + 1, mask=rows < N, other=0.0)[:, None]
-    top = tl.full((TILE_N,), float("-inf"), dtype=tl.float32)
-    mass = tl.zeros((TILE_N,), dtype=tl.float32)
-    sum_x, sum_y, sum_z = mass, mass, mass
-    best, at = top, tl.full((TILE_N,), 2147483647, dtype=tl.int32)
-    for first in range(start, tl.minimum(start + span, M), TILE_M):
-        quarters = _products(src, trg, item, rows, first + tl.arange(0, TILE_M), N, M, C, src_b, src_n, src_c, trg_b,
-                           trg_m, trg_c, TILE_N, TILE_M, TILE_C, PRECISION, UPCAST)  # fmt: skip
-        for quarter in tl.static_range(4):
-            cols = first + quarter * (TILE_M // 4) + tl.arange(0, TILE_M // 4)
-            z = _scores(quarters[quarter], norms, b, item, cols, M, NORMALIZE)
-            if BEST:
-                best, at = _better(best, at, z, cols, M)
-            z *= _factor(beta, cx, cy, cols, w, extent, KIND)
-            z = tl.where(_inside(cx, cy, cols, M, w, extent, KIND), z, -1e30)
-            old, top = top, tl.maximum(top, tl.max(z, axis=1))
-            old = tl.exp2(old - top)
-            e = tl.exp2(z - top[:, None])
-            mass = mass * old + tl.sum(e, axis=1)
-            sum_z = sum_z * old + tl.sum(e * z, axis=1)
-            sum_x = sum_x * old + tl.sum(e * ((cols % w).to(tl.float32) + 0.5)[None, :], axis=1)
-            sum_y = sum_y * old + tl.sum(e * ((cols // w).to(tl.float32) + 0.5)[None, :], axis=1)
-    out += (item * N + rows) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(out, top, mask=rows < N)
-    tl.store(out + plane, mass, mask=rows < N)
-    tl.store(out + 2 * plane, sum_x, mask=rows < N)
-    tl.store(out + 3 * plane, sum_y, mask=rows < N)
-    tl.store(out + 4 * plane, sum_z, mask=rows < N)
-    if BEST:
-        tl.store(out + 5 * plane, best, mask=rows < N)
-        tl.store(row_at + (item * N + rows) * tl.num_programs(1) + tl.program_id(1), at, mask=rows < N)
-
-
-@triton.jit
-def score_gradients(
-    src, trg, a, b, temperature, centre, argmax, rows_in, out, moments,
-    first_row, strip, N, M, C, w, src_b, src_n, src_c, trg_b, trg_m, trg_c, plane, moment_plane, extent,
-    KIND: tl.constexpr, MOMENTS: tl.constexpr, TILE_N: tl.constexpr, TILE_M: tl.constexpr, TILE_C: tl.constexpr,
-    NORMALIZE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """Gradients of the products <f_i, g_j> of rows first_row ... + strip, to out (B, strip, M), a tile a program.
-
-    `rows_in` (6, B, N), planes of size `plane`, has what rows contribute: a logit's gradient is
-    p (x slope_x + y slope_y + offset - z slope_z), p = 2^(z - lse); a maximum's gradient goes to its cell.
-    `moments` (3, B, strip, 4 column tiles), planes of size `moment_plane`, gets the sums of u = dlogit * logit,
-    u (x - cx) and u (y - cy): what the temperature and the centre need.
-    """
-    item = tl.program_id(2).to(tl.int64)
-    inner = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
-    rows = first_row + inner
-    first = tl.program_id(0) * TILE_M
-    quarters = _products(src, trg, item, rows, first + tl.arange(0, TILE_M), N, M, C, src_b, src_n, src_c, trg_b,
-                       trg_m, trg_c, TILE_N, TILE_M, TILE_C, PRECISION, UPCAST)  # fmt: skip
-    inside = inner < strip
-    beta = 1.4426950408889634 / tl.load(temperature)
-    point = item * N + rows
-    norms = tl.load(a + point, mask=inside, other=0.0) if NORMALIZE else 0.0
-    cx = tl.load(centre + point * 2, mask=inside, other=0.0)[:, None]
-    cy = tl.load(centre + point * 2 + 1, mask=inside, other=0.0)[:, None]
-    slope_x = tl.load(rows_in + point, mask=inside, other=0.0)[:, None]
-    slope_y = tl.load(rows_in + point + plane, mask=inside, other=0.0)[:, None]
-    slope_z = tl.load(rows_in + point + 2 * plane, mask=inside, other=0.0)[:, None]
-    offset = tl.load(rows_in + point + 3 * plane, mask=inside, other=0.0)[:, None]
-    lse = tl.load(rows_in + point + 4 * plane, mask=inside, other=0.0)[:, None]
-    dmax = tl.load(rows_in + point + 5 * plane, mask=inside, other=0.0)[:, None]
-    best = tl.load(argmax + point, mask=inside, other=-1)[:, None]
-    for quarter in tl.static_range(4):
-        cols = first + quarter * (TILE_M // 4) + tl.arange(0, TILE_M // 4)
-        z = _scores(quarters[quarter], norms, b, item, cols, M, NORMALIZE)
-        factor = _factor(beta, cx, cy, cols, w, extent, KIND)
-        z = tl.where(_inside(cx, cy, cols, M, w, extent, KIND), z * factor, -1e30)
-        dx, dy = (cols % w).to(tl.float32)[None, :] + 0.5 - cx, (cols // w).to(tl.float32)[None, :] + 0.5 - cy
-        d = (dx * slope_x + dy * slope_y + offset - z * slope_z) * tl.exp2(z - lse)
+    """`epilogue.score_gradients` of R rows, to `out` (b, r, M), which may be `block`; parts of -T dT to `moments`."""
+    item, row, real, point, scale = _rows(first_item, first_point, rows, N, a, temperature, R)
+    block += item * stride + row[:, None] * M
+    out += (item * rows + row[:, None]) * M
+    b += (first_item + item) * M
+    at = tl.load(argmax + point, mask=real, other=0).to(tl.int32)
+    shift = tl.load(lse + point, mask=real, other=0.0)[:, None]
+    slope_x = tl.load(dxy + 2 * point, mask=real, other=0.0)[:, None] / LOG2E
+    slope_y = tl.load(dxy + 2 * point + 1, mask=real, other=0.0)[:, None] / LOG2E
+    mean_x = tl.load(xy + 2 * point, mask=real, other=0.0)[:, None] - 0.5
+    mean_y = tl.load(xy + 2 * point + 1, mask=real, other=0.0)[:, None] - 0.5
+    moment, total, best = tl.zeros((R,), tl.float32), tl.zeros((R,), tl.float32), tl.zeros((R,), tl.float32)
+    for k in range(TILES):
+        t, cell, inside, column = _products(block, b, k, real, M, SIZE)
+        factor, counted = _window(scale, at, cell, inside, extent, KIND, W)
+        log_p = t * factor - shift
+        d = ((cell % W).to(tl.float32) - mean_x) * slope_x + ((cell // W).to(tl.float32) - mean_y) * slope_y
+        d = tl.where(counted, tl.exp2(log_p) * d, 0.0)
         if MOMENTS:
-            u = d * z
-            to = moments + (item * strip + inner) * (4 * tl.num_programs(0)) + 4 * tl.program_id(0) + quarter
-            tl.store(to, tl.sum(u, axis=1), mask=inside)
-            tl.store(to + moment_plane, tl.sum(u * dx, axis=1), mask=inside)
-            tl.store(to + 2 * moment_plane, tl.sum(u * dy, axis=1), mask=inside)
-        d = _scores(d * factor + tl.where(cols[None, :] == best, dmax, 0.0), norms, b, item, cols, M, NORMALIZE)
-        to = out + (item * strip + inner[:, None]) * M + cols[None, :]
-        tl.store(to, d.to(out.dtype.element_ty), mask=inside[:, None] & (cols < M)[None, :])
+            moment += tl.sum(d * log_p, axis=1)
+            total += tl.sum(d, axis=1)
+            best += tl.sum(tl.where(cell == at[:, None], log_p, 0.0), axis=1)
+        tl.store(out + cell, (d * factor * column).to(out.dtype.element_ty), mask=inside & real[:, None])
+    if MOMENTS:
+        tl.store(moments + item * rows + row, moment - total * best, mask=real)
 
 
 @triton.jit
-def _patch(corner, point, h, w, SIDE: tl.constexpr, CELLS: tl.constexpr):
-    """Indices of a square's cells, and which of them exist and lie in the target."""
-    k = tl.arange(0, CELLS)
-    x = tl.load(corner + point * 2) + k % SIDE
-    y = tl.load(corner + point * 2 + 1) + k // SIDE
-    return y * w + x, (k < SIDE * SIDE) & (x >= 0) & (x < w) & (y >= 0) & (y < h)
+def _channels(x, row, n, k, C, stride_n, stride_c, TILE_C: tl.constexpr):
+    """Channels (R, TILE_C) of some rows of x (n, C) in float32, their indices, and whether they exist."""
+    c = k * TILE_C + tl.arange(0, TILE_C)
+    exist = (row < n)[:, None] & (c < C)[None, :]
+    return tl.load(x + row[:, None] * stride_n + c[None, :] * stride_c, mask=exist, other=0.0).to(tl.float32), c, exist
 
 
 @triton.jit
-def patch_scores(
-    src, trg, corner, out, N, C, h, w, SIDE: tl.constexpr, CELLS: tl.constexpr, TILE_C: tl.constexpr
+def _norm(x, out, tile, n, C, stride_b, stride_n, stride_c, R: tl.constexpr, TILE_C: tl.constexpr):
+    item, row = tl.program_id(1).to(tl.int64), tile * R + tl.arange(0, R)
+    total = tl.zeros((R,), tl.float32)
+    for k in range(tl.cdiv(C, TILE_C)):
+        v, _, _ = _channels(x + item * stride_b, row, n, k, C, stride_n, stride_c, TILE_C)
+        total += tl.sum(v * v, axis=1)
+    tl.store(out + item * n + row, tl.where(total > 0, 1 / tl.sqrt(total), 0.0), mask=row < n)
+
+
+@triton.jit
+def norms(src, trg, a, b, N, M, C, src_b, src_n, src_c, trg_b, trg_n, trg_c, R: tl.constexpr, TILE_C: tl.constexpr):
+    """`epilogue.inverse_norms`: of source features in the first programs, of target features in the others."""
+    tile, tiles = tl.program_id(0), tl.cdiv(N, R)
+    if tile < tiles:
+        _norm(src, a, tile, N, C, src_b, src_n, src_c, R, TILE_C)
+    else:
+        _norm(trg, b, tile - tiles, M, C, trg_b, trg_n, trg_c, R, TILE_C)
+
+
+@triton.jit
+def remove_along(
+    grad, x, scale, out, n, C, stride_b, stride_n, stride_c, R: tl.constexpr, TILE_C: tl.constexpr
 ):  # fmt: skip
-    """Scores of one source point in its square of cells, to out (B, N, SIDE²)."""
-    item = tl.program_id(1).to(tl.int64)
-    point = item * N + tl.program_id(0)
-    cells, inside = _patch(corner, point, h, w, SIDE, CELLS)
-    sums = tl.zeros((CELLS,), dtype=tl.float32)
-    for first in range(0, C, TILE_C):
-        c = first + tl.arange(0, TILE_C)
-        f = tl.load(src + point * C + c, mask=c < C, other=0.0)
-        g = tl.load(
-            trg + (item * h * w + cells)[:, None] * C + c[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0
-        )
-        sums += tl.sum(f[None, :] * g, axis=1)
-    k = tl.arange(0, CELLS)
-    tl.store(out + point * SIDE * SIDE + k, sums, mask=k < SIDE * SIDE)
+    """`epilogue.across` of R rows of one side, to `out` (B, n, C)."""
+    item, row = tl.program_id(1).to(tl.int64), tl.program_id(0) * R + tl.arange(0, R)
+    x, grad, out = x + item * stride_b, grad + item * n * C, out + item * n * C
+    scale = tl.load(scale + item * n + row, mask=row < n, other=0.0)
+    along, tiles = tl.zeros((R,), tl.float32), tl.cdiv(C, TILE_C)
+    for k in range(tiles):
+        v, _, _ = _channels(x, row, n, k, C, stride_n, stride_c, TILE_C)
+        g, _, _ = _channels(grad, row, n, k, C, C, 1, TILE_C)
+        along += tl.sum(v * g, axis=1)
+    along *= scale * scale
+    for k in range(tiles):
+        v, _, _ = _channels(x, row, n, k, C, stride_n, stride_c, TILE_C)
+        g, c, exist = _channels(grad, row, n, k, C, C, 1, TILE_C)
+        tl.store(out + row[:, None] * C + c[None, :], (g - along[:, None] * v).to(out.dtype.element_ty), mask=exist)
 
 
-@triton.jit
-def patch_gradients(
-    grad, src, trg, corner, dsrc, dtrg, N, C, h, w, SIDE: tl.constexpr, CELLS: tl.constexpr, TILE_C: tl.constexpr
-):  # fmt: skip
-    """Gradients of `patch_scores`: to dsrc (B, N, C), and added to dtrg (B, h, w, C) in no fixed order."""
-    item = tl.program_id(1).to(tl.int64)
-    point = item * N + tl.program_id(0)
-    cells, inside = _patch(corner, point, h, w, SIDE, CELLS)
-    k = tl.arange(0, CELLS)
-    d = tl.load(grad + point * SIDE * SIDE + k, mask=inside, other=0.0)
-    for first in range(0, C, TILE_C):
-        c = first + tl.arange(0, TILE_C)
-        f = tl.load(src + point * C + c, mask=c < C, other=0.0)
-        where = (item * h * w + cells)[:, None] * C + c[None, :]
-        mask = inside[:, None] & (c < C)[None, :]
-        g = tl.load(trg + where, mask=mask, other=0.0)
-        tl.store(dsrc + point * C + c, tl.sum(d[:, None] * g, axis=0), mask=c < C)
-        tl.atomic_add(dtrg + where, d[:, None] * f[None, :], mask=mask)
+def tile(rows: Rows, once: int = TILE) -> dict[str, int]:
+    """Compile-time constants of the kernels that take rows; a row of at most `once` cells is one tile."""
+    M, W = rows.grid[0] * rows.grid[1], rows.grid[1]
+    size = triton.next_power_of_2(M)
+    size = size if size <= once else TILE
+    R = max(1, ELEMENTS // size)
+    constants = {"KIND": KINDS[rows.kind], "W": W, "TILES": triton.cdiv(M, size), "R": R, "SIZE": size}
+    return constants | {"num_warps": min(16, max(1, R * size // (32 * PER_THREAD)))}
+
+
+def inverse_norms(src: Tensor, trg: Tensor, rows: Rows) -> None:
+    """`epilogue.inverse_norms`."""
+    (B, N, C), M = src.shape, trg.shape[1]
+    grid = (triton.cdiv(N, FEATURES["R"]) + triton.cdiv(M, FEATURES["R"]), B)
+    norms[grid](src, trg, rows.a, rows.b, N, M, C, *src.stride(), *trg.stride(), **FEATURES)
+
+
+def read_out(block: Tensor, at: Piece, rows: Rows) -> None:
+    """`epilogue.read_out`, which leaves `block` as it is."""
+    outputs = (rows.values, rows.argmax, rows.lse)
+    _launch(positions, block, at, rows, (block, rows.a, rows.b, rows.temperature, *outputs), tile(rows, ONCE))
+
+
+def score_gradients(
+    block: Tensor, at: Piece, rows: Rows, grad: Tensor, out: Tensor, known: bool, temperature: bool
+) -> Tensor | None:
+    """`epilogue.score_gradients`, for which `block` always has products."""
+    moments = block.new_empty(block.shape[:2] if temperature else 0)
+    inputs = (rows.a, rows.b, rows.temperature, rows.values, rows.argmax, rows.lse, grad.contiguous())
+    constants = tile(rows) | {"MOMENTS": temperature}
+    _launch(product_gradients, block, at, rows, (block, out, *inputs, moments), constants)
+    return moments.sum() if temperature else None
+
+
+def across(grad: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+    """`epilogue.across`, in the dtype of the features."""
+    out = torch.empty_like(grad, dtype=x.dtype)
+    grid = (triton.cdiv(x.shape[1], FEATURES["R"]), x.shape[0])
+    remove_along[grid](grad, x, scale, out, *x.shape[1:], *x.stride(), **FEATURES)
+    return out
+
+
+def _launch(kernel, block: Tensor, at: Piece, rows: Rows, tensors: tuple[Tensor, ...], constants: dict) -> None:
+    extent = rows.extent if rows.kind == "crop" else -LOG2E.value / (2 * rows.extent**2 or 1.0)
+    sizes = (at[0].start, at[1].start, block.shape[1], rows.a.shape[1], block.shape[2], block.stride(0), extent)
+    kernel[(triton.cdiv(block.shape[1], constants["R"]), block.shape[0])](*tensors, *sizes, **constants)
