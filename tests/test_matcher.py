@@ -224,12 +224,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_its_pairs(tmp_path):
         trainer(tmp_path, num_sanity_val_steps=0).fit(Broken(**TINY), data())
 
 
-def test_image_numbers_stay_on_the_cpu_and_the_rest_of_a_batch_moves():
-    pair = PairDataset.collate([corrzoo.create_dataset("synthetic", "", "test", size=64)[0]])
-    moved = Straight(**TINY).transfer_batch_to_device(pair, torch.device("meta"), 0)
-    assert {name for name in pair._fields if getattr(moved, name).device.type == "cpu"} == {"src_id", "trg_id"}
-
-
 def test_weights_that_are_not_loaded_are_refused():
     model = Straight(backbone="efficientnet_lite0")
     with pytest.raises(ZooError, match="not loaded"):

@@ -192,11 +192,6 @@ class Matcher(LightningModule, ABC):
             backbone.load()
         return self
 
-    def transfer_batch_to_device(self, batch: Pair, device: torch.device, dataloader_idx: int) -> Pair:
-        """Move a batch, less the image numbers: the feature cache reads them, and must not wait for the device."""
-        moved: Pair = super().transfer_batch_to_device(batch, device, dataloader_idx)
-        return moved._replace(src_id=batch.src_id, trg_id=batch.trg_id)
-
     # ------------------------------------------------------------------ training
 
     def training_losses(self, pair: Pair) -> Tensor | dict[str, Tensor]:

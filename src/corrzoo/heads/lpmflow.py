@@ -136,9 +136,7 @@ class LPMFlow(TokenMatcher):
             rptc = self_contrast(match.extras["tokens"], match.extras["masked"], self.neighbours)
             terms["rptc"] = rptc, pair.kps_mask.any(1)
         found = means(terms)
-        if "rptc" not in found:
-            return {"loss": found["epe"], **found}
-        return {"loss": found["epe"] + self.rptc_rate(self.current_epoch) * found["rptc"], **found}
+        return {"loss": found["epe"] + self.rptc_rate(self.current_epoch) * found.get("rptc", 0), **found}
 
     def hide_tokens(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Replace some foreground source tokens (B, 1 + g*g, C) by the sum of the two class tokens; their positions.
