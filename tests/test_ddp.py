@@ -50,6 +50,8 @@ class Step(nn.Module):
         head, options = case.split(",")[0], {"backbone": VIT} | CASES[case]
         self.model = corrzoo.create_matcher(head, weights="random", **options).double()
         self.model.log_dict = lambda terms, **_: self.logged.update({k: v.item() for k, v in terms.items()})
+        self.trainer = Trainer(log_every_n_steps=1, logger=False, enable_checkpointing=False, accelerator="cpu")
+        self.model.trainer = self.trainer  # a logged step reports the mean over processes
         self.model.stage2_from = int(case == "GSF, stage 1")
         self.logged: dict[str, float] = {}
         with torch.no_grad():

@@ -4,9 +4,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+Term = tuple[Tensor, Tensor]
+"""Values of a loss, and a bool of the same shape: where they count."""
+
 
 def endpoint_error(flow: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """EPE: mean Euclidean distance between two flows over the supervised cells of the whole batch (ViTSC eq. 6).
+
+    Arguments as for `endpoint_errors`. Zero, with a gradient of zero, when no cell is supervised.
+    """
+    return mean_where(*endpoint_errors(flow, target, mask))
+
+
+def endpoint_errors(flow: Tensor, target: Tensor, mask: Tensor) -> Term:
+    """Euclidean distance between two flows at each cell, and which cells are supervised.
 
     Args:
         flow: (B, 2, h, w) prediction.
@@ -14,29 +25,31 @@ def endpoint_error(flow: Tensor, target: Tensor, mask: Tensor) -> Tensor:
         mask: (B, h, w) bool, the supervised cells.
 
     Returns:
-        Scalar; zero, with a gradient of zero, when no cell is supervised.
+        (B, h, w) distances, and `mask`. The distance of a cell that is not supervised is a constant.
     """
     flow = flow.to(torch.promote_types(flow.dtype, torch.float32))  # float64 stays what it is
     error = flow - target.to(flow.dtype)
     # The root's gradient is infinite at zero error, and NaN times a zero mask is NaN: mask before the norm.
     error = torch.where(mask.unsqueeze(1), error, torch.ones_like(error))
-    distance = torch.linalg.vector_norm(error, dim=1)
-    return mean_where(distance, mask)
+    return torch.linalg.vector_norm(error, dim=1), mask
+
+
+def means(terms: dict[str, Term]) -> dict[str, Tensor]:
+    """Mean of each term's values where they count, over the batch of all processes together; zero where none counts.
+
+    Distributed training averages the gradients of its processes. The average of means is the mean of all only when
+    each process has as many values. So a process divides its sum by the processes' average count. Its result is a share
+    of the mean, and the average of the shares is the mean on the joined batch. In distributed training, every process
+    has to call this with the same terms: their counts are summed in one collective.
+    """
+    counts = over_processes(torch.stack([where.sum() for _, where in terms.values()])).clamp(min=1)
+    sums = {name: (values * where).sum() for name, (values, where) in terms.items()}
+    return {name: processes() * total / count for (name, total), count in zip(sums.items(), counts, strict=True)}
 
 
 def mean_where(values: Tensor, where: Tensor) -> Tensor:
-    """Mean of the values that count, over the batch of all processes together; zero where none counts.
-
-    Distributed training averages the gradients of its processes, and the average of means is the mean of all only when
-    each process has as many values. So a process divides its sum by the processes' average count: the answer is its
-    share of the mean, and the average of the shares is what one process has on the joined batch. In distributed
-    training, every process has to call this.
-
-    Args:
-        values: Of any shape.
-        where: Which count, bool, of the same shape.
-    """
-    return processes() * (values * where).sum() / over_processes(where.sum()).clamp(min=1)
+    """Mean of the values where they count, see `means`."""
+    return means({"": (values, where)})[""]
 
 
 def over_processes(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from corrzoo.backbones.cache import FeatureCache
 from corrzoo.callbacks import default_callbacks
 from corrzoo.geometry import Size, cosine_maps, pseudo_flow, sample, size_of, transfer
 from corrzoo.images import ImageSource
-from corrzoo.losses import endpoint_error, over_processes, processes
+from corrzoo.losses import Term, endpoint_errors, mean_where, over_processes, processes
 from corrzoo.registry import Registry
 from corrzoo.scoring.evaluation import Evaluation
 from corrzoo.scoring.protocols import check_protocol
@@ -111,17 +111,22 @@ class Matcher(LightningModule, ABC):
     def loss(self, match: Match, pair: Pair) -> Tensor | dict[str, Tensor]:
         """EPE (ViTSC eq. 6) against the pseudo-flow around the keypoints, in cells of the flow's grid.
 
-        our choice, as the paper gives no radius: CATs' share of the image, and at least CATs' share of a cell (17 px
-        of its coarsest grid's 32), so that every keypoint supervises the cell it lies in.
-
         Returns:
             A scalar, or named terms of which `loss` is minimised.
+        """
+        return mean_where(*self.keypoint_errors(match, pair))
+
+    def keypoint_errors(self, match: Match, pair: Pair) -> Term:
+        """Distance of the flow (B, h, w) from the pseudo-flow, in cells, and which cells a keypoint supervises.
+
+        our choice, as the paper gives no radius: CATs' share of the image, and at least CATs' share of a cell (17 px
+        of its coarsest grid's 32), so that every keypoint supervises the cell it lies in.
         """
         image, grid = size_of(pair.src_img), size_of(match.flow)
         stride = max(image) / max(grid)
         radius = CATS_RADIUS * max(max(image) / 512, stride / 32)
         target, mask = pseudo_flow(pair.src_kps, pair.trg_kps, pair.kps_mask, grid, image, radius)
-        return endpoint_error(match.flow / stride, target / stride, mask)
+        return endpoint_errors(match.flow / stride, target / stride, mask)
 
     def match_points(self, src: Features, trg: Features, points: Tensor) -> Tensor:
         """(B, n, 2) source points -> (B, n, 2) matches, in network pixels; by default read from the dense flow."""
@@ -161,11 +166,11 @@ class Matcher(LightningModule, ABC):
 
     def training_features(self, pair: Pair) -> tuple[Features, Features]:
         """Prepared features of a training batch; those of a frozen backbone are computed once per image."""
-        ids = torch.cat([pair.src_id, pair.trg_id])
-        if self._training_features is None or (ids < 0).any():
+        cache = self._training_features
+        if cache is None or min(ids := [*pair.src_id.tolist(), *pair.trg_id.tolist()]) < 0:
             return self.features(pair)
         images = self.backbone.normalise(torch.cat([pair.src_img, pair.trg_img]))
-        return self.prepare(self._training_features(images, ids, self.backbone)).halves()
+        return self.prepare(cache(images, ids, self.backbone)).halves()
 
     def match_images(
         self, src: ImageSource, trg: ImageSource, points: object = None, size: int | Size | None = None
@@ -196,19 +201,12 @@ class Matcher(LightningModule, ABC):
     def training_step(self, pair: Pair, batch_idx: int) -> Tensor:
         found = self.training_losses(pair)
         terms = found if isinstance(found, dict) else {"loss": found}
-        means = over_processes(torch.stack(list(terms.values()))) / processes()
-        logged = {f"train/{name}": mean for name, mean in zip(terms, means, strict=True)}
-        self._require_finite(logged["train/loss"], pair)
+        values = torch.stack([term.detach() for term in terms.values()])
+        if processes() > 1 and (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            values = over_processes(values) / processes()  # in steps that are logged; between, this process's share
+        logged = {f"train/{name}": value for name, value in zip(terms, values, strict=True)}
         self.log_dict(logged, prog_bar=True, batch_size=len(pair.index))
         return terms["loss"]
-
-    def _require_finite(self, loss: Tensor, pair: Pair) -> None:
-        if not torch.isfinite(loss):  # the mean over processes, so that all of them stop
-            pairs = torch.as_tensor(self.all_gather(pair.index)).flatten().tolist()
-            raise ZooError(
-                f"the loss is {loss.item()} at step {self.global_step} on the pairs {pairs}: "
-                "lower --model.lr and --model.backbone_lr, or look at these pairs with dataset.record(i)"
-            )
 
     def setup(self, stage: str) -> None:
         if self.trainer.precision in ("bf16-true", "16-true"):  # it rounds the keypoints, too: 375 px become 376

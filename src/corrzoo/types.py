@@ -87,7 +87,7 @@ class Pair(NamedTuple):
     """(B,) int64 position in the benchmark: what makes evaluation by many processes exact."""
     src_id: Tensor
     """(B,) int64 image number in the dataset: what lets an image's features be computed once; -1 when augmented.
-    A mirrored image has another number than the image."""
+    A mirrored image has another number than the image. Image numbers stay on the CPU."""
     trg_id: Tensor
     """(B,) int64."""
     category: Tensor

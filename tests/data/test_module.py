@@ -235,3 +235,11 @@ def test_refresh_parses_annotations_again(tmp_path):
     path.write_text(path.read_text().replace('"src_kps": [[8, 8]', '"src_kps": [[9, 8]'))
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
     assert (old, first(False), first(True), first(False)) == ([8, 8], [8, 8], [9, 8], [9, 8])
+
+
+def test_image_numbers_stay_on_the_cpu_and_the_rest_of_a_batch_moves():
+    data = module()
+    data.setup("test")
+    pair = next(iter(data.test_dataloader()[0]))
+    moved = data.transfer_batch_to_device(pair, torch.device("meta"), 0)
+    assert {name for name in pair._fields if getattr(moved, name).device.type == "cpu"} == {"src_id", "trg_id"}

@@ -13,7 +13,8 @@ import yaml
 
 import corrzoo
 from corrzoo.geometry import sample
-from corrzoo.heads.vitsc import CrossPerception, LowEncoder, position_encoding, projection, triplet_loss
+from corrzoo.heads.vitsc import CrossPerception, LowEncoder, position_encoding, projection, triplet_losses
+from corrzoo.losses import mean_where
 from corrzoo.matcher import HEADS
 from corrzoo.scoring.evaluation import Evaluation
 from corrzoo.types import Features, Match, ZooError
@@ -349,12 +350,12 @@ def test_triplet_loss_equals_equations_9_and_10_in_loops():
         if n > 1:
             each.append(total / (n * (n - 1)))
     expected = torch.tensor(sum(each) / len(each), dtype=torch.float64)
-    torch.testing.assert_close(triplet_loss(src, trg, mask, 0.3), expected)
+    torch.testing.assert_close(mean_where(*triplet_losses(src, trg, mask, 0.3)), expected)
 
 
 def test_triplet_loss_of_equal_features_has_a_finite_gradient():
     src = torch.ones(1, 3, 4, requires_grad=True)
-    loss = triplet_loss(src, src.detach(), torch.ones(1, 3, dtype=torch.bool), 0.3)
+    loss = mean_where(*triplet_losses(src, src.detach(), torch.ones(1, 3, dtype=torch.bool), 0.3))
     loss.backward()
     assert loss.item() == pytest.approx(0.3) and torch.isfinite(src.grad).all()
 
@@ -376,7 +377,7 @@ def test_the_loss_is_equation_11_at_full_resolution():
                     errors.append(math.dist(flow[0, :, y, x].tolist(), [q[0] - p[0], q[1] - p[1]]))
     assert terms["epe"].item() == pytest.approx(sum(errors) / len(errors), rel=1e-5)
     points = [F.normalize(sample(m, k, (64, 64)), dim=-1) for m, k in zip(maps, (kps, pair.trg_kps), strict=True)]
-    triplet = triplet_loss(*points, pair.kps_mask, 0.2)
+    triplet = mean_where(*triplet_losses(*points, pair.kps_mask, 0.2))
     torch.testing.assert_close(terms["triplet"], triplet)
     torch.testing.assert_close(terms["loss"], 0.5 * terms["epe"] + 7 * triplet, check_dtype=False)
     assert "triplet" not in head(triplet_weight=0.0).loss(Match(flow), pair)

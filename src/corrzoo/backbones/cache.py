@@ -1,6 +1,6 @@
 """A cache of image features. In SPair-71k's test split an image recurs in 68 pairs on average."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,24 +27,23 @@ class FeatureCache:
         """Bytes of the cached features."""
         return self._cache.used
 
-    def __call__(self, images: Tensor, ids: Tensor, compute: Callable[[Tensor], Features]) -> Features:
-        """Features of normalised images (B, 3, H, W) with numbers `ids` (B,); `compute` is called for the missing."""
-        wanted = ids.tolist()
+    def __call__(self, images: Tensor, ids: Sequence[int], compute: Callable[[Tensor], Features]) -> Features:
+        """Features of normalised images (B, 3, H, W) with numbers `ids`; `compute` is called for the missing."""
         first: dict[int, int] = {}  # image number -> its first row in the batch
-        for row, image in enumerate(wanted):
+        for row, image in enumerate(ids):
             first.setdefault(image, row)
         known = {image: kept for image in first if (kept := self._cache.get(image)) is not None}
         missing = [image for image in first if image not in known]
         batches = [[image] for image in missing] if images.device.type == "cpu" else [missing]
         for batch in filter(None, batches):
-            fresh = compute(images[torch.tensor([first[image] for image in batch], device=images.device)])
+            fresh = compute(torch.stack([images[first[image]] for image in batch]))
             for row, image in enumerate(batch):
                 # a view would keep its whole batch in memory
                 cls = None if fresh.cls is None else fresh.cls[row].clone()
                 known[image] = ([level[row].clone() for level in fresh.maps], cls)
         for image in first:
             self._cache.put(image, known[image])
-        rows = [known[image] for image in wanted]
+        rows = [known[image] for image in ids]
         maps = [_stack(level) for level in zip(*(maps for maps, _ in rows), strict=True)]
         cls = None if rows[0][1] is None else torch.stack([c for _, c in rows if c is not None])
         return Features(images, maps, cls)

@@ -2,6 +2,7 @@
 
 from lightning.pytorch import Callback
 
+from corrzoo.callbacks.finite import FiniteLoss
 from corrzoo.callbacks.pictures import PICTURES, MatchImages
 from corrzoo.callbacks.results import ResultsWriter, ScoreTable
 from corrzoo.callbacks.resume import RandomState, StopSignals
@@ -10,5 +11,6 @@ __all__ = ["PICTURES", "MatchImages", "ResultsWriter", "ScoreTable", "default_ca
 
 
 def default_callbacks() -> list[Callback]:
-    """What every run has: result files, pictures of predictions, and a clean end on signals."""
-    return [ResultsWriter(), MatchImages(kinds=list(PICTURES), stages=["predict"]), StopSignals(), RandomState()]
+    """What every run has: the loss is checked, results and pictures are written, signals end it cleanly."""
+    pictures = MatchImages(kinds=list(PICTURES), stages=["predict"])
+    return [FiniteLoss(), ResultsWriter(), pictures, StopSignals(), RandomState()]

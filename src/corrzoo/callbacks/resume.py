@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.distributed import ReduceOp
 
+from corrzoo.callbacks.finite import HostCopy
 from corrzoo.callbacks.folder import run_folder
 from corrzoo.files import whole_file
 from corrzoo.types import ZooError
@@ -178,6 +179,7 @@ class StopSignals(Callback):
 
     def __init__(self) -> None:
         self._asked, self._done, self._speaks = 0, 0, False
+        self._heard: HostCopy | None = None
         self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -192,16 +194,27 @@ class StopSignals(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if may_go_on_from(trainer, batch_idx):
-            self._heed(trainer, pl_module)
+            self._heed(self._agree(trainer, pl_module, wait=False), trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._heed(trainer, pl_module, trainer.checkpoint_callbacks)  # whose turn would be behind this
+        # the checkpoint callbacks' turn would be after this
+        self._heed(self._agree(trainer, pl_module, wait=True), trainer, pl_module, trainer.checkpoint_callbacks)
 
-    def _heed(self, trainer: Trainer, pl_module: LightningModule, first: Sequence[Callback] = ()) -> None:
-        asked = self._asked
-        if trainer.world_size > 1:  # a signal reaches one process first, and all must leave behind the same step
-            torch.distributed.all_reduce(heard := torch.tensor(asked, device=pl_module.device), ReduceOp.MAX)
-            asked = int(heard)
+    def _agree(self, trainer: Trainer, pl_module: LightningModule, wait: bool) -> int:
+        """A signal that any process has got, so that all stop after the same step; of the step before without `wait`.
+
+        Without `wait`, no process waits for the device to finish the running step.
+        """
+        if trainer.world_size == 1:
+            return self._asked
+        heard = torch.full((), self._asked, device=pl_module.device)
+        torch.distributed.all_reduce(heard, ReduceOp.MAX)
+        before, self._heard = self._heard, HostCopy(heard)
+        if wait:
+            return int(self._heard.read())
+        return 0 if before is None else int(before.read())
+
+    def _heed(self, asked: int, trainer: Trainer, pl_module: LightningModule, first: Sequence[Callback] = ()) -> None:
         if not asked or asked == self._done:
             return
         self._done = asked

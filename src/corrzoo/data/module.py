@@ -153,6 +153,11 @@ class PairsDataModule(LightningDataModule):
     def predict_dataloader(self) -> list[DataLoader[Pair]]:
         return self.test_dataloader()
 
+    def transfer_batch_to_device(self, batch: Pair, device: torch.device, dataloader_idx: int) -> Pair:
+        """Move a batch, less the image numbers: the feature cache reads them, and must not wait for the device."""
+        moved: Pair = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return moved._replace(src_id=batch.src_id, trg_id=batch.trg_id)
+
     def _wanted(self, stage: str | None) -> list[tuple[str, str]]:
         if stage is None:  # Lightning does not pass the stage to prepare_data
             stage = self.trainer.state.fn if self.trainer else "fit"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from corrzoo import ops
 from corrzoo.geometry import Size, cell_centres, cells_to_pixels, sample, size_of
 from corrzoo.heads.levels import resize
-from corrzoo.losses import mean_where
+from corrzoo.losses import Term, means
 from corrzoo.matcher import HEADS, Matcher
 from corrzoo.precision import full, full_precision
 from corrzoo.types import Features, Match, Pair, ZooError
@@ -32,8 +32,6 @@ OBJECT = 0.1
 TRUST = 4.0
 """our choice: added to the pruning network's logits, which start at 0. At sigma(0) = 0.5 no match would pass rho."""
 GROUPS = 8
-Term = tuple[Tensor, Tensor]
-"""A term of the loss: values of any shape, and a bool mask of those to average."""
 
 
 class Guidance(NamedTuple):
@@ -217,8 +215,8 @@ class GSF(Matcher):
 
     def weighted(self, terms: dict[str, Term]) -> dict[str, Tensor]:
         """Means (our choice; with the sums of the paper, weights depend on grid and batch) and their sum, `loss`."""
-        means = {name: mean_where(*term) for name, term in terms.items()}
-        return {"loss": torch.stack([self.term_weights[name] * mean for name, mean in means.items()]).sum(), **means}
+        found = means(terms)
+        return {"loss": torch.stack([self.term_weights[name] * mean for name, mean in found.items()]).sum(), **found}
 
     @property
     def stage(self) -> Literal[1, 2]:

@@ -31,7 +31,7 @@ from corrzoo.heads.tokens import (
     offsets,
     upscale,
 )
-from corrzoo.losses import mean_where
+from corrzoo.losses import means
 from corrzoo.matcher import HEADS
 from corrzoo.precision import full, full_precision
 from corrzoo.types import Features, Match, Pair, ZooError
@@ -131,13 +131,12 @@ class LPMFlow(TokenMatcher):
 
     def loss(self, match: Match, pair: Pair) -> dict[str, Tensor]:
         """EPE and, where tokens were replaced, the self-contrastive loss of the pairs that have keypoints."""
-        epe = super().loss(match, pair)
-        assert isinstance(epe, Tensor)
-        if "masked" not in match.extras:
-            return {"loss": epe, "epe": epe}
-        rptc = self_contrast(match.extras["tokens"], match.extras["masked"], self.neighbours)
-        rptc = mean_where(rptc, pair.kps_mask.any(1))
-        return {"loss": epe + self.rptc_rate(self.current_epoch) * rptc, "epe": epe, "rptc": rptc}
+        terms = {"epe": self.keypoint_errors(match, pair)}
+        if "masked" in match.extras:
+            rptc = self_contrast(match.extras["tokens"], match.extras["masked"], self.neighbours)
+            terms["rptc"] = rptc, pair.kps_mask.any(1)
+        found = means(terms)
+        return {"loss": found["epe"] + self.rptc_rate(self.current_epoch) * found.get("rptc", 0), **found}
 
     def hide_tokens(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Replace some foreground source tokens (B, 1 + g*g, C) by the sum of the two class tokens; their positions.

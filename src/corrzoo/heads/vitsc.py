@@ -25,7 +25,7 @@ from corrzoo.geometry import (
     size_of,
 )
 from corrzoo.heads.levels import resize, stack_levels, stride_grid
-from corrzoo.losses import mean_where
+from corrzoo.losses import Term, means
 from corrzoo.matcher import HEADS, Matcher
 from corrzoo.precision import full
 from corrzoo.types import Features, Match, Pair, ZooError
@@ -166,15 +166,14 @@ class ViTSC(Matcher):
 
     def loss(self, match: Match, pair: Pair) -> dict[str, Tensor]:
         """Eq. 11: EPE in pixels around the keypoints, and the triplet loss of the features at the keypoints."""
-        epe = super().loss(match, pair)
-        assert isinstance(epe, Tensor)
-        terms = {"loss": self.epe_weight * epe, "epe": epe}
+        terms = {"epe": self.keypoint_errors(match, pair)}
         if self.triplet_weight:
             src = sample(match.extras["src"], pair.src_kps, size_of(pair.src_img))
             trg = sample(match.extras["trg"], pair.trg_kps, size_of(pair.trg_img))
-            triplet = triplet_loss(F.normalize(src, dim=-1), F.normalize(trg, dim=-1), pair.kps_mask, self.margin)
-            terms |= {"loss": terms["loss"] + self.triplet_weight * triplet, "triplet": triplet}
-        return terms
+            src, trg = F.normalize(src, dim=-1), F.normalize(trg, dim=-1)
+            terms["triplet"] = triplet_losses(src, trg, pair.kps_mask, self.margin)
+        found, weights = means(terms), {"epe": self.epe_weight, "triplet": self.triplet_weight}
+        return {"loss": torch.stack([weights[name] * mean for name, mean in found.items()]).sum(), **found}
 
 
 # ---------------------------------------------------------------------- 4.1: cross-perception
@@ -330,7 +329,7 @@ class FlowUpsampler(nn.Module):
 # ---------------------------------------------------------------------- 4.3: the triplet loss
 
 
-def triplet_loss(src: Tensor, trg: Tensor, mask: Tensor, margin: float) -> Tensor:
+def triplet_losses(src: Tensor, trg: Tensor, mask: Tensor, margin: float) -> Term:
     """Eqs. 9 and 10: each keypoint's feature is nearer to its match than to any other keypoint's, by a margin.
 
     Args:
@@ -340,14 +339,14 @@ def triplet_loss(src: Tensor, trg: Tensor, mask: Tensor, margin: float) -> Tenso
         margin: m.
 
     Returns:
-        Scalar: the mean over a pair's N (N - 1) triplets, then over the pairs with two keypoints or more.
+        (B,) mean over each pair's N (N - 1) triplets, and which pairs count: those with two keypoints or more.
     """
     distance = torch.cdist(src, trg, compute_mode="donot_use_mm_for_euclid_dist")  # (B, K, K), exact if small, too
     positive = distance.diagonal(dim1=1, dim2=2).unsqueeze(2)
     triplets = mask.unsqueeze(2) & mask.unsqueeze(1) & ~torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
     count = triplets.sum((1, 2))
     each = ((positive - distance + margin).relu() * triplets).sum((1, 2)) / count.clamp(min=1)
-    return mean_where(each, count > 0)
+    return each, count > 0
 
 
 # ---------------------------------------------------------------------- helpers

@@ -65,8 +65,8 @@ class Evaluation:
 
     def features(self, pair: Pair) -> tuple[Features, Features]:
         """Prepared features of both images, each image computed once."""
-        ids = torch.cat([pair.src_id, pair.trg_id])
-        if (ids < 0).any():
+        ids = [*pair.src_id.tolist(), *pair.trg_id.tolist()]
+        if min(ids) < 0:
             return self.matcher.features(pair)
         images = self.matcher.backbone.normalise(torch.cat([pair.src_img, pair.trg_img]))
         return self._cache(images, ids, lambda new: self.matcher.prepare(self.matcher.backbone(new))).halves()
