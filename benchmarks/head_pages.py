@@ -11,6 +11,7 @@ import re
 import sys
 import tokenize
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +20,10 @@ import yaml
 
 from corrzoo.files import table
 from corrzoo.heads import HEADS, list_heads
+from corrzoo.leaderboard.papers import rank_papers, read_papers
 from corrzoo.leaderboard.render import to_markdown
-from corrzoo.leaderboard.results import Ranking, find_results, rank, rank_papers, read_papers, read_results
+from corrzoo.leaderboard.results import find_results, rank, read_results
+from corrzoo.leaderboard.rows import Ranking
 from corrzoo.matcher import Matcher
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -171,9 +174,13 @@ def link(path: Path) -> str:
 
 
 def of_head(rankings: list[Ranking], head: str) -> list[Ranking]:
-    """Rankings with the rows of one head alone."""
-    found = [r._replace(rows=[row for row in r.rows if row.head == head]) for r in rankings]
-    return [ranking for ranking in found if ranking.rows]
+    """The rankings of one head's rows, with new places."""
+    out = []
+    for ranking in rankings:
+        rows = [row for row in ranking.rows if row.head == head]
+        if rows:
+            out.append(ranking._replace(rows=[replace(row, place=place) for place, row in enumerate(rows, 1)]))
+    return out
 
 
 def page(head: str, measured: list[Ranking], published: list[Ranking]) -> str:
@@ -204,9 +211,9 @@ def page(head: str, measured: list[Ranking], published: list[Ranking]) -> str:
             else []
         ),
         "## Measured\n",
-        re.sub("^### ", "### benchmarks/results/", to_markdown(measured), flags=re.M) or "Nothing yet.",
+        to_markdown(measured) or "Nothing yet.",
         "## Published\n",
-        re.sub("^### published\n", "", to_markdown(published), flags=re.M) or "Nothing.",
+        to_markdown(published) or "Nothing.",
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
@@ -232,7 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="exit with 1 when a page is not what would be written")
     check = parser.parse_args().check
-    papers = read_papers(ROOT / "benchmarks" / "papers.csv")
+    papers = read_papers()
     measured = rank(read_results(find_results([ROOT / "benchmarks" / "results"]), sys.exit), papers)
     published = rank_papers(papers)
     pages = {

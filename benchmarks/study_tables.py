@@ -8,7 +8,8 @@ from typing import Any
 
 from corrzoo.errors import ZooError
 from corrzoo.files import table
-from corrzoo.leaderboard.results import Spread, find_results, read_results
+from corrzoo.leaderboard.results import find_results, read_results
+from corrzoo.leaderboard.rows import Spread
 
 RESULTS, ABLATIONS = Path(__file__).parent / "results", Path(__file__).parents[1] / "zoo_configs" / "ablation"
 Result = dict[str, Any]

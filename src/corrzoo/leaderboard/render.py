@@ -1,133 +1,139 @@
-"""Rankings as Markdown, CSV, LaTeX and one HTML page."""
+"""Rankings as Markdown, CSV and one HTML page."""
 
 import csv
 import io
 import json
 import re
-from collections.abc import Callable, Sequence
-from html import escape
+from collections.abc import Sequence
 from importlib.resources import files
-from math import inf
-from operator import attrgetter
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from corrzoo.files import table
-from corrzoo.leaderboard.results import Ranking, Row, Spread
+from corrzoo.leaderboard.rows import Ranking, Row, Spread
 
 COSTS = {
     "ms_per_pair": ("ms / pair", ",.1f"),
-    "params_head": ("head, M", ",.2f"),
-    "params_backbone": ("backbone, M", ",.2f"),
-    "peak_memory_mb": ("MB", ",.0f"),
+    "params_head": ("head params (M)", ",.2f"),
+    "params_backbone": ("backbone params (M)", ",.2f"),
+    "peak_memory_mb": ("memory (MB)", ",.0f"),
 }
-"""A row's costs: their column's title, and how a number is written."""
+"""Column title and number format of each cost."""
+FORMATS = dict(COSTS.values()) | {"published": ".1f", "difference": "+.1f"}
+WORDS = {
+    **{"spair71k": "SPair-71k", "pfpascal": "PF-PASCAL", "pfwillow": "PF-WILLOW", "cub": "CUB-200-2011"},
+    **{"caltech101": "Caltech-101", "ap10k": "AP-10K", "spair_u": "SPair-U"},
+    **{"synthetic": "synthetic pairs", "synthetic_warps": "synthetic warps", "none": "training-free (zero-shot)"},
+}
+"""Names of datasets and kinds of supervision, for readers."""
+SHARED = {
+    **{"supervision": "supervision: {}", "trained on": "trained on {}", "pairs seen": "{} training pairs seen"},
+    **{"px": "{} px", "seeds": "seeds: {}", "device": "device: {}"},
+}
+"""Columns that a ranking's heading replaces if all rows agree, and how it states the value."""
 FOLD = 12
-"""In Markdown, a table of more rows is folded."""
+"""Markdown folds longer tables."""
 
 
-class Column(NamedTuple):
-    """One column of a ranking."""
-
-    title: str
-    value: Callable[[Row], Any]
-    """None, or an empty string, where nothing was measured or published."""
-    kind: Literal["text", "number", "score"] = "text"
-    form: str = ""
-
-    def text(self, row: Row) -> str:
-        """The cell."""
-        value = self.value(row)
-        return "" if value is None else format(value, self.form) if self.form else str(value)
-
-    def key(self, row: Row) -> float:
-        """What a number is ranked and sorted by; none comes last."""
-        value = self.value(row)
-        return -inf if value is None else value.mean if isinstance(value, Spread) else value
+def tabulate(ranking: Ranking) -> tuple[list[str], list[str], list[dict[str, Any]]]:
+    """What all rows share, in words; the titles of the other columns that are not empty; and the cells of each row."""
+    rows, shared, titles = [_cells(row, ranking) for row in ranking.rows], [], []
+    for title in rows[0]:
+        texts = {text_of(title, row[title]) for row in rows}
+        if title in SHARED and len(rows) > 1 and len(texts) == 1 and "" not in texts:
+            shared.append(SHARED[title].format(*texts))
+        elif texts != {""}:
+            titles.append(title)
+    return shared, titles, rows
 
 
-def columns(ranking: Ranking) -> list[Column]:
-    """A ranking's columns, less those with nothing in them."""
-    titles = {"head": "head", "backbone": "backbone", "variant": "variant", "trained": "trained on", "resolution": "px"}
-    out = [Column(title, attrgetter(name)) for name, title in titles.items()]
-    out += [Column("runs", lambda row: row.runs or None, "number")]
+def _cells(row: Row, ranking: Ranking) -> dict[str, Any]:
     short = {measure: measure.removeprefix("PCK ") for measure in ranking.measures}
-    out += [Column(measure, _item("measured", measure), "score") for measure in short]
-    out += [Column(f"published {name}", _item("published", m), "score", ".1f") for m, name in short.items()]
-    out += [Column(f"difference {name}", _difference(m), "number", "+.1f") for m, name in short.items()]
-    out += [Column(title, _item("costs", key), "number", form) for key, (title, form) in COSTS.items()]
-    out += [Column("source", attrgetter("source"))]
-    if len({row.device for row in ranking.rows}) > 1:  # then no time compares with another
-        out.append(Column("device", attrgetter("device")))
-    return [column for column in out if any(column.text(row) for row in ranking.rows)]
+    return {
+        "#": row.place,
+        "method": row.head,
+        "backbone": row.backbone,
+        "variant": row.variant,
+        "supervision": in_full(row.supervision),
+        "trained on": in_full(row.trained),
+        "pairs seen": row.pairs_seen,
+        "px": row.resolution,
+        "seeds": row.runs or None,
+        **{measure: row.measured.get(measure) for measure in short},
+        **{f"published {name}": row.published.get(measure) for measure, name in short.items()},
+        **{f"difference {name}": row.difference(measure) for measure, name in short.items()},
+        **{COSTS[cost][0]: row.costs.get(cost) for cost in ("ms_per_pair", "params_head")},  # plots show the others
+        "source": row.source,
+        "device": row.device,
+    }
 
 
-def _item(name: str, key: Any) -> Callable[[Row], Any]:
-    return lambda row: getattr(row, name).get(key)
+def text_of(title: str, value: Any) -> str:
+    """A cell as text; empty if there is no value."""
+    if isinstance(value, int | float):
+        return format(value, FORMATS.get(title) or FORMATS.get(title.partition(" ")[0], ","))
+    return "" if value is None else str(value)
 
 
-def _difference(measure: str) -> Callable[[Row], float | None]:
-    return lambda row: row.difference(measure)
+def in_full(name: str) -> str:
+    """Name of a dataset or kind of supervision for readers: "cub (100 species)" -> "CUB-200-2011 (100 species)"."""
+    word, *note = name.split(" ", 1)
+    return " ".join([WORDS.get(word, word), *note])
 
 
-def title_of(ranking: Ranking) -> str:
-    """What the rows of a ranking have in common."""
-    pairs = f"{ranking.pairs} pairs" if ranking.pairs else ""
-    return ", ".join(filter(None, [f"{ranking.dataset} {ranking.split}", pairs, ranking.protocol, ranking.options]))
+def heading_of(ranking: Ranking) -> tuple[str, list[str]]:
+    """The dataset with its options; and origin, split, number of pairs, and protocol or threshold."""
+    title = ", ".join(filter(None, [in_full(ranking.dataset), in_words(ranking.options)]))
+    if not ranking.rows[0].runs:
+        return title, ["published", f"{ranking.split} split", ranking.protocol.replace("published:", "threshold ")]
+    pairs = [f"{ranking.pairs} pairs"] if ranking.pairs else []
+    return title, [f"measured, study {ranking.study}", f"{ranking.split} split", *pairs, f"protocol {ranking.protocol}"]
+
+
+def in_words(options: dict[str, Any]) -> str:
+    """Options as words: {"length": 400, "noise": {"blur": 2}} -> "length 400, noise blur 2"."""
+    phrases = []
+    for name, value in options.items():
+        value = in_words(value) if isinstance(value, dict) else value
+        value = " ".join(map(str, value)) if isinstance(value, list) else value
+        phrases.append(name.replace("_", " ") + ("" if value is True else f" {value}"))
+    return ", ".join(phrases)
 
 
 def to_markdown(rankings: Sequence[Ranking]) -> str:
-    """A table for each ranking, each study under its name; a long one is folded."""
-    lines, study = [], ""
+    """A heading and a table for each ranking. Long tables and those of synthetic datasets are folded."""
+    lines = []
     for ranking in rankings:
-        lines += [f"### {ranking.study}", ""] if ranking.study != study else []
-        study, shown = ranking.study, [c for c in columns(ranking) if c.title not in ("backbone, M", "MB")]
-        title = title_of(ranking) + (f" (flaw: {ranking.flaw})" if ranking.flaw else "")
-        folded = len(ranking.rows) > FOLD
-        lines += [f"<details><summary>{title}: {len(ranking.rows)} rows</summary>" if folded else title, ""]
-        rows = ([str(place), *(column.text(row) for column in shown)] for place, row in enumerate(ranking.rows, 1))
-        numbers = [0, *(k for k, column in enumerate(shown, 1) if column.kind != "text")]
-        lines += [table(["#", *(column.title for column in shown)], rows, numbers), ""]
+        (title, details), (shared, titles, rows) = heading_of(ranking), tabulate(ranking)
+        flaw = [f"flaw: {ranking.flaw}"] if ranking.flaw else []
+        lines += [f"### {_plain(title)}", "", _plain(", ".join([*details, *shared, *flaw])), ""]
+        folded = len(rows) > FOLD or ranking.dataset.startswith("synthetic")
+        lines += [f"<details><summary>{len(rows)} rows</summary>", ""] if folded else []
+        numbers = [k for k, name in enumerate(titles) if any(_number(row[name]) is not None for row in rows)]
+        lines += [table(titles, ([_plain(text_of(t, row[t])) for t in titles] for row in rows), numbers), ""]
         lines += ["</details>", ""] if folded else []
     return "\n".join(lines)
 
 
-def to_latex(rankings: Sequence[Ranking]) -> str:
-    """A table for each ranking, the best score of a column in bold."""
-    lines = ["% \\usepackage{booktabs}"]
-    for ranking in rankings:
-        shown = columns(ranking)
-        best = {c.title: max(map(c.key, ranking.rows)) for c in shown if c.kind == "score"}
-
-        def cell(column: Column, row: Row, best: dict[str, float] = best) -> str:
-            text = re.sub(r"([&%$#_{}])", r"\\\1", column.text(row)).replace("±", "$\\pm$")
-            return f"\\textbf{{{text}}}" if column.title in best and column.key(row) == best[column.title] else text
-
-        lines += [
-            f"\n% {ranking.study}: {title_of(ranking)}",
-            f"\\begin{{tabular}}{{{''.join('l' if column.kind == 'text' else 'r' for column in shown)}}}",
-            f"\\toprule\n{' & '.join(column.title for column in shown)} \\\\\n\\midrule",
-            *(" & ".join(cell(column, row) for column in shown) + " \\\\" for row in ranking.rows),
-            "\\bottomrule\n\\end{tabular}",
-        ]
-    return "\n".join(lines) + "\n"
+def _plain(text: str) -> str:
+    """Text in one line that Markdown shows as it is."""
+    return re.sub(r"([\\`*<\[])", r"\\\1", " ".join(text.split()))
 
 
 def to_csv(rankings: Sequence[Ranking]) -> str:
-    """A line for each measured row, measure and group of pairs: all, then each category and difficulty."""
+    """A line for each measured row, measure and group of pairs: all pairs first, then each category and difficulty."""
     lines = []
-    for ranking in rankings:
-        shared = {k: getattr(ranking, k) for k in "study dataset split protocol pairs options".split()}
-        for place, row in enumerate(ranking.rows, 1):
-            who = {k: getattr(row, k) for k in "head backbone variant trained resolution device".split()}
-            who |= {"runs": row.runs or None} | {key: row.costs.get(key) for key in COSTS}
-            for measure, (mean, deviation) in row.measured.items():
-                line = shared | {"place": place} | who | {"measure": measure, "group": "", "level": ""}
-                numbers = {"measured": mean, "deviation": deviation, "published": row.published.get(measure)}
-                lines.append(line | numbers | {"difference": row.difference(measure), "source": row.source})
-                for (group, level), found in row.groups.items():
-                    mean, deviation = found[measure]
-                    numbers = {"measured": mean, "deviation": deviation}
-                    lines.append(line | {"group": group, "level": level} | numbers)
+    for ranking, row in ((one, row) for one in rankings for row in one.rows):
+        line = {k: getattr(ranking, k) for k in "study dataset split protocol pairs".split()}
+        line["options"] = in_words(ranking.options)
+        line |= {k: getattr(row, k) for k in "place head backbone variant supervision trained pairs_seen".split()}
+        line |= {k: getattr(row, k) for k in "resolution device runs".split()} | {k: row.costs.get(k) for k in COSTS}
+        for (group, level), scores in ({("", ""): row.measured} | row.groups).items():
+            for measure, (mean, deviation) in scores.items():
+                line |= {"measure": measure, "group": group, "level": level, "measured": mean, "deviation": deviation}
+                line["published"] = None if group else row.published.get(measure)
+                line["difference"] = None if group else row.difference(measure)
+                line["source"] = "" if group else row.source
+                lines.append({key: _no_formula(value) for key, value in line.items()})
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, lines[0], lineterminator="\n")
     writer.writeheader()
@@ -135,60 +141,51 @@ def to_csv(rankings: Sequence[Ranking]) -> str:
     return text.getvalue()
 
 
+def _no_formula(value: Any) -> Any:
+    """Quote text that a spreadsheet would execute."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+
+
 def to_html(rankings: Sequence[Ranking]) -> str:
-    """One page that needs no other file and no network."""
-    page = (files("corrzoo.leaderboard") / "page.html").read_text()
-    data = [
-        {
-            "headline": ranking.headline,
-            "rows": [
-                {
-                    "variant": row.variant or row.source.split(",")[0] * (not row.runs),
-                    "scores": {measure: spread.mean for measure, spread in row.measured.items()} or row.published,
-                    "groups": [
-                        [*group, {m: spread.mean for m, spread in v.items()}] for group, v in row.groups.items()
-                    ],
-                    "costs": row.costs,
-                }
-                for row in ranking.rows
-            ],
-        }
-        for ranking in rankings
-    ]
-    tables = "\n".join(_section(i, ranking) for i, ranking in enumerate(rankings))
-    titles = json.dumps({key: title for key, (title, _) in COSTS.items()})
-    content = {"tables": tables, "costs": titles, "data": json.dumps(data).replace("<", "\\u003c")}
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: content[found[1]], page)
+    """One page that needs no other file and no network. Its script builds tables and plots from the data in it."""
+
+    def order(ranking: Ranking) -> tuple[bool, ...]:  # SPair-71k as published, measured, other published, synthetic
+        published, spair = not ranking.rows[0].runs, ranking.dataset == "spair71k"
+        return ranking.dataset.startswith("synthetic"), not (published and spair), published, not spair
+
+    data = [_data(ranking) for ranking in sorted(rankings, key=order)]
+    titles = {cost: title for cost, (title, _) in COSTS.items()}
+    page = (files("corrzoo.leaderboard") / "page.html").read_text(encoding="utf-8")
+    return page.replace("{{data}}", json.dumps({"costs": titles, "rankings": data}).replace("<", "\\u003c"))
 
 
-def _section(number: int, ranking: Ranking) -> str:
-    """A ranking's heading and table; the page's script adds the plots."""
-    shown, (what, *rest) = columns(ranking), title_of(ranking).split(", ", 1)
-    head = '<th scope="col" aria-sort="none"{}><button type="button">{}</button></th>'
-    heads = [head.format("" if c.kind == "text" else ' class="n"', escape(c.title)) for c in shown]
-    rows = [
-        f'<tr data-head="{escape(row.head)}" data-backbone="{escape(row.backbone)}"><td class="n" data-key="{place}">'
-        f"{place}</td>{''.join(_cell(column, row) for column in shown)}</tr>"
-        for place, row in enumerate(ranking.rows, 1)
-    ]
-    flaw = f'<p class="flaw">A flaw of this protocol: {escape(ranking.flaw)}</p>' if ranking.flaw else ""
-    return f"""<section data-dataset="{escape(ranking.dataset)}" data-protocol="{escape(ranking.protocol)}">
-<p class="study">{escape(ranking.study)}</p>
-<h2 id="t{number}">{escape(what)}{"".join(f" <span>{escape(more)}</span>" for more in rest)}</h2>
-{flaw}<div class="scroll"><table aria-labelledby="t{number}">
-<thead><tr>{head.format(' class="n"', "#").replace("none", "ascending")}{"".join(heads)}</tr></thead>
-<tbody>
-{chr(10).join(rows)}
-</tbody></table></div>
-<div class="plots"></div>
-</section>"""
+def _data(ranking: Ranking) -> dict[str, Any]:
+    (title, details), (shared, titles, rows) = heading_of(ranking), tabulate(ranking)
+    return {
+        "dataset": in_full(ranking.dataset),
+        "protocol": ranking.protocol,
+        "title": title,
+        "details": [*details, *shared],
+        "flaw": ranking.flaw,
+        "folded": ranking.dataset.startswith("synthetic"),
+        "headline": ranking.headline,
+        "titles": titles,
+        "rows": [
+            {
+                "head": row.head,
+                "backbone": row.backbone,
+                "variant": row.variant,
+                "supervision": in_full(row.supervision) * (row.runs > 0),
+                "cells": [[text_of(name, cells[name]), _number(cells[name])] for name in titles],
+                "scores": {measure: spread.mean for measure, spread in row.measured.items()} or row.published,
+                "groups": [[*group, {m: spread.mean for m, spread in v.items()}] for group, v in row.groups.items()],
+                "costs": row.costs,
+            }
+            for row, cells in zip(ranking.rows, rows, strict=True)
+        ],
+    }
 
 
-def _cell(column: Column, row: Row) -> str:
-    text = escape(column.text(row))
-    if column.kind == "text":
-        return f'<th scope="row">{text}</th>' if column.title == "head" else f"<td>{text}</td>"
-    if not text:
-        return '<td class="n" data-key=""></td>'
-    bar = f' bar" style="--v:{column.key(row):.1f}' if column.kind == "score" else ""
-    return f'<td class="n{bar}" data-key="{column.key(row)}">{text}</td>'
+def _number(value: Any) -> float | None:
+    """The number that a cell is sorted by; None for text and for empty cells."""
+    return value.mean if isinstance(value, Spread) else value if isinstance(value, int | float) else None

@@ -1,4 +1,4 @@
-"""benchmarks/papers.csv against the texts of the papers: how many numbers, in which order, and what they average to."""
+"""papers.csv against the texts of the papers: how many numbers, in which order, and what they average to."""
 
 import csv
 import re
@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from corrzoo.leaderboard.papers import PAPERS
+from corrzoo.leaderboard.rows import SUPERVISION
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {path.stem for path in (ROOT / "zoo_configs").rglob("*.yaml")}
-with (ROOT / "benchmarks" / "papers.csv").open() as file:
+with PAPERS.open() as file:
     ROWS = list(csv.DictReader(file))
 
 COUNTS = {
@@ -64,6 +67,7 @@ def test_cells_are_what_the_leaderboard_expects():
         assert row["dataset"] in ("", "spair71k", "pfpascal", "pfwillow", "caltech101")
         assert row["threshold"] in ("", "img", "bbox", "bbox-kp")
         assert row["config"] in CONFIGS | {""}, row["config"]
+        assert row["supervision"] in (*SUPERVISION, "")
         if row["unit"] == "%":
             assert 0 <= float(row["value"]) <= 100
 
@@ -84,7 +88,7 @@ def test_each_row_of_a_table_stands_in_the_text_as_it_is(paper, shared):
     methods = defaultdict(list)
     for row in ROWS:
         if row["paper"] == paper and not row["note"].startswith("printed"):
-            key = ("table", "method", "variant") if row["metric"] != "PCK drop" else ("table", "variant")
+            key = ("table", "label", "ablation") if row["metric"] != "PCK drop" else ("table", "ablation")
             backbone = row["backbone"] if row["table"] in ("comparison", "Table 1", "Table 8") else ""
             value = row["value"].replace(".", "") if paper == "lpmflow_poster" else row["value"]
             methods[*(row[k] for k in key), backbone].append(value)
@@ -95,6 +99,60 @@ def test_each_row_of_a_table_stands_in_the_text_as_it_is(paper, shared):
 def in_order(values, line):
     rest = iter(line)
     return all(any(value == number for number in rest) for value in values)
+
+
+ALIASES = {
+    "NC-Net": "NCNet",
+    "TransforM.": "TransforMatcher",
+    "MMNet": "MMNet-FCN",
+    "D.Hyperfeat.": "Diffusion Hyperfeatures",
+    "Ours w/ResNet": "GSF",
+    "Ours w/SFNet": "GSF",
+}
+
+
+def test_a_method_has_one_name_and_its_label_is_kept():
+    """The paper's marks are for backbone, resolution and variant, which have columns of their own."""
+    marks = {}
+    for row in ROWS:
+        plain = re.sub("_[hls]$|[‡*]$", "", row["label"])
+        assert row["method"] == ALIASES.get(plain, plain)
+        assert row["head"] in ("", row["method"])
+        if row["label"] != plain:
+            marks.setdefault((row["paper"], row["label"]), set()).add(
+                (row["backbone"], row["resolution"], row["variant"])
+            )
+    assert {backbone for (paper, label), facts in marks.items() for backbone, *_ in facts if label[-1] == "‡"} == {
+        *("ibot_b16", "dinov2_b14")
+    }
+    for (paper, label), facts in marks.items():
+        for backbone, resolution, variant in facts:
+            assert backbone and (resolution or label[-1] in "‡*"), (paper, label)
+            assert variant == ("extra training data" if label == "GeoAware-SC*" else "")
+
+
+def test_merged_labels_are_the_same_method():
+    """Numbers that two papers print under two labels are equal."""
+    spair = {"dataset": "spair71k", "threshold": "bbox", "alpha": "0.1", "difficulty": "", "ablation": ""}
+    for paper, table, label, other_paper, other_table, other in (
+        ("lpmflow_supplement", "Table 2", "TransforMatcher", "vitsc", "Table 9", "TransforM."),
+        ("actr_poster", "per category", "MMNet", "actr_poster", "comparison", "MMNet-FCN"),
+        ("actr_poster", "per category", "CATs‡", "lpmflow_supplement", "Table 2", "CATs*"),
+        ("actr_poster", "per category", "VAT‡", "actr_poster", "comparison", "VAT"),
+        ("lpmflow_poster", "per category", "NC-Net", "lpmflow_supplement", "Table 2", "NC-Net"),
+    ):
+        one = find(paper=paper, table=table, label=label, category="", **spair)
+        assert len(one) == 1 and one[0] in find(paper=other_paper, table=other_table, label=other, category="", **spair)
+
+
+def test_supervision_is_one_of_a_method_unless_it_is_tested_without_training():
+    stated = defaultdict(set)
+    for row in ROWS:
+        stated[row["method"]].add(row["supervision"])
+    assert stated.pop("Baseline") == {"keypoints", "none"}
+    assert all(len(kinds) == 1 for kinds in stated.values())
+    assert {method for method, kinds in stated.items() if kinds == {"none"}} == {"DINOv2", "DIFT", "SD-DINO"}
+    assert stated["GSF"] == stated["NCNet"] == {"weak"} and stated["CATs"] == {"keypoints"} and stated["DHPF"] == {""}
 
 
 @pytest.mark.parametrize("paper", ["actr_poster", "lpmflow_supplement", "vitsc"])
@@ -108,7 +166,7 @@ def test_the_categories_average_to_all(paper):
             and row["dataset"] == "spair71k"
         ):
             if row["category"] or row["table"] != "Table 2" or paper != "vitsc":
-                tables[row["method"], row["backbone"], row["resolution"]][row["category"]] = float(row["value"])
+                tables[row["label"], row["backbone"], row["resolution"]][row["category"]] = float(row["value"])
     whole = [row for row in tables.values() if len(row) == 19]
     assert len(whole) == {"actr_poster": 11, "lpmflow_supplement": 11, "vitsc": 8}[paper]
     for row in whole:
@@ -123,7 +181,7 @@ def test_papers_agree_where_they_print_the_same_thing():
         for paper, table, res in (("actr_poster", "per category", "256"), ("lpmflow_supplement", "Table 2", ""))
     ]
     assert three[0] == three[1] and len(three[0]) == 19
-    vitsc = find(paper="vitsc", table="Table 9", method="ACTR")
+    vitsc = find(paper="vitsc", table="Table 9", label="ACTR")
     assert [(a, b) for a, b in zip(three[0], vitsc, strict=True) if a != b] == [(65.1, 65.0)]
 
 
@@ -132,22 +190,22 @@ def test_drops_are_differences():
     drops = [row for row in ROWS if row["metric"] == "PCK drop"]
     assert len(drops) == 7 + 3 * 3 + 3 + 4
     for row in drops:
-        same = {key: row[key] for key in ("paper", "table", "method", "variant")}
+        same = {key: row[key] for key in ("paper", "table", "label", "ablation")}
         (pck,) = find(**same, metric="PCK")
         assert whole[row["paper"]] - pck == pytest.approx(float(row["value"]), abs=0.01)
 
 
 def test_spot_rows():
     spair = {"dataset": "spair71k", "threshold": "bbox", "alpha": "0.1", "category": "", "difficulty": ""}
-    assert find(paper="vitsc", table="Table 3", method="ViTSC", **spair) == [81.8]
-    assert find(paper="vitsc", table="Table 3", method="ViTSC_h", dataset="pfwillow") == [47.2, 72.6, 84.9]
-    assert find(paper="vitsc", table="Table 1", backbone="mae_b16", train="nothing") == [0.1, 2.6, 8.1]
-    assert find(paper="vitsc", table="Table 10", method="ViTSC_l", metric="time") == [16.6]
-    assert find(paper="gsf", table="Table 1", method="Ours w/SFNet", dataset="caltech101") == [0.89, 0.69]
-    assert find(paper="gsf", table="Table 2", method="HPF", difficulty="occlusion both") == [21.8]
-    assert find(paper="gsf", head="GSF", variant="w/o pruning") == [25.1]
-    assert find(paper="actr_poster", method="ACTR_h", table="comparison") == [65.4, 82.0, 93.5, 96.7]
-    assert find(paper="actr_poster", table="PF-WILLOW", method="ACTR", threshold="bbox-kp") == [52.6, 79.9]
+    assert find(paper="vitsc", table="Table 3", label="ViTSC", **spair) == [81.8]
+    assert find(paper="vitsc", table="Table 3", label="ViTSC_h", dataset="pfwillow") == [47.2, 72.6, 84.9]
+    assert find(paper="vitsc", table="Table 1", backbone="mae_b16", supervision="none") == [0.1, 2.6, 8.1]
+    assert find(paper="vitsc", table="Table 10", label="ViTSC_l", metric="time") == [16.6]
+    assert find(paper="gsf", table="Table 1", label="Ours w/SFNet", dataset="caltech101") == [0.89, 0.69]
+    assert find(paper="gsf", table="Table 2", label="HPF", difficulty="occlusion both") == [21.8]
+    assert find(paper="gsf", head="GSF", ablation="w/o pruning") == [25.1]
+    assert find(paper="actr_poster", label="ACTR_h", table="comparison") == [65.4, 82.0, 93.5, 96.7]
+    assert find(paper="actr_poster", table="PF-WILLOW", label="ACTR", threshold="bbox-kp") == [52.6, 79.9]
     assert find(paper="lpmflow_poster", table="comparison", head="LPMFlow")[-4:] == [93.9, 178.9, 3.8, 85.7]
-    assert find(paper="lpmflow_supplement", variant="top K = 16") == [64.7]
-    assert find(paper="lpmflow_supplement", method="LPMFlow*", category="bus") == [75.4]
+    assert find(paper="lpmflow_supplement", ablation="top K = 16") == [64.7]
+    assert find(paper="lpmflow_supplement", label="LPMFlow*", category="bus") == [75.4]

@@ -1,0 +1,50 @@
+"""Files that are written whole or not at all."""
+
+import threading
+
+import pytest
+
+from corrzoo.files import table, whole_file
+
+
+def test_the_file_appears_when_it_is_complete(tmp_path):
+    path = tmp_path / "file.txt"
+    with whole_file(path) as partial:
+        assert partial.parent == tmp_path and partial != path
+        partial.write_text("half")
+        assert not path.exists()
+        partial.write_text("whole")
+    assert path.read_text() == "whole" and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError, match="disk full"), whole_file(path) as partial:
+        partial.write_text("half")
+        raise RuntimeError("disk full")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_writers_of_one_path_do_not_disturb_each_other(tmp_path):
+    path, contents, errors = tmp_path / "file.txt", [letter * 100_000 for letter in "abcd"], []
+    path.write_text(contents[0])
+
+    def write(content):
+        try:
+            for _ in range(20):
+                with whole_file(path) as partial:
+                    partial.write_text(content)
+        except OSError as error:
+            errors.append(error)
+
+    writers = [threading.Thread(target=write, args=(content,)) for content in contents]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        assert path.read_text() in contents
+    assert not errors and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_markdown_table_escapes_bars_and_aligns_numbers():
+    assert table(["a", "n"], [["x|y", "1"]], [1]) == "| a | n |\n|---|--:|\n| x\\|y | 1 |"
