@@ -27,7 +27,8 @@ from corrzoo.leaderboard.rows import Ranking
 from corrzoo.matcher import Matcher
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = ROOT / "zoo_configs"
+CONFIGS = ROOT / "src" / "corrzoo" / "zoo_configs"
+PAGES = ROOT / "docs" / "heads"
 OURS = re.compile(r"(?<!`)\bour (choice|reading)\b", re.I)
 EMPTY = inspect.Parameter.empty
 
@@ -173,6 +174,12 @@ def link(path: Path) -> str:
     return f"[{path.stem}](../../{path.relative_to(ROOT)})"
 
 
+def by_hand(page: Path) -> str:
+    """The part of a page that is written by hand, and kept: between two comments."""
+    found = re.search(r"<!-- by hand -->.*?<!-- /by hand -->", page.read_text() if page.is_file() else "", re.S)
+    return found[0] if found else ""
+
+
 def of_head(rankings: list[Ranking], head: str) -> list[Ranking]:
     """The rankings of one head's rows, with new places."""
     out = []
@@ -189,7 +196,7 @@ def page(head: str, measured: list[Ranking], published: list[Ranking]) -> str:
     module = inspect.getmodule(cls)
     assert module is not None
     source = Path(inspect.getfile(cls)).relative_to(ROOT)
-    ablations = [[link(path), about(path)] for path in sorted(CONFIGS.glob(f"ablation/{head.lower()}_*.yaml"))]
+    ablations = [[link(path), about(path)] for path in sorted(CONFIGS.glob(f"ablation/{head.lower()}/*.yaml"))]
     bases = [f"As of [`{base.__name__}`](../../{source_of(base)}):\n\n{options(base)}" for base in family(cls)[1:-1]]
     first, *others = recipes(head)
     parts = [
@@ -206,16 +213,20 @@ def page(head: str, measured: list[Ranking], published: list[Ranking]) -> str:
         *(f"Another, {link(path)}: {about(path)}" for path in others),
         f"## Parameters\n\n{parameters(head)}",
         *(
-            [f"## Ablations\n\nEach stacks on the recipe.\n\n{table(['file', 'what it is'], ablations)}\n"]
+            [
+                f"## Ablations\n\nEach stacks on the recipe: `--config {first.stem} --config "
+                f"ablation/{head.lower()}/<file>`.\n\n{table(['file', 'what it is'], ablations)}\n"
+            ]
             if ablations
             else []
         ),
+        by_hand(PAGES / f"{head.lower()}.md"),
         "## Measured\n",
         to_markdown(measured) or "Nothing yet.",
         "## Published\n",
         to_markdown(published) or "Nothing.",
     ]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
 WRITTEN = "*Written by `python benchmarks/head_pages.py` from docstrings, configurations and result files.*"
@@ -245,14 +256,13 @@ def main() -> None:
     pages = {
         f"{name.lower()}.md": page(name, of_head(measured, name), of_head(published, name)) for name in list_heads()
     }
-    folder = ROOT / "docs" / "heads"
     stale = []
     for name, text in (pages | {"README.md": index()}).items():
-        path = folder / name
+        path = PAGES / name
         if check and (not path.is_file() or path.read_text() != text):
             stale.append(name)
         elif not check:
-            folder.mkdir(exist_ok=True)
+            PAGES.mkdir(exist_ok=True)
             path.write_text(text)
     sys.exit(f"{', '.join(stale)}: not what `python benchmarks/head_pages.py` writes" if stale else 0)
 

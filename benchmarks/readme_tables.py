@@ -9,8 +9,10 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import torch
+
 import study_tables
-from corrzoo.backbones import describe_backbones, get_spec, list_backbones
+from corrzoo.backbones import Backbone, get_spec, list_backbones
 from corrzoo.data.download import TERMS
 from corrzoo.files import table
 from corrzoo.scoring.protocols import PADDED, get_protocol, list_protocols
@@ -20,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 BACKBONES = """# Backbones
 
 Written by `python benchmarks/readme_tables.py` from `corrzoo.backbones`. Licences are those of the weights. Any other
-plain ViT or CNN of timm's runs as `timm/<name>`, and [extending.md](extending.md) adds what timm has not. Weights are
-`pretrained`, `random`, or the path of a local file in timm's or the authors' layout, read safely.
+plain ViT or CNN of timm is `timm/<name>`; [extending.md](extending.md) shows how to add one that timm does not have.
+Weights are `pretrained`, `random`, or the path of a local file in timm's or the authors' layout, read safely.
 
 """
 PROTOCOLS = """# Protocols
@@ -40,6 +42,19 @@ DATA = {
     "CUB-200-2011 (`cub`)": TERMS["cub"],
     "drawn pairs (`synthetic`)": "apache-2.0, as the code",
 }
+
+
+def backbones() -> str:
+    """Every registered backbone, built without memory."""
+    rows = []
+    for key in list_backbones():
+        with torch.device("meta"):
+            backbone = Backbone(key, weights="random")
+        patch = str(backbone.patch) if backbone.patch > 1 else f"stride {backbone.strides[0]}"
+        size, spec = f"{backbone.num_params / 1e6:.1f} M", backbone.spec
+        rows.append([f"`{key}`", f"`{spec.timm}`", patch, str(backbone.channels[0]), size, spec.licence, spec.note])
+    titles = ["key", "timm name", "patch", "width", "parameters", "licence", "notes"]
+    return BACKBONES + table(titles, rows, numbers=(2, 3, 4)) + "\n"
 
 
 def protocols() -> str:
@@ -101,7 +116,7 @@ def main() -> None:
             "real": study_tables.real(),
         },
     }
-    docs = {"backbones.md": BACKBONES + describe_backbones() + "\n", "protocols.md": protocols()}
+    docs = {"backbones.md": backbones(), "protocols.md": protocols()}
     texts = {path: marked(path.read_text(), tables) for path, tables in written.items()}
     texts |= {ROOT / "docs" / name: content for name, content in docs.items()}
     if check:

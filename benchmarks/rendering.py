@@ -1,20 +1,25 @@
-"""ACTR and LPMFlow against a straightforward rendering of the same equations: what sharing and fused attention save.
+"""Time and memory of a training step of ACTR and LPMFlow, against a plain implementation of the same equations.
 
-The rendering goes the papers' way line by line, with the same parameters: each image by itself, attention weights
-written out, all of q, k and v for both sides of a cross-attention, one path after the other, one replaced token after
-the other. Both answer the same flow and gradients (checked first), and are timed in turns; a ratio above 1 is what the
-heads of the zoo save. Float32, without dropout, head alone: tokens of iBOT's shape go in.
+The plain implementation follows the papers line by line, with the same parameters: each image by itself, attention
+weights written out, all of q, k and v for both sides of a cross-attention, one path after the other, one replaced token
+after the other. Flow and gradients are checked to be equal first. `speed` is the plain step's processor time divided by
+the head's, measured in turns (above 1: the head is faster). `memory` is the head's peak in a step divided by the plain
+step's, weights excluded, gradients included. Float32, without dropout; the input is tokens of iBOT's shape.
 
-    python benchmarks/rendering.py        # writes results/rendering_cpu.csv
+    python benchmarks/rendering.py --batch 1        # Linux; writes results/rendering_cpu.csv
 """
 
 import argparse
 import csv
+import ctypes
+import gc
+import re
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,44 +27,45 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import corrzoo
-from corrzoo.heads import ACTR, LPMFlow, actr, layers, lpmflow
+from corrzoo.heads import ACTR, LPMFlow, actr, lpmflow, tokens
 from corrzoo.matcher import Matcher
 from corrzoo.types import Features, Match
 
-HEADS = layers.HEADS
+HEADS = tokens.ATTENTION_HEADS
+LIBC = ctypes.CDLL(None)
+M_MMAP_THRESHOLD = -3
 
 
 def split_heads(x: Tensor) -> Tensor:
     return rearrange(x, "b n (h d) -> b h n d", h=HEADS)
 
 
-def attention(self: layers.Attention, x: Tensor, bias: Tensor | None = None) -> Tensor:
+def attention(self: tokens.Attention, x: Tensor, bias: Tensor | None = None) -> Tensor:
     q, k, v = (split_heads(part) for part in self.qkv(x).chunk(3, -1))
     logits = q @ k.mT * q.shape[-1] ** -0.5
     weights = (logits if bias is None else logits + bias).softmax(-1)
     return self.proj(rearrange(weights @ v, "b h n d -> b n (h d)"))
 
 
-def window_attention(self: layers.WindowAttention, x: Tensor, bias: None = None) -> Tensor:
-    side = self.index.shape[0]
+def window_attention(self: tokens.WindowAttention, x: Tensor, bias: None = None) -> Tensor:
+    """Windows are cut out, and put together again after the attention."""
+    side, (rows, columns) = self.index.shape[0], (length // self.window for length in x.shape[1:3])
+    cut = rearrange(x, "b (r i) (s j) c -> (b r s) (i j) c", i=self.window, j=self.window)
     table = self.bias_table[self.index.flatten()].view(side, side, HEADS)
-    return attention(self, x, table.permute(2, 0, 1).contiguous())
+    found = attention(self, cut, table.permute(2, 0, 1).contiguous())
+    return rearrange(found, "(b r s) (i j) c -> b (r i) (s j) c", r=rows, s=columns, i=self.window)
 
 
-def cross_attention(self: layers.CrossAttention, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+def cross_attention(self: tokens.CrossAttention, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     q = split_heads(self.qkv(s).chunk(3, -1)[0])
     _, k, v = (split_heads(part) for part in self.qkv(t).chunk(3, -1))
     weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
     return self.proj(rearrange(weights @ v, "b h n d -> b n (h d)")), weights.sum(1)
 
 
-def refinement(self: layers.WindowRefinement, maps: Tensor) -> Tensor:
-    """Windows are cut for the attention alone, and put together again behind it."""
-    rows, columns = (side // self.window for side in maps.shape[-2:])
+def refinement(self: tokens.WindowRefinement, maps: Tensor) -> Tensor:
     x = rearrange(maps, "b c h w -> b h w c")
-    cut = rearrange(self.norm1(x), "b (r i) (s j) c -> (b r s) (i j) c", i=self.window, j=self.window)
-    found = self.attention(cut)
-    z = x + rearrange(found, "(b r s) (i j) c -> b (r i) (s j) c", r=rows, s=columns, i=self.window)
+    z = x + self.attention(self.norm1(x))
     z = z + self.mlp(self.norm2(z))
     return self.channels(rearrange(x + self.norm(z), "b h w c -> b c h w"))
 
@@ -70,7 +76,7 @@ def alignment(self: actr.AsymmetricAlignment, s: Tensor, t: Tensor) -> tuple[Ten
     s = s + s_update + self.mlp(self.norm2(s_update))
     t = t + t_update + self.mlp(self.norm2(t_update))
     update, correlation = self.cross_attention(self.norm1(s), self.norm1(t))
-    update = layers.arf(update)
+    update = tokens.arf(update)
     s = s + update + self.mlp(self.norm2(update))
     if self.target_weight is not None:
         t = t + t * self.target_weight * correlation.detach().mean(1).unsqueeze(-1).sigmoid()
@@ -83,8 +89,8 @@ def match_actr(self: ACTR, src: Features, trg: Features) -> Match:
     for block in self.blocks:
         s, t, correlation = block(s, t)
         coarse.append(self.soft_argmax(correlation[:, 1:, 1:]))
-    refined = [self.super_resolution(layers.upscale(flow), layers.as_map(s)) for flow in coarse]
-    return self.answer(torch.stack(refined).mean(0), src.image, correlation)
+    refined = [self.super_resolution(tokens.upscale(flow), tokens.as_map(s)) for flow in coarse]
+    return self.as_match(torch.stack(refined).mean(0), src.image, correlation)
 
 
 def pyramid(self: lpmflow.FeatureSuperResolution, s: Tensor, t: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -108,9 +114,9 @@ def match_lpmflow(self: LPMFlow, src: Features, trg: Features) -> Match:
     s, t = self.encoder(s, t)
     correlations, features = self.pyramid(s, t)
     found = [self.soft_argmax(lpmflow.to_fine(correlations[scales], self.grid)) for scales in self.flows]
-    flows = [layers.upscale(flow) for flow in found]
-    flow = flows[-1] + self.integration(flows, layers.as_map(features))
-    return self.answer(flow, src.image, correlations["22"], masked=masked, tokens=s)
+    flows = [tokens.upscale(flow) for flow in found]
+    flow = flows[-1] + self.integration(flows, tokens.as_map(features))
+    return self.as_match(flow, src.image, correlations["22"], masked=masked, tokens=s)
 
 
 def self_contrast(tokens: Tensor, masked: Tensor, neighbours: Tensor) -> Tensor:
@@ -128,10 +134,10 @@ def self_contrast(tokens: Tensor, masked: Tensor, neighbours: Tensor) -> Tensor:
 
 
 PLAIN: dict[type[nn.Module], Callable[..., object]] = {
-    layers.WindowAttention: window_attention,
-    layers.Attention: attention,
-    layers.CrossAttention: cross_attention,
-    layers.WindowRefinement: refinement,
+    tokens.WindowAttention: window_attention,
+    tokens.Attention: attention,
+    tokens.CrossAttention: cross_attention,
+    tokens.WindowRefinement: refinement,
     actr.AsymmetricAlignment: alignment,
     lpmflow.FeatureSuperResolution: pyramid,
     lpmflow.RegionBias: region_bias,
@@ -147,9 +153,9 @@ def plain(model: Matcher) -> Matcher:
     return model
 
 
-def build(head: str, rendering: bool) -> Matcher:
+def build(head: str, rendering: bool, **options: Any) -> Matcher:
     torch.manual_seed(0)
-    options = {"dropout": 0.0} if head == "LPMFlow" else {}
+    options = options | ({"dropout": 0.0} if head == "LPMFlow" else {})
     model = corrzoo.create_matcher(head, "ibot_b16", "random", backbone_size=256, **options).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout | nn.Dropout2d):
@@ -171,39 +177,65 @@ def step(model: Matcher, src: Features, trg: Features, rendering: bool) -> tuple
     return match.flow.detach(), maps.grad
 
 
+def peak_mib(model: Matcher, src: Features, trg: Features, rendering: bool) -> float:
+    """Highest resident memory during a step less that before it, in MiB (Linux)."""
+    gc.collect()
+    LIBC.mallopt(M_MMAP_THRESHOLD, 2**16)  # larger tensors are returned to the system as soon as they are freed
+    LIBC.malloc_trim(0)
+    model.zero_grad()
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    step(model, src, trg, rendering)
+    return (_resident("VmHWM") - before) / 1024
+
+
+def _resident(kind: str) -> int:
+    """A line of /proc/self/status in KiB."""
+    return int(re.search(rf"{kind}:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--heads", nargs="+", choices=["ACTR", "LPMFlow"], default=["ACTR", "LPMFlow"])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = []
-    for head in ("ACTR", "LPMFlow"):
-        models = [build(head, rendering) for rendering in (False, True)]
+    for head in args.heads:
+        models = [build(head, rendering=True), build(head, False), build(head, False, checkpointing=True)]
         image = torch.zeros(args.batch, 3, 256, 256)
         maps = [torch.randn(args.batch, 768, 16, 16) for _ in range(2)]
         src, trg = (Features(image, [x], x.mean((2, 3))) for x in maps)
-        (flow, grad), (flow2, grad2) = (step(m, src, trg, k == 1) for k, m in enumerate(models))
-        torch.testing.assert_close(flow, flow2, rtol=1e-3, atol=1e-2)  # pixels of 256
-        torch.testing.assert_close(grad, grad2, rtol=1e-2, atol=1e-3 * grad.abs().max().item())
-        ratios = []
-        for _ in range(args.rounds):
-            times = []
-            for k, model in enumerate(models):
-                start = time.process_time()  # which waiting for other users of the machine is not in
-                step(model, src, trg, k == 1)
-                times.append(time.process_time() - start)
-            ratios.append(times[1] / times[0])
-        row = {"head": head, "batch": args.batch, "ratio": f"{statistics.median(ratios):.3f}"}
-        row |= {"low": f"{min(ratios):.3f}", "high": f"{max(ratios):.3f}", "rounds": args.rounds}
-        rows.append(row | {"step_ms": round(1000 * times[0]), "threads": args.threads, "torch": torch.__version__})
-        print(rows[-1], flush=True)
+        (flow, grad), *ours = (step(m, src, trg, k == 0) for k, m in enumerate(models))
+        for flow2, grad2 in ours:
+            torch.testing.assert_close(flow2, flow, rtol=1e-3, atol=1e-2)  # pixels of 256
+            torch.testing.assert_close(grad2, grad, rtol=1e-2, atol=1e-3 * grad.abs().max().item())
+        rounds = [[seconds(m, src, trg, k == 0) for k, m in enumerate(models)] for _ in range(args.rounds)]
+        for model in models:
+            model.zero_grad()
+        memory = [peak_mib(m, src, trg, k == 0) for k, m in enumerate(models)]
+        for k, checkpointing in ((1, False), (2, True)):
+            ratios = [times[0] / times[k] for times in rounds]
+            row = {"head": head, "checkpointing": checkpointing, "batch": args.batch}
+            row |= {"speed": f"{statistics.median(ratios):.3f}", "low": f"{min(ratios):.3f}"}
+            row |= {"high": f"{max(ratios):.3f}", "rounds": args.rounds, "memory": f"{memory[k] / memory[0]:.3f}"}
+            row |= {"memory_mib": round(memory[k]), "rendering_mib": round(memory[0])}
+            rows.append(row | {"threads": args.threads, "torch": torch.__version__})
+            print(rows[-1], flush=True)
     with (args.out / "rendering_cpu.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, fieldnames=rows[0], lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
+
+
+def seconds(model: Matcher, src: Features, trg: Features, rendering: bool) -> float:
+    """Processor time of a step: waiting for other processes does not count."""
+    start = time.process_time()
+    step(model, src, trg, rendering)
+    return time.process_time() - start
 
 
 if __name__ == "__main__":

@@ -83,8 +83,9 @@ def ranked(runs: dict[tuple[str, str, str], dict[int, Result]]) -> list[tuple[st
 
 
 def ablates(label: str) -> bool:
-    """Whether a run is what a file of zoo_configs/ablation asks for, whose name is its label."""
-    return bool(label) and (ABLATIONS / f"{label}.yaml").exists()
+    """Whether a label names a file of zoo_configs/ablation: `<head>_<name>` is <head>/<name>.yaml."""
+    head, _, name = label.partition("_")
+    return (ABLATIONS / head / f"{name}.yaml").is_file()
 
 
 def scores(result: Result) -> dict[str, float]:

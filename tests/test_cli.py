@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -18,8 +19,9 @@ from corrzoo.cli import main
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "zoo_configs"
 HEAD_CONFIGS = sorted(p for p in CONFIGS.glob("*.yaml") if p.name != "demo.yaml")
+VIT = "timm/test_vit.r160_in1k"
 TINY = [
-    "--model.backbone=timm/test_vit.r160_in1k",
+    f"--model.backbone={VIT}",
     "--model.weights=random",
     "--model.levels=null",
     "--data.image_size=64",
@@ -53,24 +55,44 @@ def test_every_head_config_trains_on_synthetic_pairs(config, tmp_path):
     main(["fit", f"--config={config}", *DEMO, *TINY, *FEW, "--trainer.fast_dev_run=true"])
 
 
-@pytest.mark.parametrize("config", sorted((CONFIGS / "demo").glob("*.yaml")), ids=lambda p: p.stem)
-def test_a_head_s_own_demo_file_goes_on_top(config):
-    few = ['--data.options={"synthetic": {"length": {"trn": 8, "val": 5}}, "synthetic_warps": {"length": 8}}']
-    files = [f"--config={CONFIGS / config.name}", *DEMO, f"--config={config}"]
-    main(["fit", *files, *TINY, *few, "--trainer.fast_dev_run=true"])
+@pytest.mark.parametrize("head", corrzoo.list_heads())
+def test_the_demo_of_every_head_stands_alone(head, capsys):
+    few = ['--data.options={"synthetic": {"length": {"trn": 16, "val": 2}}, "synthetic_warps": {"length": 16}}']
+    main(["fit", f"--config=demo/{head.lower()}", *few, "--model.weights=random", "--trainer.fast_dev_run=true"])
+    assert f"{head} on efficientnet_lite0" in capsys.readouterr().out
 
 
-STACKED = [p for folder in ("backbone", "data", "trainer", "ablation") for p in (CONFIGS / folder).glob("*.yaml")]
+def test_the_demo_of_the_baseline_is_the_first_line_of_the_readme(capsys):
+    printed = []
+    for args in ([*BASELINE, *DEMO], ["--config=demo/baseline"]):
+        with pytest.raises(SystemExit):
+            main(["fit", *args, "--print_config"])
+        printed.append(yaml.safe_load(capsys.readouterr().out))
+    assert printed[0]["model"]["init_args"].pop("backbone_size") == 128 == printed[0]["data"]["image_size"]
+    assert printed[1]["model"]["init_args"].pop("backbone_size") is None
+    assert printed[0] == printed[1]
+
+
+ABLATIONS = sorted(CONFIGS.glob("ablation/*/*.yaml"))
+STACKED = [p for folder in ("backbone", "data", "trainer") for p in sorted((CONFIGS / folder).glob("*.yaml"))]
+STACKED += [*ABLATIONS, *sorted((CONFIGS / "study").glob("*.yaml"))]
+
+
+def label(path):
+    return str(path.relative_to(CONFIGS).with_suffix(""))
 
 
 def base_of(config):
-    """The head's YAML that a small one belongs to, by its name: actr_no_source_pe is for actr."""
-    named = CONFIGS / f"{config.stem.split('_')[0]}.yaml"
-    return named if named.exists() else CONFIGS / "baseline.yaml"
+    """The recipe that a file stacks on."""
+    return "demo/baseline" if config.parent.name == "study" else recipe_of(config)
 
 
-@pytest.mark.parametrize("config", STACKED, ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_every_stacked_config_parses(config, capsys):
+def recipe_of(config):
+    return config.parent.name if config in ABLATIONS else "baseline"
+
+
+@pytest.mark.parametrize("config", STACKED, ids=label)
+def test_every_stacked_config_parses(config, capsys, monkeypatch):
     with pytest.raises(SystemExit) as leaving:
         main(["fit", f"--config={base_of(config)}", f"--config={config}", "--print_config"])
     assert leaving.value.code in (0, None)
@@ -81,6 +103,50 @@ def test_every_stacked_config_parses(config, capsys):
             node = node[part]
         if key[-1] != "class_path":
             assert node == value, key
+
+
+@pytest.mark.parametrize("config", ABLATIONS, ids=label)
+def test_an_ablation_alone_names_the_recipe_that_comes_first(config, capsys):
+    said = failing(capsys, "fit", f"--config={config}", "--print_config")
+    assert f"no head: put --config zoo_configs/{config.parent.name}.yaml (or --model <head>) before it" in said
+
+
+@pytest.mark.parametrize("config", [p for p in STACKED if p.parent.name in ("backbone", "study")], ids=label)
+def test_options_of_a_head_alone_ask_for_a_recipe(config, capsys):
+    assert "put --config zoo_configs/<head>.yaml (or --model <head>) before it" in failing(
+        capsys, "fit", f"--config={config}", "--print_config"
+    )
+
+
+def test_a_file_does_not_silently_change_the_head(capsys):
+    said = failing(capsys, "fit", "--config=baseline", "--config=demo/lpmflow", "--print_config")
+    assert said.startswith("error: demo/lpmflow changes the head from Baseline to LPMFlow: leave it out")
+    assert "from ViTSC to Baseline" in failing(capsys, "fit", "--model=ViTSC", "--config=baseline", "--print_config")
+    for args in (
+        ["--config=vitsc", "--config=demo/vitsc"],
+        ["--config=baseline", "--config=demo/vitsc", "--model=ViTSC"],
+    ):
+        with pytest.raises(SystemExit) as leaving:
+            main(["fit", *args, "--print_config"])
+        assert leaving.value.code in (0, None)
+        assert yaml.safe_load(capsys.readouterr().out)["model"]["class_path"] == "corrzoo.heads.ViTSC"
+
+
+@pytest.mark.parametrize("name", ["lpmflow", "lpmflow.yaml", "zoo_configs/lpmflow.yaml", "zoo_configs/lpmflow"])
+@pytest.mark.parametrize("option", ["--config=", "--config", "-c"])
+def test_recipes_are_found_from_any_folder(name, option, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", *([option + name] if option.endswith("=") else [option, name]), "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["class_path"] == "corrzoo.heads.LPMFlow"
+
+
+def test_a_file_here_comes_before_a_recipe(tmp_path, capsys):
+    Path("lpmflow.yaml").write_text("model: {class_path: ACTR}\n")
+    Path("gsf").mkdir()  # no file
+    for name, head in {"lpmflow.yaml": "ACTR", "lpmflow": "LPMFlow", "gsf": "GSF"}.items():
+        with pytest.raises(SystemExit):
+            main(["fit", f"--config={name}", "--print_config"])
+        assert yaml.safe_load(capsys.readouterr().out)["model"]["class_path"] == f"corrzoo.heads.{head}"
 
 
 def _leaves(node, path=()):
@@ -132,6 +198,10 @@ def test_fit_validate_test_predict_and_reload(tmp_path, capsys):
     # the run's own callback, which draws matches alone, stands in for the one that predictions come with
     assert [p.name for p in predictions.parents[1].glob("*.png")] == ["matches-predict.png"]
 
+    assert {p.parent.name for p in tmp_path.glob("runs/*/*/config.yaml")} == {
+        *("version_0", "version_0-validate", "version_0-test", "version_0-predict")
+    }  # beside the results
+
     # the same weights, read in Python, which know how they came to be
     model = corrzoo.load(checkpoint)
     assert model.image_size == 64 and model.trained == result["trained"]
@@ -142,10 +212,10 @@ def test_fit_validate_test_predict_and_reload(tmp_path, capsys):
 def test_predictions_come_with_every_picture(tmp_path, capsys):
     args = ["predict", *BASELINE, *DEMO, *TINY, *FEW, "--trainer.callbacks=null", "--data.test=[synthetic]"]
     main(args)
-    (folder,) = tmp_path.glob("runs/*/version_0")
+    (folder,) = tmp_path.glob("runs/*/predict")
     assert {p.name for p in folder.glob("*.png")} == {f"{kind}-predict.png" for kind in PICTURES}
     main([*args, "--model.backbone=timm/test_resnet.r160_in1k"])
-    (folder,) = tmp_path.glob("runs/*resnet*/version_0")
+    (folder,) = tmp_path.glob("runs/*resnet*/predict")
     assert len(list(folder.glob("*.png"))) == len(PICTURES) - 1
     assert "foreground: not drawn, timm/test_resnet.r160_in1k has no class token" in capsys.readouterr().out
 
@@ -196,19 +266,26 @@ def test_a_checkpoint_brings_its_weights_and_says_how_they_came_to_be(tmp_path):
         (["fot"], "did you mean 'fit'"),
         (["fit", *BASELINE, "--model.strde=4"], "did you mean 'stride'"),
         (["fit", *BASELINE, "--model.backbone=dinov2_b"], "did you mean 'dinov2_b14'"),
-        (["fit", *BASELINE, "--data.trian=synthetic"], "did you mean 'data.train'"),
+        (["fit", *BASELINE, "--data.trian=synthetic"], "did you mean '--data.train'"),
         (["fit", *BASELINE, "--data.train=spair"], "did you mean 'spair71k'"),
-        (["fit", *BASELINE, "--trainer.max_epoch=1"], "did you mean 'trainer.max_epochs'"),
-        (["fit", "--config=zoo_configs/basline.yaml"], "basline.yaml"),
+        (["fit", *BASELINE, "--trainer.max_epoch=1"], "did you mean '--trainer.max_epochs'"),
+        (["fit", "--config=zoo_configs/basline.yaml"], "did you mean 'zoo_configs/baseline.yaml'"),
+        (["fit", "--config=baselin.yaml"], "did you mean 'baseline.yaml'"),
+        (["fit", "--config=ablation/lpmflow_no_larl.yaml"], "did you mean 'ablation/lpmflow/no_larl.yaml'"),
+        (["fit", *BASELINE, "--model.lr=abc"], "model.lr 'abc': expected a number"),
+        (["fit", *BASELINE, "--model.finetune=some"], "model.finetune 'some': expected a whole number or all, none"),
+        (["fit", *BASELINE, "--data.image_size=9.5"], "data.image_size '9.5': expected a whole number or a list"),
+        (["fit", *BASELINE, "--trainer.max_epochs=x"], "trainer.max_epochs 'x': expected a whole number or null"),
+        (["fit", "--model.help=Baselin"], "unknown head 'Baselin': did you mean 'Baseline'"),
+        (["fit", "--model.lr=1"], "put --config zoo_configs/<head>.yaml (or --model <head>) before it"),
         (["test", *BASELINE, "--model.alphas=[-1]"], "alphas [-1.0]"),
         (["fit", *BASELINE, "--model.protocol=nowhere"], "unknown protocol 'nowhere'"),
         (["fit", *BASELINE, "--model.stride=0"], "stride 0: expected a number above 0"),
         (["test", *BASELINE, "--data.test=[pfwillow,pfwillow]"], "names pfwillow more than once"),
-        (["fit"], "no head was given"),
-        (["fit", *BASELINE, "--trainer.strategy=dpp"], "unknown strategy 'dpp': did you mean 'ddp'"),
-        (["test", *BASELINE, "--trainer.limit_test_batches=0"], "limit_test_batches 0 leaves nothing to evaluate"),
+        (["fit"], "no head given"),
+        (["fit", *BASELINE, "--trainer.strategy=dpp"], "invalid strategy name: `strategy='dpp'`"),
         (["fit", *BASELINE, *DEMO, *TINY, "--model.alphas=[0.05]"], "--checkpoint.monitor one of ['val/pck@0.05']"),
-        (["fit", *DEMO, *BASELINE], "put --config zoo_configs/<head>.yaml (or --model <head>) first"),
+        (["fit", *DEMO, *BASELINE], "put --config zoo_configs/<head>.yaml (or --model <head>) before it"),
         (["test", *BASELINE, *DEMO, *TINY, "--ckpt_path=nowhere.ckpt"], "no checkpoint at nowhere.ckpt"),
         (["test", *BASELINE, *DEMO, *TINY, "--model.protocol=cat"], "did you mean 'cats'"),
         (["fit", *BASELINE, "--data.root=nowhere", "--data.download=false", *TINY], "nowhere/SPair-71k"),
@@ -241,11 +318,50 @@ def test_a_folder_that_cannot_be_written_is_said_before_the_evaluation(tmp_path,
 
 def test_the_last_checkpoint_is_that_of_the_run_before(tmp_path, capsys):
     args = ["fit", *BASELINE, *DEMO, *TINY, *FEW, "--trainer.callbacks=null"]
-    assert "no last.ckpt under runs" in failing(capsys, *args, "--ckpt_path=last")
+    said = failing(capsys, *args, "--ckpt_path=last")
+    assert f"no last.ckpt of Baseline on {VIT} found under runs: give --ckpt_path a file" in said
     main(args)
     main([*args, "--ckpt_path=last", "--trainer.max_epochs=2"])
-    steps = [torch.load(p, weights_only=True)["global_step"] for p in tmp_path.glob("runs/*/*/checkpoints/last.ckpt")]
-    assert sorted(steps) == [2, 4]
+    paths = sorted(tmp_path.glob("runs/*/*/checkpoints/last.ckpt"))
+    assert [torch.load(p, weights_only=True)["global_step"] for p in paths] == [2, 4]
+
+
+def test_a_finished_run_says_so(tmp_path, capsys):
+    args = ["fit", *BASELINE, *DEMO, *TINY, *FEW, "--trainer.callbacks=null"]
+    main(args)
+    for limit, value in {"max_epochs": 1, "max_steps": 2}.items():
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as leaving:
+            main([*args, "--ckpt_path=last", f"--trainer.{limit}={value}"])
+        assert leaving.value.code == 0
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.endswith(f"last.ckpt has already reached {limit}={value}: give a larger --trainer.{limit}")
+        args += ["--trainer.max_epochs=9"]
+    assert len(list(tmp_path.glob("runs/*/*"))) == 1
+
+
+def test_best_is_the_newest_of_the_head_and_backbone_that_are_asked_for(tmp_path, capsys):
+    short = [*TINY, *FEW, "--trainer.callbacks=null", "--trainer.limit_train_batches=1"]
+    demo, resnet = ["--config=baseline", *DEMO, *short], "timm/test_resnet.r160_in1k"
+    main(["fit", *demo])
+    main(["fit", *demo, f"--model.backbone={resnet}"])
+    main(["fit", "--config=demo/actr", *short, "--model.grid=8"])
+
+    def tested(*args):
+        known = set(tmp_path.glob("runs/*/*/results/synthetic.json"))
+        main(["test", *args, "--ckpt_path=best"])
+        (new,) = set(tmp_path.glob("runs/*/*/results/synthetic.json")) - known
+        result = json.loads(new.read_text())
+        return new.parents[1].name, result["head"], result["backbone"]
+
+    assert tested(*demo) == ("version_0-test", "Baseline", VIT)
+    assert tested(*demo) == ("version_0-test-2", "Baseline", VIT)
+    assert tested(*demo, f"--model.backbone={resnet}") == ("version_0-test", "Baseline", resnet)
+    anyone = ["--model=Baseline", "--data.image_size=64", "--data.num_workers=0", *FEW, "--data.test=[synthetic]"]
+    assert tested(*anyone) == ("version_0-test-2", "Baseline", resnet)  # the newer of the two
+    said = failing(capsys, "test", "--config=vitsc", *DEMO, *short, "--ckpt_path=best")
+    others = f"only of ACTR on {VIT}, Baseline on {resnet}, Baseline on {VIT}"
+    assert f"no best.ckpt of ViTSC on {VIT} found under runs ({others}): give --ckpt_path a file" in said
 
 
 def test_without_a_logger_runs_follow_each_other_in_one_folder():
@@ -266,6 +382,79 @@ def test_two_processes_leave_the_files_of_one(tmp_path):
     assert list(tmp_path.glob("two/*/*/matches-test.png"))
 
 
+def test_a_first_run_prints_nothing_that_a_user_cannot_act_on(tmp_path):
+    args = [
+        "fit",
+        *BASELINE,
+        *DEMO,
+        *FEW,
+        "--trainer.enable_progress_bar=false",
+        "--model.weights=random",
+        "--data.batch_size=4",
+    ]
+    ran = subprocess.run([sys.executable, "-m", "corrzoo", *args], check=True, capture_output=True, text=True)
+    lines = [line for line in (ran.stderr + ran.stdout).splitlines() if line.strip(" ┏┡━┃│└┗─┳╇┴┓┩┘")]
+    expected = [
+        *("Seed set to 0", "GPU available: False, used: False", "TPU available: False"),
+        "Baseline on efficientnet_lite0: 3,371,009 parameters, 700,769 of them trained",
+        *("Baseline on efficientnet_lite0,", "validation pairs, 2 steps", "before", "val/pck"),
+        *("`Trainer.fit` stopped: `max_epochs=1` reached", "matches: runs/Baseline-"),
+        "The number of training batches (2) is smaller than the logging interval",  # not so in the real demo
+    ]
+    surprises = [line for line in lines if not any(text in line for text in expected)]
+    assert not surprises, ran.stderr + ran.stdout
+
+
+def test_a_run_that_ends_before_its_first_validation_does_not_pretend_to_have_measured(tmp_path, capsys, recwarn):
+    main(["fit", *BASELINE, *DEMO, *TINY, *FEW, "--trainer.max_steps=1"])
+    printed = capsys.readouterr().out
+    assert printed.count("not measured") == 3 and "the run ended before its first validation" in " ".join(
+        printed.split()
+    )
+    assert not [w for w in recwarn if "ModelCheckpoint" in str(w.message)]
+    assert [p.name for p in tmp_path.glob("runs/*/*/checkpoints/*")] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("logger", ["csv", "tensorboard", "wandb"])
+def test_one_option_moves_everything_that_a_run_writes(logger, tmp_path):
+    config = [f"--config=trainer/{logger}"] if logger != "csv" else []
+    few = [*TINY, *FEW, "--trainer.limit_train_batches=1", *config, "--trainer.default_root_dir=elsewhere"]
+    main(["fit", *BASELINE, *DEMO, *few])
+    wandb.finish()
+    main(["test", *BASELINE, *DEMO, *few, "--ckpt_path=best"])
+    wandb.finish()
+    assert [p.name for p in tmp_path.iterdir() if p.name != "cache"] == ["elsewhere"]
+    run, evaluation = sorted(
+        tmp_path.glob("elsewhere/Baseline-timm-test_vit.r160_in1k/*"), key=lambda p: p.stat().st_mtime
+    )
+    assert (run / "config.yaml").is_file() and (run / "checkpoints" / "best.ckpt").is_file()
+    assert (evaluation / "config.yaml").is_file() and (evaluation / "results" / "synthetic.json").is_file()
+    # a saved configuration can run again elsewhere
+    main(["test", f"--config={evaluation / 'config.yaml'}", "--trainer.default_root_dir=third"])
+    assert list(tmp_path.glob("third/Baseline-timm-test_vit.r160_in1k/*/results/synthetic.json"))
+
+
+def test_with_wandb_every_run_keeps_its_own_configuration(tmp_path):
+    few = [*BASELINE, *DEMO, *TINY, *FEW, "--trainer.limit_train_batches=1", "--config=trainer/wandb"]
+    for rate in (1e-3, 2e-3):
+        main(["fit", *few, f"--model.lr={rate}"])
+        wandb.finish()
+    configs = [yaml.safe_load(path.read_text()) for path in tmp_path.rglob("config.yaml") if "wandb" not in path.parts]
+    assert sorted(config["model"]["init_args"]["lr"] for config in configs) == [1e-3, 2e-3]
+    for path in tmp_path.glob("runs/Baseline-*/*/checkpoints/best.ckpt"):
+        assert {"config.yaml", "matches-fit.png"} <= {p.name for p in path.parents[1].iterdir()}
+
+
+def test_a_run_that_fails_before_it_begins_leaves_no_folder(tmp_path, capsys):
+    args = ["fit", *BASELINE, *DEMO, *TINY, *FEW, "--trainer.callbacks=null"]
+    failing(capsys, *args, "--model.weights=nowhere.pth")
+    failing(capsys, *args, "--data.train=spair71k", "--data.download=false")
+    failing(capsys, *args, "--model.finetune=none", "--model.learn_temperature=false")
+    assert not list(tmp_path.glob("runs/*/*"))
+    main(args)
+    assert [p.name for p in tmp_path.glob("runs/*/*")] == ["version_0"]
+
+
 def test_loggers_by_flag(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
@@ -274,5 +463,12 @@ def test_loggers_by_flag(tmp_path, monkeypatch):
     main(["fit", *few, f"--config={CONFIGS / 'trainer' / 'tensorboard.yaml'}"])
     assert list(tmp_path.rglob("events.out.tfevents*"))
     main(["fit", *few, f"--config={CONFIGS / 'trainer' / 'wandb.yaml'}"])
+    wandb.finish()
     assert list(tmp_path.rglob("offline-run-*"))
-    assert list(tmp_path.glob("runs/corrzoo/*/matches-fit.png"))  # not where the next run leaves its own
+    assert list(tmp_path.glob("runs/Baseline-*/*/matches-fit.png"))  # not where the next run leaves its own
+    monkeypatch.delenv("WANDB_MODE", raising=False)  # which Lightning's logger has set
+    command = [sys.executable, "-m", "corrzoo", "fit", *few, "--trainer.logger=WandbLogger"]
+    ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    said = ran.stderr.splitlines()[-1]
+    assert ran.returncode == 1 and said.startswith("error: wandb: No API key configured")
+    assert said.endswith("; --trainer.logger.offline true keeps the run on this machine")

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from fixtures import write_synthetic_spair
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor, nn
@@ -14,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 import corrzoo
 from corrzoo.data import PairDataset
 from corrzoo.data.module import PairsDataModule
-from corrzoo.data.synthetic.pairs import write_spair
 from corrzoo.types import Pair
 from processes import in_two_processes, join, leave
 
@@ -116,7 +116,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
     folder: Path = tmp_path_factory.mktemp("gloo")
-    write_spair(folder, pairs_per_split=9, images_per_category=3, size=64)
+    write_synthetic_spair(folder, pairs_per_split=9, images_per_category=3, size=64)
     return in_two_processes(work, folder)
 
 
@@ -132,7 +132,7 @@ def test_a_step_of_two_processes_is_that_of_one(two_processes: list, case: str) 
 
 def test_a_run_of_two_processes_is_that_of_one(two_processes: list, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("alone")
-    write_spair(folder, pairs_per_split=9, images_per_category=3, size=64)
+    write_synthetic_spair(folder, pairs_per_split=9, images_per_category=3, size=64)
     alone, (first, second) = run(str(folder), 1), (found["run"] for found in two_processes)
     for name, value in alone["weights"].items():
         torch.testing.assert_close(first["weights"][name], value, rtol=1e-7, atol=1e-10)

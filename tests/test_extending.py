@@ -1,4 +1,4 @@
-"""docs/extending.md, as a new user does it: its files written into an empty folder, its commands run there."""
+"""The files of docs/extending.md, copied into a folder outside the package, and its commands, run there."""
 
 import json
 import os
@@ -32,7 +32,7 @@ TINY = [
 ]
 RUN = """
 import json, os, sys
-import corrzoo.cli  # the seconds that this takes are shared by all commands, each of which is a process of its own
+import corrzoo.cli  # imported once for all commands, each of which is a process of its own
 from corrzoo.__main__ import main
 for command in json.loads(sys.argv[1]):
     sys.stdout.flush()
@@ -45,13 +45,13 @@ for command in json.loads(sys.argv[1]):
             os._exit(bool(leaving.code))
         sys.stdout.flush()
         os._exit(0)
-    print("\\nleft with", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    print("\\nexit status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
-"""Runs command lines, and Python where a command is text, one after the other; says how each one left."""
+"""Runs command lines, and Python where a command is text, one after the other; prints the exit status of each."""
 
 
 def run(folder, *commands):
-    """What commands print, and the status that each one leaves with, in processes where no plugin is imported yet."""
+    """Output and exit status of each command, in processes that have not imported any plugin."""
     ran = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps(commands)],
         cwd=folder,
@@ -60,21 +60,19 @@ def run(folder, *commands):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    *said, last = re.split(r"\nleft with (\d+)\n", ran.stdout)
+    *printed, last = re.split(r"\nexit status (\d+)\n", ran.stdout)
     assert ran.returncode == 0 and last == "", ran.stdout[-3000:]
-    return list(zip(said[::2], map(int, said[1::2]), strict=True))
+    return list(zip(printed[::2], map(int, printed[1::2]), strict=True))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A working folder with the page's files, the zoo's configurations, and a few pictures of pets."""
+    """A working folder with the page's files and a few images of pets; the recipes are those of the package."""
     folder = tmp_path_factory.mktemp("user")
     for kind, text in BLOCKS:
         if kind != "bash":
             path = folder / text.splitlines()[0].removeprefix("# ")
-            path.parent.mkdir(exist_ok=True)
             path.write_text(text)
-    (folder / "zoo_configs").symlink_to(ROOT / "zoo_configs")
     home = folder / "data" / "pets"
     home.mkdir(parents=True)
     for k in range(4):
@@ -85,72 +83,86 @@ def folder(tmp_path_factory):
     return folder
 
 
-CHECKPOINT = "runs/Projected-timm-test_vit.r160_in1k/version_0/checkpoints/last.ckpt"
+RUN_FOLDER = "runs/Projection-timm-test_vit.r160_in1k/version_0"
+CHECKPOINT = f"{RUN_FOLDER}/checkpoints/last.ckpt"
 MATCH = ["match", "data/pets/1.png", "data/pets/2.png", "--size=64"]
+PYTHON = f"""
+import corrzoo, projection
+trained = corrzoo.load({CHECKPOINT!r})
+print(corrzoo.save(trained, "saved"))
+loaded = corrzoo.load("saved")
+first, second = (corrzoo.match_images(m, "data/pets/1.png", "data/pets/2.png", [[30, 20], [50, 40]], size=64)
+                 for m in (trained, loaded))
+print(loaded.hparams.width, first.trg_points.shape, bool((first.trg_points == second.trg_points).all()))
+print(corrzoo.list_heads())
+"""
 FOLLOWING = {
-    "test": [
-        "test",
-        "--config=runs/Projected-timm-test_vit.r160_in1k/version_0/config.yaml",
-        f"--ckpt_path={CHECKPOINT}",
-    ],
-    "match": [*MATCH, "--plugins=toy.head", f"--ckpt={CHECKPOINT}"],
-    "save": f"import toy.head, corrzoo; print(corrzoo.save(corrzoo.load({CHECKPOINT!r}), 'saved'))",
-    "load": "import toy.head, corrzoo; print(corrzoo.load('saved').hparams.width, corrzoo.list_heads())",
+    "test": ["test", f"--config={RUN_FOLDER}/config.yaml", f"--ckpt_path={CHECKPOINT}"],
+    "match": [*MATCH, "--plugins=projection", f"--ckpt={CHECKPOINT}"],
+    "python": PYTHON,
+    "help": ["fit", "--plugins=projection", "--model.help=Projection"],
     "match without import": [*MATCH, f"--ckpt={CHECKPOINT}"],
     "match a folder without import": [*MATCH, "--ckpt=saved"],
-    "no such plugin": ["fit", "--plugins=toy.head,tow"],
+    "no such plugin": ["fit", "--plugins=projection,tow"],
     "no such plugin in a YAML": ["fit", "--config=wrong.yaml"],
     "plugins below the model": ["fit", "--config=late.yaml"],
 }
-"""What is done with the page's first checkpoint, and what cannot be done."""
+"""Commands after the page's, on its first checkpoint; the last five are errors."""
 
 
 @pytest.fixture(scope="module")
 def ran(folder):
-    """What the page's commands print, and the following ones, and the status that each leaves with."""
-    (folder / "late.yaml").write_text("model:\n  class_path: Projected\nplugins: toy.head\n")
-    (folder / "wrong.yaml").write_text("plugins: [toy.heed]\n")
+    """Output and exit status of the page's commands and of the following ones."""
+    (folder / "late.yaml").write_text("model:\n  class_path: Projection\nplugins: projection\n")
+    (folder / "wrong.yaml").write_text("plugins: [projectoin]\n")
     words = [shlex.split(line) for line in COMMANDS]
     assert [w[:2] for w in words] == [["lightning", stage] for stage in ("fit", "test", "fit", "fit", "test")]
-    lines = [w[1:] + TINY + (BACKBONE if "toy.backbone" not in w else []) for w in words]
+    lines = [w[1:] + TINY + (BACKBONE if "patch_net" not in w else []) for w in words]
     return dict(zip([*COMMANDS, *FOLLOWING], run(folder, *lines, *FOLLOWING.values()), strict=True))
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, *list(FOLLOWING)[:4]])
-def test_every_command_runs_in_a_process_of_its_own(ran, command):
-    said, status = ran[command]
-    assert status == 0, said[-3000:]
+def test_commands_run(ran, command):
+    printed, status = ran[command]
+    assert status == 0, printed[-3000:]
 
 
-def test_what_the_commands_leave(ran, folder):
+def test_commands_write_results(ran, folder):
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("runs/**/results/*.json"))]
     assert [(r["head"], r["dataset"], r["pairs"]) for r in results] == [
         ("Baseline", "pets", 16),
-        ("Projected", "synthetic", 4),
-        ("Projected", "synthetic", 4),
+        ("Projection", "synthetic", 4),
+        ("Projection", "synthetic", 4),
     ]
-    assert results[1]["options"]["width"] == 128 and results[1]["trained"]["dataset"] == "synthetic"
-    assert results[1]["pck"] == results[2]["pck"]  # the configuration that the run has saved is the run
-    assert "import corrzoo, toy.head\n" in (folder / "saved" / "README.md").read_text()
-    assert ran["load"][0].strip() == "128 ['ACTR', 'Baseline', 'GSF', 'LPMFlow', 'Projected', 'ViTSC']"
+    assert results[1]["options"]["width"] == 64 and results[1]["trained"]["dataset"] == "synthetic"
+    assert results[1]["pck"] == results[2]["pck"]  # from the page's YAMLs and from the run's own config.yaml
+
+
+def test_the_checkpoint_loads_back_and_matches_images(ran, folder):
+    assert "import corrzoo, projection\n" in (folder / "saved" / "README.md").read_text()
+    assert ran["python"][0].strip().splitlines()[-2:] == [
+        "64 torch.Size([2, 2]) True",
+        "['ACTR', 'Baseline', 'GSF', 'LPMFlow', 'Projection', 'ViTSC']",
+    ]
+    assert "Channels after the projection." in ran["help"][0]
 
 
 @pytest.mark.parametrize(
     ("command", "words"),
     {
         # no file makes anyone import anything
-        "match without import": f"{CHECKPOINT} holds a Projected of 'toy.head': import that module first (--plugins "
-        "toy.head)",
-        "match a folder without import": "saved holds a Projected of 'toy.head': import that module first",
+        "match without import": f"{CHECKPOINT} holds a Projection of 'projection': import that module first (--plugins "
+        "projection)",
+        "match a folder without import": "saved holds a Projection of 'projection': import that module first",
         "no such plugin": "there is no plugin 'tow': expected the name of a module in the working folder",
-        "no such plugin in a YAML": "there is no plugin 'toy.heed'",
-        "plugins below the model": "unknown head 'Projected': choose one of ACTR, Baseline, GSF, LPMFlow, ViTSC, or "
-        "say --plugins <module of your own> first",
+        "no such plugin in a YAML": "there is no plugin 'projectoin'",
+        "plugins below the model": "unknown head 'Projection': choose one of ACTR, Baseline, GSF, LPMFlow, ViTSC, or "
+        "give --plugins <your module> first",
     }.items(),
 )
 def test_errors_are_one_line(ran, command, words):
-    said, status = ran[command]
-    assert status and said.strip().startswith(f"error: {words}") and len(said.strip().splitlines()) == 1, said
+    printed, status = ran[command]
+    assert status and printed.strip().startswith(f"error: {words}") and len(printed.strip().splitlines()) == 1, printed
 
 
 def test_plugins_are_named_with_commas_or_as_a_list(tmp_path, monkeypatch):
@@ -177,11 +189,11 @@ def test_plugins_that_are_named_twice_add_up(tmp_path, monkeypatch, capsys):
     assert "(type: modules, default: null)" in " ".join(capsys.readouterr().out.split())
 
 
-def test_what_is_wrong_with_a_plugin_is_said_in_one_line(tmp_path, monkeypatch):
+def test_errors_of_plugins_are_one_line(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    head = next(text for _, text in BLOCKS if text.startswith("# toy/head.py"))
+    head = next(text for _, text in BLOCKS if text.startswith("# projection.py"))
     (tmp_path / "needy.py").write_text("import a_module_that_is_not_there\n")
-    (tmp_path / "twice.py").write_text(head.replace("Projected", "Baseline"))
+    (tmp_path / "twice.py").write_text(head.replace("class Projection", "class Baseline"))
     (tmp_path / "again.py").write_text(
         "from corrzoo.backbones import register_backbone as add\nadd('mae_b16', 'vit_base_patch16_224.mae')\n"
     )

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from corrzoo import geometry
+from hostless import hostless
 
 
 def test_cell_centres_of_a_non_square_grid():
@@ -16,6 +17,13 @@ def test_resize_points_scales_each_axis_by_its_own_ratio():
     points = torch.tensor([[[10.0, 20.0], [0.0, 0.0]]])
     out = geometry.resize_points(points, torch.tensor([[100.0, 50.0]]), torch.tensor([[200.0, 25.0]]))
     assert out.tolist() == [[[20, 10], [0, 0]]]
+
+
+def test_cells_become_pixels_axis_by_axis_and_back():
+    cells = torch.tensor([[[0.0, 0.0], [1.5, 2.0], [4.0, 3.0]]], dtype=torch.float64)
+    pixels = geometry.cells_to_pixels(cells, (3, 4), (30, 64))
+    assert pixels.tolist() == [[[0, 0], [24, 20], [64, 30]]]
+    assert geometry.pixels_to_cells(pixels, (3, 4), (30, 64)).tolist() == cells.tolist()
 
 
 def test_sample_reads_a_linear_map_exactly_between_cell_centres():
@@ -105,7 +113,18 @@ def test_pseudo_flow_equals_the_authors(shared, grid, name):
     np.testing.assert_allclose(flow.numpy() / (512 // grid), data[f"{name}_{grid}"], atol=1e-5)
 
 
-def test_cells_become_pixels_axis_by_axis():
-    cells = torch.tensor([[[0.0, 0.0], [1.5, 2.0], [4.0, 3.0]]], dtype=torch.float64)
-    pixels = geometry.cells_to_pixels(cells, (3, 4), (30, 64))
-    assert pixels.tolist() == [[[0, 0], [24, 20], [64, 30]]]
+def test_no_host_device_synchronisation():
+    """Sizes are Python numbers: no function makes a tensor of them, which would be copied to the GPU."""
+    grid, image = (4, 6), (32, 48)
+    points = (torch.rand(2, 24, 2) * 40).requires_grad_()
+    maps, mask = torch.randn(2, 3, *grid, requires_grad=True), torch.rand(2, 24) > 0.5
+    with hostless():
+        flow = geometry.points_to_flow(geometry.cells_to_pixels(points, grid, image), grid, image)
+        read = geometry.sample(maps, geometry.transfer(points, flow, image), image)
+        cosines = geometry.cosine_maps(maps, maps, points, image)
+        cells, weights = geometry.bilinear_cells(points, grid, image)
+        target, covered = geometry.pseudo_flow(points, points.flip(1), mask, grid, image, 9.0)
+        loss = read.sum() + cosines.sum() + weights.square().sum() + (target * covered.unsqueeze(1)).sum()
+        loss.backward()
+        geometry.pixels_to_cells(points, grid, image), geometry.cell_centres(grid, image, points.device)
+    assert cells.shape == (2, 24, 4)

@@ -1,5 +1,6 @@
-"""Image files: read right, or refused by name."""
+"""Image files: read correctly, or refused by name."""
 
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -9,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from corrzoo.images import ImageMemory, as_rgb, image_size, read_rgb, to_tensor
+from corrzoo import images
+from corrzoo.images import as_rgb, image_size, read_rgb, to_tensor
 from corrzoo.types import ZooError
 
 
@@ -96,7 +98,7 @@ def test_orientation_is_ignored(tmp_path: Path, pixels: np.ndarray) -> None:
     assert read_rgb(tmp_path / "a.jpg", (30, 20)).size == (30, 20)
 
 
-def test_ones_own_image_is_turned_upright_and_pixels_stand_as_they_are(tmp_path: Path, pixels: np.ndarray) -> None:
+def test_a_users_file_is_rotated_as_its_exif_says_and_pixels_are_not(tmp_path: Path, pixels: np.ndarray) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: shown, the stored top row is the right column
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
@@ -107,17 +109,20 @@ def test_ones_own_image_is_turned_upright_and_pixels_stand_as_they_are(tmp_path:
 
 
 @pytest.mark.parametrize(
-    "given, said",
+    "given, message",
     [
         ("nowhere.png", "there is no image file nowhere.png"),
-        (__file__, "cannot read the image .*test_images.py"),
+        ("x" * 5000, "there is no image file xxx"),
+        ("a\0b", "there is no image file"),
+        (__file__, r"cannot read the image .*test_images.py \(unknown format or empty file\): save it"),
+        (b"", r"cannot read the image that was uploaded \(unknown format or empty file\): save it"),
         (np.zeros((3, 4, 5), np.uint8), r"got \(3, 4, 5\) uint8"),
         (torch.zeros(3, 4, 5), r"got \(3, 4, 5\) torch.float32"),
         (7, "got int"),
     ],
 )
-def test_what_is_no_image_is_refused_in_one_line(given: object, said: str) -> None:
-    with pytest.raises(ZooError, match=said) as error:
+def test_a_source_that_is_not_an_image_is_refused_in_one_line(given: object, message: str) -> None:
+    with pytest.raises(ZooError, match=message) as error:
         as_rgb(given)  # type: ignore[arg-type]
     assert "\n" not in str(error.value)
 
@@ -142,24 +147,80 @@ def test_missing_and_wrong_size(tmp_path: Path) -> None:
         read_rgb(tmp_path / "a.png", (20, 30))
 
 
-def test_memory_is_bounded_and_drops_the_oldest() -> None:
-    made: list[int] = []
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+@pytest.mark.parametrize("by_path", [True, False])
+def test_transparent_pixels_of_a_users_image_are_white(tmp_path: Path, mode: str, by_path: bool) -> None:
+    given = Image.new("RGBA", (4, 2), (10, 10, 10, 0))  # a hidden colour that viewers do not show
+    given.paste((200, 200, 200, 255), (0, 0, 1, 2))
+    given.putpixel((3, 0), (0, 0, 0, 51))
+    if mode == "P":
+        given = Image.new("P", (4, 2), 1)
+        given.putpalette([0, 0, 0, 10, 10, 10, 200, 200, 200])
+        given.paste(2, (0, 0, 1, 2))
+        given.putpixel((3, 0), 0)
+        given.info["transparency"] = bytes([51, 0, 255])
+    elif mode == "LA":
+        given = given.convert("LA")
+    given.save(tmp_path / "a.png")
+    row = np.asarray(as_rgb(tmp_path / "a.png" if by_path else given))[0]
+    assert row.tolist() == [[200] * 3, [255] * 3, [255] * 3, [204] * 3]  # 0.8 * 255 + 0.2 * 0
 
-    def get(memory: ImageMemory, number: int) -> torch.Tensor:
-        def make() -> torch.Tensor:
-            made.append(number)
-            return torch.full((2**19,), number, dtype=torch.uint8)  # half a MiB
 
-        return memory.get(number, make)
+@pytest.mark.parametrize("mode, value", [("I;16", 40000), ("I", 40000), ("F", 0.5)])
+def test_a_users_pil_image_of_more_than_8_bits_is_refused(mode: str, value: float) -> None:
+    with pytest.raises(ZooError, match=f"image given has mode {mode}, more than 8 bits a channel: convert"):
+        as_rgb(Image.new(mode, (3, 2), value))
 
-    memory = ImageMemory(1)
-    for number in (0, 1, 0, 2, 0, 1):  # 2 drops 1, not 0, which was asked for last
-        assert (get(memory, number) == number).all()
-        assert memory._items.used <= memory._items.max_bytes
-    assert made == [0, 1, 2, 1]
-    get(memory, 1).zero_()
-    assert (get(memory, 1) == 1).all()
-    made.clear()
-    for _ in range(2):
-        get(ImageMemory(0), 5)
-    assert made == [5, 5]
+
+def test_an_upload_of_too_many_pixels_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    huge = png(13_000, 13_000, bits=8, data=zlib.compress(bytes(99)))  # below Pillow's own limit
+    with pytest.warns(Image.DecompressionBombWarning):
+        with pytest.raises(ZooError, match=r"the image is 13000x13000: expected at most 50,000,000 pixels, shrink it"):
+            as_rgb(huge)
+    monkeypatch.setattr(images, "MAX_UPLOAD_PIXELS", 20 * 30)
+    as_rgb(encoded("PNG", (30, 20)))
+    with pytest.raises(ZooError, match="31x20"):
+        as_rgb(encoded("PNG", (31, 20)))
+
+
+def encoded(kind: str, size: tuple[int, int]) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, (10, 200, 30)).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["EPS", "DDS", "TGA", "PCX", "ICO", "SGI"])
+def test_formats_outside_the_list_are_not_decoded(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(kind, (30, 20)))
+    for read in (as_rgb, image_size):
+        with pytest.raises(ZooError, match=r"cannot read the image .*a\.png \(unknown format"):
+            read(tmp_path / "a.png")
+
+
+Image.init()
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of the damage
+@pytest.mark.parametrize("kind", sorted(images.FORMATS & Image.SAVE.keys()))
+def test_listed_formats_are_decoded_and_damaged_ones_are_one_line(kind: str) -> None:
+    content = encoded(kind, (30, 20))
+    assert np.abs(np.asarray(as_rgb(content)).astype(int) - (10, 200, 30)).max() < 12
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(60):
+        damaged = bytearray(content)
+        for at in rng.integers(0, len(content), 4):
+            damaged[at] = rng.integers(256)
+        try:
+            as_rgb(bytes(damaged[: rng.integers(1, len(content) + 1)]))
+        except ZooError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 10
+
+
+def test_a_users_damaged_pil_image_is_one_line(tmp_path: Path, pixels: np.ndarray) -> None:
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:900])
+    with pytest.raises(ZooError, match="cannot decode the image given"):
+        as_rgb(Image.open(tmp_path / "a.png"))

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from fixtures import write_synthetic_spair
 from lightning.pytorch import Callback, Trainer
 
 import corrzoo
@@ -13,7 +14,6 @@ from corrzoo.callbacks import MatchImages, ResultsWriter
 from corrzoo.data import PairDataset
 from corrzoo.data.module import PairsDataModule
 from corrzoo.data.pairs import FolderDataset
-from corrzoo.data.synthetic.pairs import write_spair
 from corrzoo.heads.baseline import Baseline
 from corrzoo.matcher import Matcher
 from corrzoo.scoring.evaluation import predict_points
@@ -101,7 +101,7 @@ class Watched:
 def drawn(root, pairs=24, **options):
     """Training on 16 drawn images of four categories, all of them in many pairs, and validation on as many."""
     if not (root / "SPair-71k").exists():
-        write_spair(root, pairs_per_split=pairs, images_per_category=4, size=64)
+        write_synthetic_spair(root, pairs_per_split=pairs, images_per_category=4, size=64)
     return PairsDataModule(root=str(root), image_size=64, batch_size=4, num_workers=0, **options)
 
 

@@ -22,7 +22,7 @@ def test_zero_shot_reaches_its_mark_with_one_backbone_pass_an_image(shared, tmp_
     monkeypatch.setattr(Backbone, "forward", lambda self, image: passes.append(len(image)) or forward(self, image))
     stack = ("baseline.yaml", "data/pfwillow.yaml", "backbone/efficientnet_lite0.yaml")
     main(["test", *(f"--config={CONFIGS / name}" for name in stack), f"--data.root={shared}", "--data.num_workers=0"])
-    (path,) = tmp_path.glob("runs/*/version_0/results/pfwillow.json")
+    (path,) = tmp_path.glob("runs/*/test/results/pfwillow.json")
     result = json.loads(path.read_text())
     assert result["pairs"] == 900 and sum(passes) == 100
     assert result["pck"]["pck@0.1"] >= 61.0

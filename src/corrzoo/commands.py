@@ -1,15 +1,15 @@
-"""The commands beside Lightning's own; they start without importing it."""
+"""Commands beside those of LightningCLI. They start without importing torch or Lightning."""
 
 COMMANDS = {
     "leaderboard": ("corrzoo.leaderboard:main", "write the leaderboard from result files and published numbers"),
-    "match": ("corrzoo.apps.match:main", "find points of one image in another"),
-    "demo": ("corrzoo.apps.demo:main", "a local page: click a point, see its match"),
+    "match": ("corrzoo.apps.match:main", "match points of one image to another"),
+    "demo": ("corrzoo.apps.demo:main", "open a local page: click a point, see its match"),
 }
-"""Name: (module:function that takes the arguments after the name, what `--help` says of it)."""
+"""By name: `module:function`, which takes the arguments after the name, and its line in `--help`."""
 
 
 def listing() -> str:
-    """The commands beside Lightning's, for `--help`."""
+    """The commands and what they do, for `--help`."""
     return "More commands, each with its own --help: " + "; ".join(
         f"{name} ({what})" for name, (_, what) in COMMANDS.items()
     )

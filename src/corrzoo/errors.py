@@ -1,18 +1,20 @@
-"""The zoo's one error and the commands' parser, in a file that needs no torch: what computes nothing starts at once."""
+"""ZooError, and the parser of the commands that start without torch."""
 
 import argparse
 from typing import Any, NoReturn
 
 
 class ZooError(ValueError):
-    """Something a user can mend: the message names the value, what was expected, and the remedy, in one line."""
+    """An error that a user can mend. Its message is one line: the value, what was expected, and the remedy."""
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and which takes no abbreviations."""
+    """A parser without abbreviations, whose errors are one line."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
-        raise ZooError(f"{message}; --help lists the options")
+        # argparse takes a value such as -5,80 for an option
+        hint = ", written as --option=value if it begins with '-'" if message.endswith("expected one argument") else ""
+        raise ZooError(f"{message}{hint}; --help lists the options")

@@ -1,5 +1,6 @@
-"""Files and their contents: atomic writing, digests, caches, and tables in Markdown. The standard library alone."""
+"""Files: atomic writing, locks, digests, caches, and tables in Markdown. The standard library alone."""
 
+import fcntl
 import hashlib
 import os
 import uuid
@@ -33,6 +34,19 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file in UTF-8, whole or not at all."""
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Let one process at a time into the block. The lock is a file, whose folder is created if missing.
+
+    The lock ends with the process, also if it is killed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def sha256(path: str | Path) -> str:

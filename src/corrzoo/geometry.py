@@ -1,14 +1,16 @@
-"""The coordinate convention, and every conversion that follows from it. It is stated here and nowhere else.
+"""The coordinate convention, and every conversion that follows from it.
 
 Points are continuous (x, y) with the origin at the image's top-left corner. Pixel i covers [i, i + 1), so:
 
-- resizing an image from (w, h) to (W, H) moves a point to (x * W / w, y * H / h), and nothing else;
+- resizing an image from (w, h) to (W, H) moves a point to (x * W / w, y * H / h);
 - cell c of a feature grid with stride s has its centre at (c + 0.5) * s;
 - reading a map between cell centres is `grid_sample(..., align_corners=False)`;
 - mirroring a W pixels wide image moves x to W - x.
 
 A flow (B, 2, h, w) holds, for each cell of the source grid, the displacement (dx, dy) from the cell's centre to its
 match, in pixels of the network image. A head whose authors use another grid converts at its own border.
+
+Sizes are Python numbers here, and no function makes a tensor of them: on a GPU that copy would wait for all work.
 """
 
 import torch
@@ -27,7 +29,7 @@ def size_of(maps: Tensor) -> Size:
 def cell_centres(
     grid: Size, image: Size, device: torch.device | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """(h*w, 2) centres of the cells of a (h, w) grid laid over a (H, W) image, row by row, in the image's pixels."""
+    """(h*w, 2) centres of the cells of a (h, w) grid over a (H, W) image, row by row, in pixels."""
     (h, w), (H, W) = grid, image
     y = (torch.arange(h, device=device, dtype=dtype or torch.float32) + 0.5) * (H / h)
     x = (torch.arange(w, device=device, dtype=dtype or torch.float32) + 0.5) * (W / w)
@@ -36,40 +38,8 @@ def cell_centres(
 
 
 def resize_points(points: Tensor, old: Tensor, new: Tensor) -> Tensor:
-    """Points (..., n, 2) of an image of size `old` (w, h), in the same image resized to `new` (w, h).
-
-    Args:
-        points: (..., n, 2).
-        old: (..., 2) size (w, h) that the points live in.
-        new: (..., 2) size (w, h) that they go to.
-    """
+    """Points (..., n, 2) of an image of size `old` (..., 2), in the same image at size `new`; sizes are (w, h)."""
     return points * (new / old).unsqueeze(-2)
-
-
-def sample(maps: Tensor, points: Tensor, image: Size) -> Tensor:
-    """Read maps (B, C, h, w) laid over a (H, W) image at points (B, n, 2), bilinearly.
-
-    Outside the outermost cell centres the border's value holds (a flow has no reason to fall to zero there).
-
-    Returns:
-        (B, n, C).
-    """
-    H, W = image
-    scale = points.new_tensor([W, H])
-    grid = (2 * points / scale - 1).to(maps.dtype)
-    out = F.grid_sample(maps, grid.unsqueeze(1), mode="bilinear", padding_mode="border", align_corners=False)
-    return out.squeeze(2).transpose(1, 2)
-
-
-def cosine_maps(src: Tensor, trg: Tensor, points: Tensor, image: Size) -> Tensor:
-    """(B, n, h, w) cosines of source features (B, C, h', w') at points (B, n, 2) with target features (B, C, h, w)."""
-    rows = F.normalize(sample(src, points, image), dim=2)
-    return torch.einsum("bnc,bchw->bnhw", rows, F.normalize(trg, dim=1))
-
-
-def transfer(points: Tensor, flow: Tensor, image: Size) -> Tensor:
-    """Where a flow takes source points: (B, n, 2) in pixels of the (H, W) network image -> (B, n, 2) likewise."""
-    return points + sample(flow, points, image).to(points.dtype)
 
 
 def cells_to_pixels(cells: Tensor, grid: Size, image: Size) -> Tensor:
@@ -78,17 +48,35 @@ def cells_to_pixels(cells: Tensor, grid: Size, image: Size) -> Tensor:
     return torch.stack([x * (image[1] / grid[1]), y * (image[0] / grid[0])], dim=-1)
 
 
-def points_to_flow(points: Tensor, grid: Size, image: Size) -> Tensor:
-    """The flow of a grid whose cells were matched to given points.
+def pixels_to_cells(points: Tensor, grid: Size, image: Size) -> Tensor:
+    """Points (..., 2) in pixels of a (H, W) image -> continuous cells of the (h, w) grid that covers it."""
+    return cells_to_pixels(points, image, grid)
 
-    Args:
-        points: (B, h*w, 2) matched target positions, in pixels of the (H, W) network image.
-        grid: (h, w) of the source grid.
-        image: (H, W).
 
-    Returns:
-        (B, 2, h, w).
+def sample(maps: Tensor, points: Tensor, image: Size) -> Tensor:
+    """Read maps (B, C, h, w) that cover a (H, W) image at points (B, n, 2), bilinearly: (B, n, C).
+
+    Outside the outermost cell centres the border's value holds: a flow has no reason to fall to zero there.
     """
+    x, y = points.unbind(-1)
+    grid = torch.stack([2 * x / image[1] - 1, 2 * y / image[0] - 1], dim=-1).to(maps.dtype)  # (B, n, 2) in [-1, 1]
+    out = F.grid_sample(maps, grid.unsqueeze(1), mode="bilinear", padding_mode="border", align_corners=False)
+    return out.squeeze(2).transpose(1, 2)
+
+
+def cosine_maps(src: Tensor, trg: Tensor, points: Tensor, image: Size) -> Tensor:
+    """Cosines (B, n, h, w) of source features (B, C, h', w') at points (B, n, 2) with target features (B, C, h, w)."""
+    rows = F.normalize(sample(src, points, image), dim=2)
+    return torch.einsum("bnc,bchw->bnhw", rows, F.normalize(trg, dim=1))
+
+
+def transfer(points: Tensor, flow: Tensor, image: Size) -> Tensor:
+    """Source points (B, n, 2) displaced by a flow (B, 2, h, w), in pixels of the (H, W) network image."""
+    return points + sample(flow, points, image).to(points.dtype)
+
+
+def points_to_flow(points: Tensor, grid: Size, image: Size) -> Tensor:
+    """Flow (B, 2, h, w) of a source grid (h, w) whose cells match target points (B, h*w, 2), in pixels."""
     centres = cell_centres(grid, image, points.device, points.dtype)
     return (points - centres).transpose(1, 2).unflatten(2, grid)
 
@@ -96,35 +84,35 @@ def points_to_flow(points: Tensor, grid: Size, image: Size) -> Tensor:
 def pseudo_flow(
     src_kps: Tensor, trg_kps: Tensor, mask: Tensor, grid: Size, image: Size, radius: float
 ) -> tuple[Tensor, Tensor]:
-    """Ground-truth flow around keypoints: each keypoint lends its displacement to the cells near it.
+    """Ground-truth flow around keypoints: the cells near a keypoint take its displacement.
 
-    A keypoint covers the cells whose centre (rounded down, as CATs' integer grid has it) lies within `radius` on both
-    axes. Where several keypoints cover a cell, its flow is the last one's target less the mean of all their sources:
-    this is what CATs, ACTR and LPMFlow train on (their receptive field of 35 at 512 px is `radius=17`). With one
+    A keypoint covers the cells whose centre (rounded down, as on CATs' integer grid) lies within `radius` on both
+    axes. Where several keypoints cover a cell, its flow is the last one's target minus the mean of their sources.
+    CATs, ACTR and LPMFlow train on this flow: their receptive field of 35 at 512 px is `radius=17`. With one
     covering keypoint it is ViTSC's eq. 5, F = q - p.
 
     Args:
         src_kps: (B, K, 2) source keypoints, in pixels of the network image.
         trg_kps: (B, K, 2) target keypoints.
-        mask: (B, K) bool, which keypoints count.
+        mask: (B, K) bool, which rows are keypoints.
         grid: (h, w) of the flow.
         image: (H, W) of the network image.
         radius: Half the side of the square that a keypoint covers, in pixels of the network image.
 
     Returns:
-        Flow (B, 2, h, w) in pixels of the network image, zero where no keypoint reaches, and the covered cells
-        (B, h, w) bool.
+        Flow (B, 2, h, w) in pixels of the network image, zero in cells that no keypoint covers; and which cells are
+        covered, (B, h, w) bool.
     """
     centres = cell_centres(grid, image, src_kps.device, src_kps.dtype).floor()
     near = (src_kps.unsqueeze(2) - centres).abs().amax(-1) <= radius  # (B, K, h*w)
     near = near & mask.unsqueeze(-1)
-    covered = near.any(1)
+    covered = near.any(1)  # (B, h*w)
     weight = near.to(src_kps.dtype)
     mean_src = torch.einsum("bkn,bkc->bnc", weight, src_kps) / weight.sum(1).clamp(min=1).unsqueeze(-1)
     order = torch.arange(1, near.shape[1] + 1, device=near.device).view(1, -1, 1)
     last = (near * order).argmax(1)  # (B, h*w), the highest covering index
     flow = torch.gather(trg_kps, 1, last.unsqueeze(-1).expand(-1, -1, 2)) - mean_src
-    flow = torch.where(covered.unsqueeze(-1), flow, torch.zeros((), dtype=flow.dtype, device=flow.device))
+    flow = flow.masked_fill(~covered.unsqueeze(-1), 0)
     return flow.transpose(1, 2).unflatten(2, grid), covered.unflatten(1, grid)
 
 
@@ -137,16 +125,18 @@ def bilinear_cells(points: Tensor, grid: Size, image: Size) -> tuple[Tensor, Ten
         image: (H, W).
 
     Returns:
-        Row-major cell indices (B, n, 4) int64 and weights (B, n, 4) that sum to one.
+        Row-major cell indices (B, n, 4) int64, and weights (B, n, 4) that sum to one.
     """
-    (h, w), (H, W) = grid, image
-    limit = points.new_tensor([w - 1, h - 1])
-    at = points * points.new_tensor([w / W, h / H]) - 0.5  # cell c's centre is at c
-    at = torch.minimum(at.clamp(min=0), limit)
-    low = torch.minimum(at.floor(), (limit - 1).clamp(min=0))
-    high = torch.minimum(low + 1, limit)
-    share = at - low
-    x, y = torch.stack([low, high], -1).unbind(2)  # (B, n, 2) each
-    wx, wy = torch.stack([1 - share, share], -1).unbind(2)
-    cells = (y.unsqueeze(-1) * w + x.unsqueeze(-2)).flatten(2).long()
-    return cells, (wy.unsqueeze(-1) * wx.unsqueeze(-2)).flatten(2)
+    x, y = pixels_to_cells(points, grid, image).unbind(-1)
+    columns, x_weights = _neighbours(x, grid[1])  # (B, n, 2) each
+    rows, y_weights = _neighbours(y, grid[0])
+    cells = (rows.unsqueeze(-1) * grid[1] + columns.unsqueeze(-2)).flatten(2).long()
+    return cells, (y_weights.unsqueeze(-1) * x_weights.unsqueeze(-2)).flatten(2)
+
+
+def _neighbours(position: Tensor, cells: int) -> tuple[Tensor, Tensor]:
+    """The two cells of a row of `cells` around continuous positions (B, n), and their linear weights: (B, n, 2)."""
+    at = (position - 0.5).clamp(0, cells - 1)  # the centre of cell c is at c
+    low = at.floor().clamp(max=max(cells - 2, 0))
+    high = (low + 1).clamp(max=cells - 1)
+    return torch.stack([low, high], -1), torch.stack([1 - (at - low), at - low], -1)

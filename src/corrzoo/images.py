@@ -1,7 +1,6 @@
-"""Image files to uint8 tensors at network size, and a bounded memory of them."""
+"""Image files and arrays to RGB images, and to uint8 tensors at network size."""
 
-import struct
-from collections.abc import Callable
+import os
 from io import BytesIO
 from pathlib import Path
 
@@ -10,37 +9,29 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from corrzoo.files import LRU
 from corrzoo.geometry import Size
 from corrzoo.types import ZooError
 
 ImageSource = str | Path | bytes | Image.Image | Tensor | np.ndarray
-"""An image of one's own: see `as_rgb`."""
+"""An image that a user gives, see `as_rgb`."""
 
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-"""What PIL raises for a file that it cannot read, depending on the format."""
+FORMATS = {"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"}
+"""our choice: formats that are read. Pillow has more decoders, which are less tested; for EPS it runs Ghostscript."""
+
+MAX_UPLOAD_PIXELS = 50_000_000
+"""our choice: pixels of an image given as bytes. 20 kB of PNG can decode to gigabytes."""
 
 
-def open_image(path: Path, content: bytes | None = None) -> Image.Image:
-    """The image file with its header read; its pixels are not decoded yet.
-
-    Args:
-        path: The file.
-        content: What is in it, where it is not on this disk.
+def open_image(path: Path) -> Image.Image:
+    """Open an image file of a dataset. This reads the header and decodes no pixels.
 
     Raises:
-        ZooError: when the file is missing, no image, or has more than 8 bits a channel.
+        ZooError: if the file is missing, is not an image, or has more than 8 bits a channel.
     """
     try:
-        image = Image.open(path if content is None else BytesIO(content))
+        return _open(path, str(path), "fetch it again")
     except FileNotFoundError:
-        raise ZooError(f"no image {path}: restore the file, or take its pairs off the list") from None
-    except _BROKEN as error:
-        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
-        raise ZooError(f"cannot read the image {path} ({reason}): fetch it again") from error
-    if image.mode in ("I", "F") or ";16" in image.mode:  # PIL would clip these at 255, not scale them
-        raise ZooError(f"the image {path} has mode {image.mode}, more than 8 bits a channel: convert it to 8-bit RGB")
-    return image
+        raise ZooError(f"no image {path}: restore the file, or remove its pairs from the list") from None
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -50,14 +41,14 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def read_rgb(path: Path, size: tuple[int, int]) -> Image.Image:
-    """Decode an image file to RGB. An EXIF orientation is left alone: annotations count the stored pixels.
+    """Decode an image file of a dataset to RGB. EXIF orientation is ignored: annotations refer to the stored pixels.
 
     Args:
         path: The image file.
-        size: (w, h) that its annotation says.
+        size: (w, h) from its annotation.
 
     Raises:
-        ZooError: when the file is missing, unreadable, truncated, or not of that size.
+        ZooError: if the file is missing, unreadable or truncated, or its size differs from `size`.
     """
     with open_image(path) as image:
         if image.size != size:
@@ -65,32 +56,28 @@ def read_rgb(path: Path, size: tuple[int, int]) -> Image.Image:
             raise ZooError(f"the image {path} is {w}x{h}, but annotated as {W}x{H}: fetch the dataset's own copy of it")
         try:
             return image.convert("RGB")
-        except _BROKEN as error:
-            raise ZooError(f"cannot decode the image {path} ({error}): fetch it again") from error
+        except Exception as error:  # Pillow's decoders raise nearly anything
+            raise ZooError(f"cannot decode the image {path} ({_one_line(error)}): fetch it again") from error
 
 
 def as_rgb(source: ImageSource) -> Image.Image:
-    """An image of one's own in RGB.
+    """A user's image in RGB. Transparent pixels are composited on white, as viewers show them.
 
     Args:
-        source: A file or its bytes, turned upright as its EXIF orientation says and every viewer shows it; or pixels,
-            taken as they stand: a PIL image, a (3, H, W) uint8 tensor, or an (H, W, 3) uint8 array.
+        source: A file path or the bytes of a file, which are rotated as their EXIF orientation says; or pixels: a PIL
+            image, a (3, H, W) uint8 tensor, or an (H, W, 3) uint8 array.
 
     Raises:
-        ZooError: when the file is missing, unreadable or no image, and for pixels of another shape or type.
+        ZooError: if the file is missing or unreadable, the pixels have another shape or type, or bytes decode to more
+            than `MAX_UPLOAD_PIXELS`.
     """
     if isinstance(source, Image.Image):
-        return source.convert("RGB")
-    if isinstance(source, str | Path | bytes):
-        content = source if isinstance(source, bytes) else None
-        path = Path("that was sent" if isinstance(source, bytes) else source)
-        if content is None and not path.is_file():
-            raise ZooError(f"there is no image file {path}")
-        with open_image(path, content) as image:
-            try:
-                return ImageOps.exif_transpose(image).convert("RGB")
-            except _BROKEN as error:
-                raise ZooError(f"cannot decode the image {path} ({error}): save it anew, as PNG or JPEG") from error
+        _check_depth(source, "given")
+        return _decode(source, "given", rotate=False)
+    if isinstance(source, bytes):
+        return _read_upload(source)
+    if isinstance(source, str | Path):
+        return _read_file(source)
     pixels = source.permute(1, 2, 0).cpu().numpy() if isinstance(source, Tensor) and source.ndim == 3 else source
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         found = f"{tuple(source.shape)} {source.dtype}" if hasattr(source, "shape") else type(source).__name__
@@ -99,29 +86,55 @@ def as_rgb(source: ImageSource) -> Image.Image:
 
 
 def to_tensor(image: Image.Image, size: Size) -> Tensor:
-    """An RGB image resized straight to `size` (H, W), bilinear and antialiased, as (3, H, W) uint8."""
+    """Resize an RGB image to `size` (H, W), bilinear and antialiased, and return it as (3, H, W) uint8."""
     resized = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
 
 
-class ImageMemory:
-    """Tensors by number; the least recently used are dropped, and each process has its own.
+def _read_file(path: str | Path) -> Image.Image:
+    if not os.path.isfile(path):  # False also for names that no file can have
+        raise ZooError(f"there is no image file {path}")
+    with _open(path, str(path), "save it as PNG or JPEG") as image:
+        return _decode(image, str(path), rotate=True)
 
-    Args:
-        megabytes: Limit in MiB; 0 keeps nothing.
-    """
 
-    def __init__(self, megabytes: float) -> None:
-        self.megabytes = megabytes
-        self._items: LRU[int, Tensor] = LRU(int(megabytes * 2**20), lambda tensor: tensor.nbytes)
+def _read_upload(content: bytes) -> Image.Image:
+    with _open(BytesIO(content), "that was uploaded", "save it as PNG or JPEG") as image:
+        w, h = image.size
+        if w * h > MAX_UPLOAD_PIXELS:
+            raise ZooError(f"the image is {w}x{h}: expected at most {MAX_UPLOAD_PIXELS:,} pixels, shrink it")
+        return _decode(image, "that was uploaded", rotate=True)
 
-    def get(self, number: int, make: Callable[[], Tensor]) -> Tensor:
-        """A copy of tensor `number`, which `make` provides if it is not kept."""
-        tensor = self._items.get(number)
-        if tensor is None:
-            self._items.put(number, tensor := make())
-        return tensor.clone()
 
-    def __reduce__(self) -> tuple[type["ImageMemory"], tuple[float]]:
-        """A worker that is started with a copy of the dataset begins with an empty memory."""
-        return ImageMemory, (self.megabytes,)
+def _open(file: str | Path | BytesIO, name: str, remedy: str) -> Image.Image:
+    Image.init()  # registers all formats; some builds of Pillow lack AVIF, JPEG2000 or WEBP
+    try:
+        image = Image.open(file, formats=sorted(FORMATS & Image.OPEN.keys()))
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        reason = "unknown format or empty file" if isinstance(error, UnidentifiedImageError) else _one_line(error)
+        raise ZooError(f"cannot read the image {name} ({reason}): {remedy}") from error
+    _check_depth(image, name)
+    return image
+
+
+def _check_depth(image: Image.Image, name: str) -> None:
+    if image.mode in ("I", "F") or ";16" in image.mode:  # conversion to RGB would clip at 255 instead of scaling
+        raise ZooError(f"the image {name} has mode {image.mode}, more than 8 bits a channel: convert it to 8-bit RGB")
+
+
+def _decode(image: Image.Image, name: str, rotate: bool) -> Image.Image:
+    try:
+        if rotate:
+            image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Exception as error:
+        raise ZooError(f"cannot decode the image {name} ({_one_line(error)}): save it as PNG or JPEG") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -4,6 +4,7 @@ A head implements `match(src, trg) -> Match` and may override `prepare`, `loss`,
 `param_groups`. Scoring is in `evaluation`, matching of image files in `inference`, result files in `callbacks`.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
@@ -94,14 +95,7 @@ class Matcher(LightningModule, ABC):
             raise ZooError(f"alphas {list(alphas)}: expected at least one, all above 0")
         if feature_cache_mb < 0:
             raise ZooError(f"feature_cache_mb {feature_cache_mb}: expected 0 or more")
-        self.backbone = Backbone(
-            backbone,
-            weights=weights,
-            levels=levels,
-            finetune=finetune,
-            pos_interp=pos_interp,
-            backbone_size=backbone_size or False,
-        )
+        self.backbone = Backbone(backbone, weights, levels, finetune, pos_interp, backbone_size or False)
         self.backend = backend
         self.scores: dict[str, float] = {}
         """Headline numbers of the last evaluation, as logged."""
@@ -160,16 +154,21 @@ class Matcher(LightningModule, ABC):
         """Match two batches of images (B, 3, H, W): uint8, or float normalised for the backbone."""
         return self.match(*self.features_of(src_img, trg_img))
 
-    def features_of(self, src_img: Tensor, trg_img: Tensor, ids: Tensor | None = None) -> tuple[Features, Features]:
-        """Prepared features of both images. With (2B,) numbers of training images, a frozen backbone's are reused."""
-        images = torch.cat([src_img, trg_img])
-        if self._training_features is None or ids is None or (ids < 0).any():
-            return self.prepare(self.backbone(images)).halves()
-        return self.prepare(self._training_features(self.backbone.normalise(images), ids, self.backbone)).halves()
+    def features_of(self, src_img: Tensor, trg_img: Tensor) -> tuple[Features, Features]:
+        """Prepared features of two batches of images."""
+        return self.prepare(self.backbone(torch.cat([src_img, trg_img]))).halves()
 
     def features(self, pair: Pair) -> tuple[Features, Features]:
         """Prepared features of a batch of any dataset; no cache, as image numbers are a dataset's own."""
         return self.features_of(pair.src_img, pair.trg_img)
+
+    def training_features(self, pair: Pair) -> tuple[Features, Features]:
+        """Prepared features of a training batch; those of a frozen backbone are computed once per image."""
+        ids = torch.cat([pair.src_id, pair.trg_id])
+        if self._training_features is None or (ids < 0).any():
+            return self.features(pair)
+        images = self.backbone.normalise(torch.cat([pair.src_img, pair.trg_img]))
+        return self.prepare(self._training_features(images, ids, self.backbone)).halves()
 
     def match_images(
         self, src: ImageSource, trg: ImageSource, points: object = None, size: int | Size | None = None
@@ -193,10 +192,13 @@ class Matcher(LightningModule, ABC):
 
     # ------------------------------------------------------------------ training
 
+    def training_losses(self, pair: Pair) -> Tensor | dict[str, Tensor]:
+        """Loss of a training batch, as `loss` returns it. A head that trains in stages overrides this."""
+        return self.loss(self.match(*self.training_features(pair)), pair)
+
     def training_step(self, pair: Pair, batch_idx: int) -> Tensor:
-        ids = torch.cat([pair.src_id, pair.trg_id])
-        terms = self.loss(self.match(*self.features_of(pair.src_img, pair.trg_img, ids)), pair)
-        terms = terms if isinstance(terms, dict) else {"loss": terms}
+        found = self.training_losses(pair)
+        terms = found if isinstance(found, dict) else {"loss": found}
         means = over_processes(torch.stack(list(terms.values()))) / processes()
         logged = {f"train/{name}": mean for name, mean in zip(terms, means, strict=True)}
         self._require_finite(logged["train/loss"], pair)
@@ -222,6 +224,8 @@ class Matcher(LightningModule, ABC):
         return [c for c in default_callbacks() if not any(isinstance(other, type(c)) for other in given)]
 
     def on_fit_start(self) -> None:
+        # Frozen parts of a backbone and its BatchNorm stay in eval mode: not the oversight that Lightning warns of.
+        warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
         self.load_weights()  # after a checkpoint was restored, so that nothing is fetched in vain
 
     def on_train_start(self) -> None:
@@ -236,7 +240,7 @@ class Matcher(LightningModule, ABC):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         groups = self.param_groups()
         if not groups:
-            raise ZooError("no parameter to train: set --model.finetune to `all` or a number of blocks")
+            raise ZooError("nothing to train: every parameter is frozen; set --model.finetune to `all` or a number")
         h = self.hparams
         optimizer = create_optimizer(h.optimizer, groups, h.weight_decay)
         schedule = create_schedule(h, optimizer, self.trainer)

@@ -185,7 +185,7 @@ def test_a_click_and_the_keyboard_find_the_match_in_a_real_browser(server, brows
     (tmp_path / "text.png").write_text("no image")
     browser.find_element("id", "file-src").send_keys(str(tmp_path / "text.png"))
     WebDriverWait(browser, 20).until(
-        lambda b: "that was sent (of no known format)" in b.find_element("id", "error").text
+        lambda b: "that was uploaded (unknown format or empty file)" in b.find_element("id", "error").text
     )
     loud = [entry for entry in browser.get_log("browser") if "400" not in entry["message"]]
     assert not loud, loud

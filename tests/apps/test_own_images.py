@@ -93,7 +93,7 @@ def test_mistakes_are_one_line():
     for points in ("30", "30,40,50", "30;40", "x,y", ""):
         assert f"--points {points!r}: expected x,y; x,y" in failing("a.png", "b.jpg", f"--points={points}")
     assert "(130, 40) lies outside the source image of 120x90" in failing("a.png", "b.jpg", "--points=130,40", *TINY)
-    assert "ACTR matches nothing before it is trained" in failing("a.png", "b.jpg", "--head=ACTR")
+    assert "ACTR needs trained weights: give --ckpt" in failing("a.png", "b.jpg", "--head=ACTR")
     assert "did you mean 'Baseline'" in failing("a.png", "b.jpg", "--head=Basline")
     assert "did you mean 'efficientnet_lite0'" in failing("a.png", "b.jpg", "--backbone=eficientnet_lite0")
     assert "unrecognized arguments: --point=1,2" in failing("a.png", "b.jpg", "--point=1,2")
@@ -103,12 +103,20 @@ def test_mistakes_are_one_line():
     assert "no such file" in weights and "--model." not in weights
 
 
-def test_the_untrained_model_is_that_of_the_readme_with_what_scores_best():
-    config = yaml.safe_load((CONFIGS / "backbone" / "efficientnet_lite0.yaml").read_text())
-    options = config["model"]["init_args"]
-    assert options.pop("backbone") == apps.BACKBONE and options.pop("weights") == "pretrained"
-    assert options | {"mutual": True} == apps.ZERO_SHOT | apps.ZERO_SHOT_LITE0
-    assert config["data"]["image_size"] == apps.SIZE
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite2"])
+def test_the_untrained_model_is_its_configuration_with_mutual_neighbours(name):
+    config = yaml.safe_load((CONFIGS / "backbone" / f"{name}.yaml").read_text())
+    options, size = apps.zero_shot(name)
+    assert options == {**config["model"]["init_args"], "mutual": True} and options["backbone"] == name
+    assert size == config["data"]["image_size"] == 320
+
+
+@pytest.mark.parametrize("name", ["dinov2_s14", "timm/test_vit.r160_in1k"])
+def test_an_untrained_backbone_without_a_configuration_is_read_at_its_own_level(name):
+    known, size = apps.zero_shot(apps.BACKBONE)
+    options, other = apps.zero_shot(name)
+    assert size == other and options["backbone"] == name and options["backbone_size"] is True
+    assert known.keys() - options.keys() == {"levels", "stride"}
 
 
 OFFLINE = pytest.mark.skipif(

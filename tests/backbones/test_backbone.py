@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 import corrzoo.backbones as backbones
-from corrzoo.backbones import Backbone, create_backbone, describe_backbones, list_backbones
+from corrzoo.backbones import Backbone, create_backbone, list_backbones
 from corrzoo.types import Features, ZooError
+from hostless import hostless
 
 VIT, RESNET, EFFNET = "timm/test_vit.r160_in1k", "timm/test_resnet.r160_in1k", "timm/test_efficientnet.r160_in1k"
 TINY = [VIT, RESNET, EFFNET, "timm/test_vit3.r160_in1k", "timm/test_convnext.r160_in1k"]
@@ -21,32 +22,15 @@ def tiny(name: str = VIT, **options) -> Backbone:
     return create_backbone(name, weights="random", **options)
 
 
-@pytest.fixture(scope="module")
-def table() -> list[list[str]]:
-    """Cells of docs/backbones.md's table: building it builds every registered backbone on the meta device."""
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in describe_backbones().splitlines()]
-
-
 class TestRegistry:
-    def test_every_key_of_the_issue(self):
+    def test_every_key_is_registered(self):
         dino = {f"dinov2_{s}14{reg}" for s in "sbl" for reg in ("", "_reg")} | {f"dinov3_{s}16" for s in "sbl"}
         vits = {"ibot_b16", "ibot22k_b16", "mae_b16", "clip_b16", "siglip_b16"}
         cnns = {f"resnet{n}" for n in (18, 50, 101)} | {f"efficientnet_lite{n}" for n in range(3)}
         assert set(list_backbones()) == dino | vits | cnns
 
-    def test_table_lists_all_of_them(self, table):
-        assert table[0] == ["key", "timm name", "patch", "width", "parameters", "licence", "notes"]
-        assert [row[0].strip("`") for row in table[2:]] == list_backbones()
-        rows = {row[0].strip("`"): row for row in table[2:]}
-        assert rows["dinov2_b14"][2:6] == ["14", "768", "86.6 M", "apache-2.0"]
-        assert rows["dinov2_l14"][2:5] == ["14", "1024", "304.4 M"]
-        assert rows["siglip_b16"][4] == "85.8 M"  # the plain name has 92.9 M
-        assert rows["resnet101"][2:5] == ["stride 32", "2048", "42.5 M"]
-        assert rows["mae_b16"][5] == "cc-by-nc-4.0"
-        assert rows["dinov3_s16"][5] == "dinov3-license"
-
     @pytest.mark.parametrize(("key", "count"), [("dinov2_b14", 86_579_712), ("ibot_b16", 85_798_656)])
-    def test_counts_are_the_papers(self, key, count):
+    def test_parameter_counts_equal_the_papers(self, key, count):
         with torch.device("meta"):
             assert Backbone(key).num_params == count
 
@@ -114,13 +98,42 @@ class TestForward:
         torch.testing.assert_close(out.maps[0].flatten(2).transpose(1, 2), tokens[:, 1:])
         assert tiny(RESNET)(image).cls is None
 
-    def test_traced_whole(self):
-        """No graph break, at the first size and at others (PyTorch makes the size symbolic the second time)."""
-        backbone = tiny(VIT, pos_interp="official")
-        compiled = torch.compile(backbone, fullgraph=True, backend="eager")
-        for size in [(64, 96), (80, 80)]:
+    @pytest.mark.parametrize(
+        ("name", "options"),
+        [(VIT, {"pos_interp": "official"}), (VIT, {"finetune": "none"}), (RESNET, {"levels": ["layer2.0", 2]})],
+    )
+    def test_compiles_without_graph_breaks(self, name, options):
+        """At the first size and at others, as PyTorch makes the size symbolic the second time."""
+        torch._dynamo.reset()
+        backbone = tiny(name, **options)
+        compiled = torch.compile(backbone, fullgraph=True, backend="aot_eager")
+        for size in [(64, 96), (96, 96)]:
             image = torch.randn(1, 3, *size)
-            torch.testing.assert_close(compiled(image).maps[0], backbone(image).maps[0])
+            for ours, plain in zip(compiled(image).maps, backbone(image).maps, strict=True):
+                torch.testing.assert_close(ours, plain)
+
+    @pytest.mark.parametrize("name", [VIT, "timm/test_vit3.r160_in1k"])
+    def test_a_vits_maps_are_views_of_its_tokens(self, name):
+        """Channels-last by strides, so that neither resizing nor flattening copies them."""
+        backbone, seen = tiny(name, levels=[1, -1]), []
+        backbone.trunk.model.norm.register_forward_hook(lambda module, args, out: seen.append(out))
+        for map_, tokens in zip(backbone(torch.randn(2, 3, 64, 96)).maps, seen, strict=True):
+            assert map_.untyped_storage().data_ptr() == tokens.untyped_storage().data_ptr()
+            assert map_.stride()[1:] == (1, 6 * map_.shape[1], map_.shape[1])
+            rows = map_.flatten(2).mT
+            assert torch.equal(rows, tokens[:, -24:]) and rows.data_ptr() == map_.data_ptr()
+
+    @pytest.mark.parametrize("name", TINY)
+    def test_no_host_device_synchronisation(self, name):
+        for options in ({}, {"finetune": "none"}):
+            backbone, image = tiny(name, **options), torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+            with hostless():
+                maps = backbone(image).maps
+                if not options:
+                    maps[0].square().sum().backward()
+                backbone.eval()
+                with torch.no_grad():
+                    backbone(image)
 
     @pytest.mark.parametrize("size", [(64, 65), (100, 64), (24, 16)])
     def test_size_that_the_patch_does_not_divide(self, size):
@@ -179,7 +192,7 @@ class TestLevels:
         assert [m.shape[1] for m in out.maps] == backbone.channels
         assert [96 // m.shape[2] for m in out.maps] == backbone.strides
 
-    def test_nothing_behind_the_deepest_level_is_computed(self):
+    def test_nothing_after_the_deepest_level_is_computed(self):
         backbone = tiny(RESNET, levels=["layer2.0", 1])
         called = []
         backbone.trunk.model.layer3.register_forward_hook(lambda *_: called.append(True))
@@ -206,7 +219,7 @@ class TestLevels:
             (VIT, "blocks.2", "gives no .*map"),
         ],
     )
-    def test_levels_that_are_not_there(self, name, level, message):
+    def test_unknown_levels_are_errors(self, name, level, message):
         with pytest.raises(ZooError, match=message):
             tiny(name, levels=[level])
 
@@ -215,7 +228,7 @@ class TestFinetune:
     def trained(self, backbone: Backbone) -> set[str]:
         return {name for name, p in backbone.trunk.model.named_parameters() if p.requires_grad}
 
-    def test_none_is_frozen_and_stays_in_eval_mode(self):
+    def test_none_freezes_the_backbone_in_eval_mode(self):
         backbone = tiny(finetune="none").train()
         assert self.trained(backbone) == set()
         assert not any(module.training for module in backbone.trunk.modules())
@@ -249,18 +262,18 @@ class TestFinetune:
             (EFFNET, 2, "no transformer blocks"),
         ],
     )
-    def test_impossible_ones(self, name, finetune, message):
+    def test_invalid_values_are_errors(self, name, finetune, message):
         with pytest.raises(ZooError, match=message):
             tiny(name, finetune=finetune)
 
 
 class TestPending:
-    def test_forward_waits_for_the_weights(self):
+    def test_forward_without_loaded_weights_is_an_error(self):
         backbone = Backbone("timm/test_vit")
         with pytest.raises(ZooError, match=r"weights 'pretrained' of timm/test_vit are not loaded: call load\(\)"):
             backbone(torch.randn(1, 3, 32, 32))
 
-    def test_a_checkpoint_brings_them(self):
+    def test_a_checkpoint_contains_the_weights(self):
         backbone = Backbone("timm/test_vit")
         outer = torch.nn.ModuleDict({"backbone": backbone})
         assert backbone.pending

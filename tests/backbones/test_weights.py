@@ -111,7 +111,7 @@ class TestEfficientNet:
     @pytest.mark.parametrize(
         ("key", "blocks"), [("efficientnet_lite0", 16), ("efficientnet_lite1", 21), ("efficientnet_lite2", 21)]
     )
-    def test_every_key_has_its_place(self, key, blocks, tmp_path):
+    def test_every_key_is_renamed(self, key, blocks, tmp_path):
         theirs = reversed_lite(key)
         assert len({name.split(".")[1] for name in theirs if name.startswith("_blocks")}) == blocks
         backbone = create_backbone(key, saved(theirs, tmp_path / "lite.pth"))
@@ -187,7 +187,7 @@ class TestRefusals:
         {1: torch.zeros(2)}, {"patch_embed.proj.weight": torch.zeros(3)}, {"_conv_stem.weight": torch.zeros(1)},
         {"state_dict": torch.zeros(2)},
     ])  # fmt: skip
-    def test_what_makes_converters_stumble_is_named(self, content, tmp_path):
+    def test_errors_of_timms_converters_name_the_file(self, content, tmp_path):
         with pytest.raises(ZooError, match=r"odd\.pth does not fit backbone timm/test_vit"):
             create_backbone(VIT, saved(content, tmp_path / "odd.pth"))
 
@@ -242,7 +242,7 @@ class TestOffline:
         with pytest.raises(ZooError, match=r"timm has no weights for timm/test_vit4: pass --model.weights random"):
             module._pretrained_file(get_spec("timm/test_vit4"))
 
-    def test_a_server_that_answers_with_an_error(self, monkeypatch):
+    def test_a_server_error_is_reported(self, monkeypatch):
         def forbidden(*args, **kwargs):
             raise urllib.error.HTTPError("http://x", 403, "Forbidden", None, None)
 

@@ -3,10 +3,13 @@
 import importlib.util
 import inspect
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
+from corrzoo.cli import main
 from corrzoo.heads import HEADS, list_heads
 from corrzoo.matcher import Matcher
 
@@ -66,8 +69,8 @@ def test_a_page_has_all_that_its_head_says(head):
     for cls in HEADS[head].__mro__[: HEADS[head].__mro__.index(Matcher)]:
         for name in inspect.signature(cls.__init__).parameters.keys() - {"self", "options"}:
             assert f"| `{name}` | `" in told, name
-    ablations = page.partition("## Ablations")[2].partition("## Measured")[0]
-    files = {path.stem for path in (ROOT / "zoo_configs" / "ablation").glob(f"{head.lower()}_*.yaml")}
+    ablations = page.partition("## Ablations")[2].partition("## Measured")[0].partition("<!-- by hand")[0]
+    files = {path.stem for path in (ROOT / "zoo_configs" / "ablation" / head.lower()).glob("*.yaml")}
     assert set(re.findall(r"^\| \[(\w+)\]", ablations, re.M)) == files
     assert "## Published" in page and "| 1 | " in page.partition("## Published")[2]
 
@@ -76,6 +79,33 @@ def test_every_option_of_every_head_has_its_default():
     index = (FOLDER / "README.md").read_text()
     for name, parameter in inspect.signature(Matcher.__init__).parameters.items():
         assert name == "self" or f"| `{name}` | `{head_pages.shown(parameter.default)}` |" in index
+
+
+VALUES = [
+    (head, *row)
+    for head in list_heads()
+    for row in re.findall(r"^\| (\w+) \| `(--model[^`]*)`", (FOLDER / f"{head.lower()}.md").read_text(), re.M)
+]
+
+
+@pytest.mark.parametrize(("head", "label", "option"), VALUES, ids=[label for _, label, _ in VALUES])
+def test_a_value_of_the_table_changes_the_recipe(head, label, option, capsys):
+    name, value = shlex.split(option)
+    with pytest.raises(SystemExit) as leaving:
+        main(["fit", f"--config={head.lower()}", name, value, "--print_config"])
+    assert leaving.value.code in (0, None) and label.startswith(f"{head.lower()}_")
+    printed = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    recipe = yaml.safe_load((ROOT / "zoo_configs" / f"{head.lower()}.yaml").read_text())["model"]["init_args"]
+    assert {k: v for k, v in printed.items() if k in recipe and v != recipe[k]} == {
+        name.removeprefix("--model."): yaml.safe_load(value)
+    }
+
+
+def test_the_part_by_hand_is_kept(tmp_path):
+    page = tmp_path / "page.md"
+    assert head_pages.by_hand(page) == ""
+    page.write_text("# a\n\n<!-- by hand -->\n| b |\n<!-- /by hand -->\n\nc\n")
+    assert head_pages.by_hand(page) == "<!-- by hand -->\n| b |\n<!-- /by hand -->"
 
 
 def test_links_lead_somewhere():

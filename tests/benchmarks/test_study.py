@@ -124,7 +124,7 @@ def test_nothing_learns_from_what_something_else_has_learnt_from():
 
 def test_every_ablation_of_the_study_has_its_file():
     for head, names in study.ABLATIONS.items():
-        assert all((study.CONFIGS / "ablation" / f"{head}_{name}.yaml").exists() for name in names)
+        assert all((study.CONFIGS / "ablation" / head / f"{name}.yaml").exists() for name in names)
 
 
 def test_the_study_runs_and_does_not_run_again(tmp_path, monkeypatch, capsys):
@@ -136,7 +136,7 @@ def test_the_study_runs_and_does_not_run_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "SIZES", {"baseline": (*study.SIZES["baseline"], *tiny, *short)})
     study.synthetic([3], ["efficientnet_lite0"], ablations=False)
     first = capsys.readouterr().out
-    assert "+ lightning fit --config zoo_configs/baseline.yaml --config zoo_configs/study/synthetic.yaml" in first
+    assert "+ lightning fit --config zoo_configs/demo/baseline.yaml --config zoo_configs/study/synthetic.yaml" in first
     files = sorted((tmp_path / "results").rglob("*.json"))
     assert [path.stem for path in files] == [
         f"{name}-efficientnet_lite0-3" for name in ("baseline", "features", "imagenet")

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from fixtures import write_synthetic_spair
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 import corrzoo
 from corrzoo.callbacks.resume import Checkpoints, WholeFiles
 from corrzoo.data.module import PairsDataModule
-from corrzoo.data.synthetic.pairs import write_spair
 from corrzoo.heads import Baseline
 from corrzoo.types import ZooError
 
@@ -55,7 +55,7 @@ def fit(folder: Path, case: str, start: str | None = None, workers: int = 0) -> 
     model = corrzoo.create_matcher(case.split(",")[0], weights="random", **options)
     reuses = options.get("finetune") == "none"
     if reuses and not (folder / "SPair-71k").exists():
-        write_spair(folder, pairs_per_split=14, images_per_category=3, size=64)
+        write_synthetic_spair(folder, pairs_per_split=14, images_per_category=3, size=64)
     data = PairsDataModule(
         train="spair71k" if reuses else "synthetic", root=str(folder), image_size=64, batch_size=4, num_workers=workers,
         augment="none" if reuses else "cats", options={"synthetic": {"length": {"trn": 14, "val": 5}}}, packed=False,

@@ -1,7 +1,8 @@
-"""Tiny datasets in every layout on disk that the readers know.
+"""Tiny datasets in every layout on disk that the readers support.
 
-Images are grey with a red square of 8 pixels around each keypoint, so that tests can see where a keypoint went.
-Each writer returns what it wrote, as plain Python, for tests to compare with.
+Images are grey with a red square of 8 pixels around each keypoint, so that tests can see where a keypoint is in a
+sample. Each writer returns what it wrote, as plain Python, for comparison. `write_synthetic_spair` writes a dataset of
+rendered objects, which can be trained on.
 """
 
 import csv
@@ -9,11 +10,16 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.io
 from PIL import Image
+
+from corrzoo.data.synthetic.drawing import OBJECTS, View, render, view
+from corrzoo.data.synthetic.pairs import difficulty
 
 SQUARE = 4
 """Half the side of the square around a keypoint."""
@@ -94,6 +100,73 @@ def write_spair(root: Path, colon: str = ":") -> dict[str, list[dict]]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(f"{name}\n" for name in part))
     return written
+
+
+def write_synthetic_spair(
+    root: Path, pairs_per_split: int = 200, images_per_category: int = 10, size: int = 256
+) -> Path:
+    """SPair-71k's layout with images of synthetic objects. Returns the dataset's folder.
+
+    Each category has the same share of a split's pairs; every fifth pair is also in the small layout. No image is in
+    two splits.
+    """
+    home = root / "SPair-71k"
+    for s, split in enumerate(("trn", "val", "test")):
+        rng = np.random.default_rng([0, s])
+        pairs: list[dict[str, Any]] = []
+        for c, category in enumerate(OBJECTS):
+            views = [view(category, size, rng) for _ in range(images_per_category)]
+            notes = [_image_note(category, f"2026_{s + 1}{c + 1}{k:04d}", v) for k, v in enumerate(views)]
+            for note, v in zip(notes, views, strict=True):
+                path = home / "JPEGImages" / category / note["filename"]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                render(v).save(path, quality=95)
+            ordered = rng.permutation(list(permutations(range(images_per_category), 2))).tolist()
+            for i, j in ordered[: len(range(c, pairs_per_split, len(OBJECTS)))]:
+                flags = difficulty(views[i], views[j]) | {"mirror": int(views[i].mirrored != views[j].mirrored)}
+                pairs.append(_pair_note(len(pairs) + 1, notes[i], notes[j], flags))
+        for pair in pairs:
+            _write_text(home / "PairAnnotation" / split / f"{pair['filename']}.json", json.dumps(pair))
+        for layout, part in (("large", pairs), ("small", pairs[::5])):
+            _write_text(home / "Layout" / layout / f"{split}.txt", "".join(f"{pair['filename']}\n" for pair in part))
+    return home
+
+
+def _image_note(category: str, stem: str, v: View) -> dict[str, Any]:
+    """Image annotation. Keypoints are whole pixels inside the image; boxes are counted from 1 as in PASCAL VOC."""
+    w, h = v.size
+    kps = np.clip(np.rint(v.kps), 0, (w - 1, h - 1)).astype(int).tolist()
+    return {
+        "filename": f"{stem}.jpg",
+        "image_width": w,
+        "image_height": h,
+        "category": category,
+        "pose": "Left" if v.mirrored else "Right",
+        "bndbox": np.clip(np.rint(v.box), 1, (w, h, w, h)).astype(int).tolist(),
+        "kps": {str(k): kps[k] if v.visible[k] else None for k in range(len(kps))},
+    }
+
+
+def _pair_note(number: int, src: dict[str, Any], trg: dict[str, Any], flags: dict[str, int]) -> dict[str, Any]:
+    """Pair annotation, from the annotations of its images."""
+    both = [k for k in src["kps"] if src["kps"][k] and trg["kps"][k]]
+    stems = "-".join(Path(note["filename"]).stem for note in (src, trg))
+    pair = {"pair_id": number, "filename": f"{number:06d}-{stems}:{src['category']}", "category": src["category"]}
+    for side, note in (("src", src), ("trg", trg)):
+        pair |= {
+            f"{side}_imname": note["filename"],
+            f"{side}_imsize": [note["image_width"], note["image_height"], 3],
+            f"{side}_bndbox": note["bndbox"],
+            f"{side}_pose": note["pose"],
+            f"{side}_kps": [note["kps"][k] for k in both],
+        }
+    varied = {f"{name}_variation": flags.pop(name) for name in ("viewpoint", "scale")}
+    return pair | {"kps_ids": both} | varied | flags
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def write_spair_u(root: Path, inside: str = "SPair-U/PairAnnotation") -> list[dict]:

@@ -116,7 +116,7 @@ def test_crops_of_any_box_are_valid(seed: int, corners: list[float]) -> None:
     assert (after.src_size > 0).all()
 
 
-def test_rows_that_are_no_keypoints_stay_zero() -> None:
+def test_padding_rows_stay_zero() -> None:
     before = sample(1)
     pad = torch.zeros(1, 2)
     padded = before._replace(
@@ -164,7 +164,7 @@ def test_sharpening_is_albumentations_kernel() -> None:
     image = torch.randint(110, 122, (3, 9, 9), dtype=torch.uint8, generator=generator(1))
     got = module._sharpen(image, generator(4))
     rng = generator(4)
-    a, l = module._uniform(0.2, 0.5, rng), module._uniform(0.5, 1.0, rng)  # noqa: E741 - the formula's own letter
+    a, l = module.uniform(0.2, 0.5, rng), module.uniform(0.5, 1.0, rng)  # noqa: E741 - the formula's own letter
     for c in range(3):
         for y in range(1, 8):
             for x in range(1, 8):
@@ -182,13 +182,13 @@ def test_brightness_and_contrast_follow_albumentations() -> None:
     image = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16).expand(3, -1, -1)
     got = module._brightness_contrast(image, generator(2)).long()
     rng = generator(2)
-    contrast, brightness = module._uniform(0.8, 1.2, rng), module._uniform(-0.2, 0.2, rng)
+    contrast, brightness = module.uniform(0.8, 1.2, rng), module.uniform(-0.2, 0.2, rng)
     for value in range(256):
         expected = min(max(value * contrast + 255 * brightness, 0), 255)
         assert abs(int(got[0, value // 16, value % 16]) - expected) < 1
 
 
-def test_names() -> None:
+def test_names_of_augmentations() -> None:
     assert create_augment("none") is None
     assert {"none", "flip", "photometric", "cats"} <= set(list_augments())
     with pytest.raises(ZooError, match="did you mean 'cats'"):

@@ -1,18 +1,21 @@
-"""Downloads against a server on the loopback that cuts connections, lies and serves malicious archives."""
+"""Downloads from a local server that cuts connections, lies, and serves malicious archives."""
 
 import dataclasses
 import gzip
 import hashlib
 import io
 import json
+import os
 import socket
 import tarfile
 import threading
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fixtures import write_cub
 
@@ -23,7 +26,7 @@ from corrzoo.types import ZooError
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `files` with byte ranges; `cut` says after how many bytes each of the next answers breaks off."""
+    """Serves `files` with byte ranges. `cut` has the lengths at which the next responses break off."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -109,6 +112,14 @@ def test_a_dataset_appears_whole(toy: Server, tmp_path: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["TOY"]
 
 
+def test_a_root_in_the_home_folder_is_where_readers_look(
+    toy: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert download("toy", "~/data") == tmp_path / "data" / "TOY"
+    assert (tmp_path / "data" / "TOY" / "trn.csv").is_file()
+
+
 def test_terms_of_use_are_printed_before_the_download(
     toy: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -141,21 +152,21 @@ def test_the_archive_of_cub_unpacks_to_its_folder(
     assert found.fingerprint() == made.fingerprint() and found.title == "cub (7 species)"
 
 
-def test_what_is_there_is_not_fetched_again(toy: Server, tmp_path: Path) -> None:
+def test_an_existing_dataset_is_not_fetched_again(toy: Server, tmp_path: Path) -> None:
     download("toy", tmp_path)
     asked = len(toy.asked)
     download("toy", tmp_path)
     assert len(toy.asked) == asked
 
 
-def test_goes_on_after_a_cut_connection(toy: Server, tmp_path: Path) -> None:
+def test_a_cut_connection_is_resumed(toy: Server, tmp_path: Path) -> None:
     toy.cut = [100, 50]
     folder = download("toy", tmp_path)
     assert toy.asked == [None, "bytes=100-", "bytes=150-", None]
     assert (folder / "JPEGImages" / "a.jpg").read_bytes() == IMAGE
 
 
-def test_the_next_call_goes_on_where_the_last_gave_up(toy: Server, tmp_path: Path) -> None:
+def test_the_next_call_resumes_where_the_last_stopped(toy: Server, tmp_path: Path) -> None:
     toy.cut = [20] * module.ATTEMPTS
     with pytest.raises(ZooError, match="connection was cut"):
         download("toy", tmp_path)
@@ -170,11 +181,25 @@ def test_a_server_without_ranges_starts_anew(toy: Server, tmp_path: Path) -> Non
     assert (download("toy", tmp_path) / "JPEGImages" / "a.jpg").read_bytes() == IMAGE
 
 
-def test_a_longer_part_than_the_file_is_thrown_away(toy: Server, tmp_path: Path) -> None:
+def test_a_part_longer_than_the_file_is_discarded(toy: Server, tmp_path: Path) -> None:
     work = tmp_path / "TOY.download"
     work.mkdir()
     (work / "toy.tar.gz.part").write_bytes(b"x" * 100_000)
     assert (download("toy", tmp_path) / "JPEGImages" / "a.jpg").read_bytes() == IMAGE
+
+
+def test_two_processes_download_once(toy: Server, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:  # flock is of an open file, so that threads exclude each other as processes do
+        folders = [*pool.map(lambda _: download("toy", tmp_path), range(4))]
+    assert folders == [tmp_path / "TOY"] * 4 and toy.asked == [None, None]
+    assert (tmp_path / "TOY" / "JPEGImages" / "a.jpg").read_bytes() == IMAGE
+    assert [path.name for path in tmp_path.iterdir()] == ["TOY"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_error(toy: Server, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ZooError, match=r"cannot write to .*file/TOY\.download \(.*Not a directory.*\): .*--data\.root"):
+        download("toy", tmp_path / "file")
 
 
 def test_a_wrong_checksum_leaves_no_dataset(toy: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,6 +293,57 @@ def test_a_bomb_stops_at_the_limit(pack: type, tmp_path: Path) -> None:
         extract(tmp_path / "bomb", tmp_path / "folder", limit=1000)
     extract(tmp_path / "bomb", tmp_path / "enough", limit=1200)
     assert (tmp_path / "enough" / "b").stat().st_size == 600
+
+
+@pytest.mark.parametrize("pack", [tar, zipped])
+def test_too_many_files_are_refused(pack: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_FILES", 3)
+    (tmp_path / "archive").write_bytes(pack({name: b"" for name in "abc"}))
+    extract(tmp_path / "archive", tmp_path / "folder")
+    (tmp_path / "archive").write_bytes(pack({name: b"" for name in "abcd"}))
+    with pytest.raises(ZooError, match="or 3 files: it is not the official file"):
+        extract(tmp_path / "archive", tmp_path / "other")
+
+
+def test_a_zip_that_declares_less_than_it_contains_writes_no_more_than_it_declares(tmp_path: Path) -> None:
+    archive = bytearray(zipped({"a": bytes(100_000)}))
+    directory = archive.index(b"PK\x01\x02")
+    for at in (22, directory + 24):  # the size, in the local header and in the directory
+        archive[at : at + 4] = (10).to_bytes(4, "little")
+    (tmp_path / "bad.zip").write_bytes(archive)
+    with pytest.raises(ZooError, match=r"cannot unpack .*bad\.zip"):
+        extract(tmp_path / "bad.zip", tmp_path / "folder", limit=50)
+    assert (tmp_path / "folder" / "a").stat().st_size <= 10
+
+
+def test_unpacked_files_are_ordinary(tmp_path: Path) -> None:
+    """Whatever modes, owners and times an archive has."""
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        info = tarfile.TarInfo("a")
+        info.mode, info.uid, info.mtime, info.size = 0o6777, 12345, 1e30, 2
+        archive.addfile(info, io.BytesIO(b"xy"))
+    extract(tmp_path / "a.tar", tmp_path / "folder")
+    found = (tmp_path / "folder" / "a").stat()
+    assert not found.st_mode & 0o6022 and found.st_uid == os.getuid()
+    assert (tmp_path / "folder" / "a").read_bytes() == b"xy"
+
+
+def test_random_damage_is_one_line_and_stays_inside(tmp_path: Path) -> None:
+    rng, refused = np.random.default_rng(0), 0
+    for k in range(300):
+        content = bytearray((tar, zipped)[k % 2]({"Top/a.jpg": IMAGE, "Top/x/b": b"1" * 99, "c": b""}))
+        if k % 4 == 2:
+            content = bytearray(gzip.decompress(content))  # damage reaches the headers
+        for at in rng.integers(0, len(content), rng.integers(1, 9)):
+            content[at] = rng.integers(256)
+        (tmp_path / "archive").write_bytes(content)
+        try:
+            extract(tmp_path / "archive", tmp_path / "in" / str(k), "Top/", limit=100_000)
+        except ZooError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert {path.name for path in tmp_path.iterdir()} == {"archive", "in"} and refused > 50
+    assert {path.name for path in (tmp_path / "in").iterdir()} <= {str(k) for k in range(300)}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The annotation cache: right after any change of the files, never trusted when damaged, never half-written."""
+"""The annotation index: rebuilt after changes of the files and on request, refused when damaged, written whole."""
 
 import json
 import os
@@ -8,13 +8,14 @@ from typing import IO
 
 import numpy as np
 import pytest
+import scipy.io
 from fixtures import write_ap10k, write_caltech, write_cub, write_pfpascal, write_pfwillow, write_spair
 from torch.utils.data import DataLoader
 
 from corrzoo.data import create_dataset, index
-from corrzoo.data.index import cache_folder
 from corrzoo.data.pairs import FolderDataset
 from corrzoo.data.readers import spair
+from corrzoo.files import cache_folder
 from corrzoo.types import ZooError
 
 
@@ -73,95 +74,55 @@ def edit(path: Path, old: str, new: str) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
 
 
-def test_an_annotation_edited_in_place_is_never_served_stale(tmp_path: Path, parses: list[str]) -> None:
+def test_an_edit_in_place_is_noticed_on_request(tmp_path: Path, parses: list[str]) -> None:
+    """The start looks at the folder's own time, not at 53,340 files."""
     write_spair(tmp_path)
-    running, other = (create_dataset("spair71k", tmp_path, "trn", size=(48, 64)) for _ in range(2))
-    before = [repr(running.record(i)) for i in range(4)]
-    edit(annotation(tmp_path), "[10, 12]", "[11, 12]")  # the same size
-    started = create_dataset("spair71k", tmp_path, "trn", size=(48, 64))
-    assert parses == ["trn"]  # at the start nobody looked at 53,340 files
-    for dataset in (started, running):
-        assert dataset.record(0).src_kps[0].tolist() == dataset[0].src_kps[0].tolist() == [11, 12]
-        assert [repr(dataset.record(i)) for i in range(1, 4)] == before[1:]
-    (sample, *_) = DataLoader(other, 4, collate_fn=other.collate, num_workers=1)
-    assert sample.src_kps[0, 0].tolist() == [11, 12]
+    before = [repr(create_dataset("spair71k", tmp_path, "trn").record(i)) for i in range(4)]
+    edit(annotation(tmp_path), "[10, 12]", "[11, 12]")
+    unaware = create_dataset("spair71k", tmp_path, "trn")
+    assert [repr(unaware.record(i)) for i in range(4)] == before and parses == ["trn"]
+    refreshed = create_dataset("spair71k", tmp_path, "trn", refresh=True)
+    assert refreshed.record(0).src_kps[0].tolist() == [11, 12]
+    assert [repr(refreshed.record(i)) for i in range(1, 4)] == before[1:]
     assert create_dataset("spair71k", tmp_path, "trn").record(0).src_kps[0].tolist() == [11, 12]
-    create_dataset("spair71k", tmp_path, "trn")
-    assert parses == ["trn", "trn"]  # once more, by the first start after the change was seen
+    assert parses == ["trn", "trn"]
 
 
-@pytest.mark.parametrize(
-    "old, new, message",
-    [
-        ("[10, 12]", "[10, 99]", r"source point \[10.0, 99.0\] is not in its 64x48 image"),
-        ('"src_kps"', '"sources"', "not an annotation of SPair-71k"),
-        ("2008_000001.jpg", "2008_000003.jpg", r"its src_path is .*2008_000003\.jpg now: start again"),
-        ("[64, 48, 3]", "[65, 48, 3]", r"its src_size is \(65, 48\) now: start again"),
-    ],
-)
-def test_an_edit_that_cannot_be_followed_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_a_file_that_is_replaced_is_noticed(tmp_path: Path, parses: list[str]) -> None:
+    """As most editors and archivers write: a new file takes the name. Its size and times are those of the old one."""
     write_spair(tmp_path)
-    dataset, path = create_dataset("spair71k", tmp_path, "trn"), annotation(tmp_path)
-    edit(path, old, new)
-    with pytest.raises(ZooError, match=message) as error:
-        dataset.record(0)
+    create_dataset("spair71k", tmp_path, "trn")
+    path = annotation(tmp_path)
+    state, new = path.stat(), path.with_suffix(".new")
+    new.write_text(path.read_text().replace("[10, 12]", "[11, 12]"))
+    os.utime(new, ns=(state.st_atime_ns, state.st_mtime_ns))
+    new.replace(path)
+    assert create_dataset("spair71k", tmp_path, "trn").record(0).src_kps[0].tolist() == [11, 12]
+    assert parses == ["trn", "trn"]
+
+
+def test_an_invalid_edit_is_named_after_a_refresh(tmp_path: Path) -> None:
+    write_spair(tmp_path)
+    create_dataset("spair71k", tmp_path, "trn")
+    edit(path := annotation(tmp_path), "[10, 12]", "[10, 99]")
+    with pytest.raises(ZooError, match=r"source point \[10.0, 99.0\] is not in its 64x48 image") as error:
+        create_dataset("spair71k", tmp_path, "trn", refresh=True)
     assert path.name in str(error.value) and "\n" not in str(error.value)
 
 
-def test_after_other_images_one_starts_again(tmp_path: Path) -> None:
+def test_records_do_not_need_the_annotation_files(tmp_path: Path) -> None:
     write_spair(tmp_path)
-    dataset, path = create_dataset("spair71k", tmp_path, "trn"), annotation(tmp_path)
-    pair = json.loads(path.read_text())
-    pair |= {f"src_{what}": pair[f"trg_{what}"] for what in ("imname", "imsize", "kps", "bndbox")}
-    path.write_text(json.dumps(pair))
-    with pytest.raises(ZooError, match="start again"):
-        dataset[0]
-    assert create_dataset("spair71k", tmp_path, "trn").record(0).src_path.name == pair["trg_imname"]
-
-
-def test_an_index_that_cannot_be_removed_is_named_and_not_believed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_spair(tmp_path)
-    create_dataset("spair71k", tmp_path, "trn")
-    edit(annotation(tmp_path), "[10, 12]", "[11, 12]")
-
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError("not yours")
-
-    monkeypatch.setattr(Path, "unlink", refuse)
-    for _ in range(2):
-        with pytest.warns(UserWarning, match="cannot remove the stale .*not yours.*CORRZOO_CACHE"):
-            assert create_dataset("spair71k", tmp_path, "trn").record(0).src_kps[0].tolist() == [11, 12]
-
-
-def test_a_file_that_went_while_it_was_needed_is_named(tmp_path: Path) -> None:
-    write_spair(tmp_path)
-    dataset, path = create_dataset("spair71k", tmp_path, "trn"), annotation(tmp_path)
-    path.unlink()
-    with pytest.raises(ZooError, match=rf"no annotation .*{path.name} \(No such file.*\): restore it"):
-        dataset[0]
-
-
-def test_an_edit_while_all_are_parsed_counts_as_one_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_spair(tmp_path)
-    path, read_pair = annotation(tmp_path), spair.SPair71k.read_pair
-
-    def interrupted(self: FolderDataset, file: Path) -> object:
-        record = read_pair(self, file)
-        if file == path:
-            monkeypatch.undo()
-            edit(path, "[10, 12]", "[11, 12]")
-        return record
-
-    monkeypatch.setattr(spair.SPair71k, "read_pair", interrupted)
-    assert create_dataset("spair71k", tmp_path, "trn").record(0).src_kps[0].tolist() == [11, 12]
+    dataset, other = (create_dataset("spair71k", tmp_path, "trn", size=(48, 64)) for _ in range(2))
+    for path in (tmp_path / "SPair-71k" / "PairAnnotation" / "trn").iterdir():
+        path.unlink()
+    (batch,) = DataLoader(other, 4, collate_fn=other.collate, num_workers=1)
+    assert [float(x) for x in batch.src_kps[0, 0]] == dataset[0].src_kps[0].tolist() == [10, 12]
 
 
 @pytest.mark.parametrize(
     "name, file", [("pfwillow", "duck(S)/a_001.mat"), ("pfpascal", "Annotations/car/2008_000010.mat")]
 )
-def test_readers_of_other_files_look_at_all_of_them_at_the_start(tmp_path: Path, name: str, file: str) -> None:
+def test_other_annotations_are_all_checked_at_the_start(tmp_path: Path, name: str, file: str) -> None:
     if name == "pfwillow":
         write_pfwillow(tmp_path, lists=False)
     else:
@@ -171,6 +132,19 @@ def test_readers_of_other_files_look_at_all_of_them_at_the_start(tmp_path: Path,
     path.write_bytes(b"no longer a matrix")
     with pytest.raises(ZooError, match=path.name.replace("(", "[(]")):
         create_dataset(name, tmp_path, "test")
+
+
+def test_a_mat_file_of_the_same_size_and_time_is_noticed(tmp_path: Path) -> None:
+    points = write_pfwillow(tmp_path, lists=False)["duck(S)/a_001"]
+    create_dataset("pfwillow", tmp_path, "test")
+    (path,) = tmp_path.glob("*/duck(S)/a_001.mat")
+    state = path.stat()
+    scipy.io.savemat(path, {"pts_coord": points + 1})
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert path.stat().st_size == state.st_size
+    dataset = create_dataset("pfwillow", tmp_path, "test")
+    (record,) = [r for r in map(dataset.record, range(len(dataset))) if r.src_path == path.with_suffix(".png")]
+    assert np.array_equal(record.src_kps.T, points + 1)
 
 
 def test_an_added_and_a_removed_file_are_noticed(tmp_path: Path, parses: list[str]) -> None:
@@ -189,7 +163,7 @@ def test_an_added_and_a_removed_file_are_noticed(tmp_path: Path, parses: list[st
 
 
 @pytest.mark.parametrize("damage", ["empty", "garbage", "half", "flipped", "method", "array", "foreign"])
-def test_a_damaged_cache_is_made_anew_with_a_warning(tmp_path: Path, parses: list[str], damage: str) -> None:
+def test_a_damaged_cache_is_rebuilt_with_a_warning(tmp_path: Path, parses: list[str], damage: str) -> None:
     write_spair(tmp_path)
     create_dataset("spair71k", tmp_path, "trn")
     (path,) = cache_folder().iterdir()

@@ -1,4 +1,4 @@
-"""Packed images: the same to the bit, made once whoever asks, noticed when stale, never half there."""
+"""Packed images: equal to decoded ones, written once by one of many processes, rebuilt when stale, never incomplete."""
 
 import errno
 import multiprocessing
@@ -56,7 +56,7 @@ def test_samples_are_the_same_to_the_bit(tmp_path: Path, augment: str) -> None:
         assert same(plain, other)
 
 
-def test_what_is_done_to_a_sample_stays_with_it(tmp_path: Path) -> None:
+def test_writing_into_a_sample_does_not_change_the_file(tmp_path: Path) -> None:
     write_spair(tmp_path)
     dataset = spair(tmp_path)
     dataset.pack(tmp_path / "packed")
@@ -80,6 +80,36 @@ def test_images_are_decoded_once_and_again_when_one_changes(tmp_path: Path, monk
     assert log.stat().st_size == 10 and new != old
     spair(tmp_path, size=16).pack(tmp_path / "packed")  # another size has a file of its own
     assert log.stat().st_size == 15 and new.exists() and same(again, spair(tmp_path))
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_an_image_of_the_same_size_and_time_is_noticed(tmp_path: Path, replace: bool) -> None:
+    """As after `cp --preserve` or `rsync --times` from another copy of the dataset."""
+    write_spair(tmp_path)
+    image = tmp_path / "SPair-71k/JPEGImages/cat/2009_000004.jpg"
+    state, content = image.stat(), image.read_bytes()
+    dataset = spair(tmp_path)
+    dataset.pack(tmp_path / "packed")
+    before = dataset._image(dataset.images.index(image))
+    target = image.with_name("new.jpg") if replace else image
+    draw(target, (50, 50), [[20, 20]])
+    target.write_bytes(target.read_bytes().ljust(len(content), b"\0"))  # a decoder stops at the end-of-image marker
+    os.utime(target, ns=(state.st_atime_ns, state.st_mtime_ns))
+    target.replace(image)
+    assert (image.stat().st_size, image.stat().st_mtime_ns) == (state.st_size, state.st_mtime_ns)
+    again = spair(tmp_path)
+    again.pack(tmp_path / "packed")
+    assert same(again, spair(tmp_path)) and not torch.equal(again._image(again.images.index(image)), before)
+
+
+def test_packing_leaves_another_splits_unfinished_file_alone(tmp_path: Path) -> None:
+    write_spair(tmp_path)
+    spair(tmp_path).pack(tmp_path / "packed")
+    (done,) = (tmp_path / "packed").glob("*.u8")
+    unfinished = done.with_name(f".{done.name.replace('-trn-', '-val-')}.x1.u8")
+    unfinished.touch()
+    spair(tmp_path, split="test").pack(tmp_path / "packed")
+    assert unfinished.exists()
 
 
 def test_many_processes_make_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,13 +145,14 @@ def test_a_killed_process_leaves_nothing_that_is_read(tmp_path: Path, monkeypatc
     worker = fork.Process(target=work)
     worker.start()
     worker.join(30)
-    assert worker.exitcode == -signal.SIGKILL and not list((tmp_path / "packed").glob("*.u8"))
+    assert worker.exitcode == -signal.SIGKILL and not list((tmp_path / "packed").glob("[!.]*.u8"))
+    assert len(list((tmp_path / "packed").glob(".*"))) == 1
     dataset = spair(tmp_path)
     dataset.pack(tmp_path / "packed")
-    assert same(dataset, spair(tmp_path)) and not list((tmp_path / "packed").glob("*.part"))
+    assert same(dataset, spair(tmp_path)) and not list((tmp_path / "packed").glob(".*"))
 
 
-def test_a_file_of_another_length_is_made_anew(tmp_path: Path) -> None:
+def test_a_file_of_another_length_is_written_again(tmp_path: Path) -> None:
     write_spair(tmp_path)
     spair(tmp_path).pack(tmp_path / "packed")
     (path,) = (tmp_path / "packed").glob("*.u8")
@@ -131,7 +162,9 @@ def test_a_file_of_another_length_is_made_anew(tmp_path: Path) -> None:
     assert same(dataset, spair(tmp_path))
 
 
-def test_disk_use_is_bounded_and_the_first_made_leave_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_use_is_bounded_and_the_oldest_files_are_removed_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_spair(tmp_path)
     monkeypatch.setattr(packed, "LIMIT", 5 * 3 * (16 * 16 + 20 * 20))
     for second, size in enumerate((16, 20, 18)):
@@ -155,7 +188,7 @@ def test_a_folder_that_cannot_be_written_or_is_full_is_named_with_the_remedy(
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ZooError, match=r"No space left on device\): .* --data.packed false"):
         spair(tmp_path).pack(tmp_path / "packed")
-    assert not list((tmp_path / "packed").glob("*.u8")) + list((tmp_path / "packed").glob("*.part"))
+    assert [path.suffix for path in (tmp_path / "packed").iterdir()] == [".lock"]
     monkeypatch.undo()
     monkeypatch.setattr(packed.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
     with pytest.raises(ZooError, match="0 MB are free or allowed"):

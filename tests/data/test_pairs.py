@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 from fixtures import SPAIR_KPS, draw, write_pfwillow, write_spair
-from PIL import Image
 from torch.utils.data import DataLoader
 
-from corrzoo.data import PairDataset, create_dataset, list_datasets, pairs
+from corrzoo.data import PairDataset, create_dataset, list_datasets
 from corrzoo.data.pairs import z_order
 from corrzoo.types import Pair, ZooError
 
@@ -30,7 +29,7 @@ def centres(image: torch.Tensor, near: torch.Tensor) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("size", [64, 97, (40, 120)])
-def test_keypoints_lie_on_what_was_drawn_there(tmp_path: Path, size: int | tuple[int, int]) -> None:
+def test_keypoints_lie_on_their_squares(tmp_path: Path, size: int | tuple[int, int]) -> None:
     write_spair(tmp_path)
     dataset = create_dataset("spair71k", tmp_path, "trn", size=size)
     H, W = (size, size) if isinstance(size, int) else size
@@ -72,28 +71,6 @@ def test_collate_pads_to_the_longest(tmp_path: Path) -> None:
     assert [value.dtype for value in batch] == [value.dtype for value in samples[0]]
 
 
-def test_each_image_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_spair(tmp_path)
-    decoded: list[str] = []
-    original = pairs.read_rgb
-
-    def read(path: Path, size: tuple[int, int]) -> Image.Image:
-        decoded.append(path.name)
-        return original(path, size)
-
-    monkeypatch.setattr(pairs, "read_rgb", read)
-    dataset = create_dataset("spair71k", tmp_path, "trn", size=32)
-    for _ in range(2):
-        for i in range(len(dataset)):
-            dataset[i]
-    assert len(decoded) == len(set(decoded)) == len(dataset.images) == 5
-    decoded.clear()
-    dataset = create_dataset("spair71k", tmp_path, "trn", size=32, cache_mb=0)
-    for i in range(len(dataset)):
-        dataset[i]
-    assert len(decoded) == 8
-
-
 def jitter(sample: Pair, rng: torch.Generator) -> Pair:
     sample.src_img.zero_()  # an augmentation may write into its sample
     return sample._replace(src_kps=sample.src_kps + torch.rand((), generator=rng))
@@ -123,7 +100,7 @@ def test_augmentation_depends_on_seed_epoch_and_pair_only(tmp_path: Path) -> Non
     assert torch.equal(augmented[0].trg_img, plain[0].trg_img) and torch.equal(augmented[1].trg_img, plain[1].trg_img)
 
 
-def test_dataset_survives_pickling_without_its_images(tmp_path: Path) -> None:
+def test_a_pickled_dataset_has_no_pixels(tmp_path: Path) -> None:
     write_spair(tmp_path)
     dataset = create_dataset("spair71k", tmp_path, "trn", size=256)
     sample = dataset[0]
@@ -157,7 +134,8 @@ def test_image_of_another_size_is_an_error(tmp_path: Path) -> None:
         (("spair71k", "tset", {}), "spair71k has no split 'tset': choose from trn, val, test"),
         (("spair71k", "trn", {"size": 0}), "image size 0"),
         (("spair71k", "trn", {"layuot": "small"}), "dataset 'spair71k' has no option 'layuot': did you mean 'layout'"),
-        (("spair71k", "trn", {"cachemb": 1}), "no option 'cachemb': did you mean 'cache_mb'"),
+        (("spair71k", "trn", {"refesh": True}), "no option 'refesh': did you mean 'refresh'"),
+        (("spair71k", "trn", {"refresh": "perhaps"}), "dataset 'spair71k': .*refresh.*perhaps"),
     ],
 )
 def test_typos_get_one_line(tmp_path: Path, call: tuple, message: str) -> None:
@@ -187,7 +165,7 @@ def test_the_fingerprint_is_that_of_pairs_and_image_sizes(tmp_path: Path) -> Non
 
 
 def passes(pairs: np.ndarray, memory: int) -> int:
-    """How often an image is computed by one who keeps the `memory` images that were used last."""
+    """How many images are computed if the `memory` images used last are kept."""
     kept, count = [], 0
     for image in pairs.ravel().tolist():
         count += image not in kept
@@ -195,7 +173,7 @@ def passes(pairs: np.ndarray, memory: int) -> int:
     return count
 
 
-def test_the_order_of_pairs_lets_a_small_memory_serve() -> None:
+def test_in_the_order_of_pairs_a_small_cache_suffices() -> None:
     """All 27 * 26 pairs of 27 images, about a category of SPair-71k's test split."""
     pairs = np.array(list(permutations(range(27), 2)))
     ordered = pairs[z_order(*pairs.T).argsort()]

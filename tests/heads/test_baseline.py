@@ -10,6 +10,7 @@ import corrzoo
 from corrzoo.geometry import sample, transfer
 from corrzoo.scoring.evaluation import predict_points
 from corrzoo.types import Features
+from hostless import hostless
 
 TINY = dict(backbone="timm/test_vit.r160_in1k", weights="random")
 READOUTS = ["kernel", "soft", "window", "argmax"]
@@ -83,7 +84,7 @@ def test_the_default_kernel_is_a_quarter_of_the_grid():
 
 @pytest.mark.parametrize("readout", [*READOUTS, "identity"])
 @pytest.mark.parametrize("mutual", [False, True])
-def test_single_points_are_answered_like_the_dense_flow(readout, mutual):
+def test_single_points_are_matched_as_by_the_dense_flow(readout, mutual):
     model = head(readout=readout, mutual=mutual)
     src, trg = features((5, 7)), features((5, 7), seed=1)
     points = torch.tensor([[[0.0, 0.0], [3.9, 4.0], [28.1, 19.7], [56.0, 40.0], [60.0, -3.0]]], dtype=torch.float64)
@@ -91,7 +92,7 @@ def test_single_points_are_answered_like_the_dense_flow(readout, mutual):
     torch.testing.assert_close(model.match_points(src, trg, points), dense)
 
 
-def test_identity_answers_the_same_relative_position():
+def test_identity_returns_the_same_relative_position():
     pair = corrzoo.create_dataset("synthetic", "", "test", size=64)[0]
     model = head(readout="identity").float()
     pair = corrzoo.data.PairDataset.collate([pair])
@@ -100,20 +101,20 @@ def test_identity_answers_the_same_relative_position():
     torch.testing.assert_close(pred, (pair.src_kps * scale.unsqueeze(1)).double())
 
 
-def test_an_image_matched_with_itself_stays_where_it_is():
+def test_an_image_matched_with_itself_has_zero_flow():
     src = features((6, 6), channels=64)
     assert head(readout="argmax").match(src, src).flow.abs().max() < 1e-9
     assert head(readout="window", temperature=0.01).match(src, src).flow.abs().max() < 1e-3
 
 
-def test_removing_the_mean_makes_a_common_component_harmless():
+def test_remove_mean_removes_a_common_component():
     model = head(remove_mean=True, stride=8)
     a = features((4, 4))
     shifted = a._replace(maps=[a.maps[0] + torch.randn(1, 5, 1, 1, dtype=torch.float64)])
     torch.testing.assert_close(model.prepare(a).maps[0], model.prepare(shifted).maps[0])
 
 
-def test_levels_are_brought_to_one_stride_and_weigh_the_same():
+def test_levels_are_resized_to_one_stride_with_equal_weight():
     fine, coarse = features((4, 6)), features((2, 3), stride=16, seed=1)
     both = fine._replace(maps=[fine.maps[0], 1000 * coarse.maps[0]])
     out = head(stride=8).prepare(both).maps[0]
@@ -123,7 +124,7 @@ def test_levels_are_brought_to_one_stride_and_weigh_the_same():
     torch.testing.assert_close(out[:, 5:], F.normalize(expected, dim=1))
 
 
-def test_points_asked_by_their_features_are_matched_as_such():
+def test_point_query_features_matches_interpolated_features():
     model = head(point_query="features", readout="argmax")
     src, trg = features((4, 4)), features((4, 4), seed=1)
     points = torch.tensor([[[7.0, 13.0], [12.0, 20.0]]], dtype=torch.float64)
@@ -134,7 +135,40 @@ def test_points_asked_by_their_features_are_matched_as_such():
     torch.testing.assert_close(model.match_points(src, trg, points)[0], expected.double())
 
 
-def test_only_the_temperature_is_new_to_learn():
+def pairs(count=2):
+    dataset = corrzoo.create_dataset("synthetic", "", "test", size=64)
+    return corrzoo.data.PairDataset.collate([dataset[i] for i in range(count)])
+
+
+@pytest.mark.parametrize("options", [{}, {"readout": "window"}, {"readout": "argmax"}, {"mutual": True}])
+def test_no_host_device_synchronisation(options):
+    """In a training step and in an evaluation step, for both ways to match points."""
+    model, pair = head(**options).float().train(), pairs()
+    with hostless():
+        loss = model.loss(model(pair.src_img, pair.trg_img), pair)
+        if model.readout != "argmax":
+            loss.backward()
+        with torch.no_grad():
+            src, trg = model.eval().features_of(pair.src_img, pair.trg_img)
+            for model.point_query in ("flow", "features"):
+                model.match_points(src, trg, pair.src_kps)
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("readout", READOUTS)
+def test_compiles_without_graph_breaks(readout):
+    torch._dynamo.reset()
+    model, pair = head(readout=readout).float(), pairs(1)
+    src, trg = model.features_of(pair.src_img, pair.trg_img)
+    compiled = torch.compile(model.match, fullgraph=True, backend="aot_eager")
+    flow, plain = compiled(src, trg).flow, model.match(src, trg).flow
+    torch.testing.assert_close(flow, plain, atol=1e-3, rtol=1e-3)
+    if readout != "argmax":
+        ours, theirs = (torch.autograd.grad(f.square().mean(), model.temperature)[0] for f in (flow, plain))
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
+def test_the_temperature_is_the_only_new_parameter():
     model = head()
     own = [name for name, _ in model.named_parameters() if not name.startswith("backbone.")]
     assert own == ["temperature"]

@@ -14,6 +14,15 @@ def test_resizing_keeps_a_linear_ramp_where_cells_have_neighbours():
     torch.testing.assert_close(resize(ramp, (8, 4)), ((torch.arange(4.0) + 0.5) * 2).expand(1, 1, 8, 4))
 
 
+def test_channels_last_maps_stay_channels_last():
+    tokens = torch.randn(2, 1 + 16, 20)[:, 1:]  # a ViT's, without its class token
+    maps = tokens.mT.unflatten(2, (4, 4))
+    stacked = stack_levels([maps, maps], (6, 5))
+    for out in (resize(maps, (6, 5)), stacked):
+        assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(resize(maps, (6, 5)), resize(maps.contiguous(), (6, 5)))
+
+
 @pytest.mark.parametrize("sizes", [[(4, 4), (2, 2)], [(3, 5), (4, 4)]])
 def test_levels_of_any_scale_weigh_the_same_in_every_cell(sizes):
     torch.manual_seed(0)

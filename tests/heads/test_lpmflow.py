@@ -1,6 +1,7 @@
 """LPMFlow against what its authors' code answers, and its options."""
 
 import random
+import re
 import zlib
 from pathlib import Path
 
@@ -129,7 +130,7 @@ def test_self_contrast(golden):
 # ---------------------------------------------------------------------- without the authors' values
 
 VIT = "timm/test_vit.r160_in1k"
-CONFIGS = Path(__file__).resolve().parents[2] / "zoo_configs"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def small(**options):
@@ -137,8 +138,13 @@ def small(**options):
     return LPMFlow(**{"backbone": VIT, "weights": "random", "backbone_size": 128, "depth": 2} | options)
 
 
-def options_of(path):
-    return yaml.safe_load(path.read_text())["model"]["init_args"]
+def ablations():
+    """Options of every ablation: those of the files, and those of the page's table of values."""
+    files = sorted((ROOT / "zoo_configs" / "ablation" / "lpmflow").glob("*.yaml"))
+    found = {path.stem: yaml.safe_load(path.read_text())["model"]["init_args"] for path in files}
+    page = (ROOT / "docs" / "heads" / "lpmflow.md").read_text()
+    rows = re.findall(r'^\| lpmflow_(\w+) \| `--model\.(\w+) "?([^`"]+)"?`', page, re.M)
+    return found | {name: {option: yaml.safe_load(value)} for name, option, value in rows}
 
 
 def batch(size=64):
@@ -160,12 +166,16 @@ def outcome(model, training):
 
 FEWER = {"no_larl", "no_pfsr", "no_mmfi", "no_region_pe", "no_interactive", "no_feature_block", "k_0", "windows_4"}
 SAME = {"foreground_mean", "no_gradual_guidance", "no_contrastive_loss", "isolated", "cross", "no_internal"}
-ABLATIONS = sorted(CONFIGS.glob("ablation/lpmflow_*.yaml"))
+ABLATIONS = ablations()
 
 
-@pytest.mark.parametrize("path", ABLATIONS, ids=lambda p: p.stem.removeprefix("lpmflow_"))
-def test_ablations_differ_as_named(path):
-    options, name = options_of(path), path.stem.removeprefix("lpmflow_")
+def test_every_ablation_is_found():
+    assert len(ABLATIONS) == 14 + 16
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_differ_as_named(name):
+    options = ABLATIONS[name]
     assert len(options) == 1
     # K = 64 must not be all there is, so 16 x 16 cells where K is what is asked
     common = {"backbone_size": 256, "depth": 1} if name.startswith("k_") or name == "foreground_mean" else {}

@@ -1,6 +1,7 @@
 """ViTSC against its equations written again as plain loops, and each of its mechanisms in miniature."""
 
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,13 +13,15 @@ import yaml
 
 import corrzoo
 from corrzoo.geometry import sample
-from corrzoo.heads.vitsc import CrossPerception, LowEncoder, position_encoding, triplet_loss
+from corrzoo.heads.vitsc import CrossPerception, LowEncoder, position_encoding, projection, triplet_loss
 from corrzoo.matcher import HEADS
 from corrzoo.scoring.evaluation import Evaluation
 from corrzoo.types import Features, Match, ZooError
+from hostless import hostless
 
 TINY = dict(backbone="timm/test_vit.r160_in1k", weights="random")
-CONFIGS = Path(__file__).resolve().parents[2] / "zoo_configs"
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS, PAGE = ROOT / "zoo_configs", ROOT / "docs" / "heads" / "vitsc.md"
 
 
 def head(**options):
@@ -80,7 +83,7 @@ def test_the_low_encoder_is_resnet18_without_strides_and_last_stage():
     torch.testing.assert_close(out, x)
 
 
-def test_low_weights_come_from_a_file_or_a_checkpoint_and_are_not_forgotten(tmp_path):
+def test_low_weights_load_from_a_file_or_a_checkpoint(tmp_path):
     whole = timm.create_model("resnet18")
     path = tmp_path / "resnet18.pth"
     torch.save(whole.state_dict(), path)
@@ -98,7 +101,7 @@ def test_low_weights_come_from_a_file_or_a_checkpoint_and_are_not_forgotten(tmp_
         HEADS["ViTSC"](**TINY, low_weights="nowhere.pth").load_weights()
 
 
-def test_the_low_encoder_sees_images_as_imagenet_has_them():
+def test_the_low_encoder_normalises_images_for_imagenet():
     pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     lite = corrzoo.backbones.Backbone("efficientnet_lite0", "random")
     low = LowEncoder("random", 1, lite.spec).eval()
@@ -107,16 +110,26 @@ def test_the_low_encoder_sees_images_as_imagenet_has_them():
     torch.testing.assert_close(low(seen).image, own, atol=1e-5, rtol=1e-5)
 
 
-def test_the_low_encoder_learns_as_slowly_as_the_backbone_and_is_kept_in_evaluation():
-    model = head()
-    groups = {group["name"]: {id(p) for p in group["params"]} for group in model.param_groups()}
-    assert {id(p) for p in model.low.parameters()} <= groups["backbone"]
+@pytest.mark.parametrize("finetune", ["all", "none"])
+@pytest.mark.parametrize(("weights", "group"), [("pretrained", "backbone"), ("random", "head")])
+def test_a_random_low_encoder_trains_at_the_heads_rate(weights, group, finetune):
+    model = HEADS["ViTSC"](**TINY, low_weights=weights, finetune=finetune)
+    groups = {g["name"]: [id(p) for p in g["params"]] for g in model.param_groups()}
+    rates = {g["name"]: g["lr"] for g in model.param_groups()}
+    assert rates.items() <= {"head": model.hparams.lr, "backbone": model.hparams.backbone_lr}.items()
+    assert {id(p) for p in model.low.parameters() if p.requires_grad} <= set(groups[group])
     assert id(model.temperature) in groups["head"]
-    low = []
+    assert (id(model.backbone.trunk.model.norm.weight) in groups.get("backbone", [])) == (finetune == "all")
+    every = [p for ids in groups.values() for p in ids]
+    assert sorted(every) == sorted(id(p) for p in model.parameters() if p.requires_grad)  # each once
+
+
+def test_the_low_encoders_features_are_cached_in_evaluation():
+    model, low = head().eval(), []
     model.low.register_forward_hook(lambda module, args, output: low.append(len(args[0])))
     dataset = corrzoo.create_dataset("synthetic", "", "test", size=64, length=2)
     pair = corrzoo.data.PairDataset.collate([dataset[0]])
-    evaluation = Evaluation(model.eval(), SimpleNamespace(dataset=dataset), "default", (0.1,), cache_mb=1)
+    evaluation = Evaluation(model, SimpleNamespace(dataset=dataset), "default", (0.1,), cache_mb=1)
     first, second = evaluation.predict(pair, 0), evaluation.predict(pair, 0)
     assert sum(low) == 2  # each image once: on a CPU one by one
     torch.testing.assert_close(first, second)
@@ -154,7 +167,7 @@ def update(block, x, other, pos, other_pos):
 
 @pytest.mark.parametrize("order", ["interleaved", "symmetric", "asymmetric"])
 @pytest.mark.parametrize("layers", [1, 2, 3])
-def test_who_is_updated_when(order, layers):
+def test_order_of_the_updates_equals_table_4(order, layers):
     torch.manual_seed(0)
     module = awake(CrossPerception(layers, order).double())
     src, trg = torch.randn(1, 256, 2, 3).double(), torch.randn(1, 256, 3, 2).double()
@@ -176,7 +189,24 @@ def test_who_is_updated_when(order, layers):
     torch.testing.assert_close(found[1][0].flatten(1).T, b)
 
 
-def test_an_untrained_perception_leaves_the_representation_alone():
+@pytest.mark.parametrize("channels", [32, 152, 256])
+def test_the_projection_starts_with_the_cosines_of_the_features(channels):
+    torch.manual_seed(0)
+    layer = projection(channels).double()
+    maps = torch.randn(1, channels, 3, 4, dtype=torch.float64)
+    cosines = [(f @ f.mT) for f in (F.normalize(x.flatten(2).mT, dim=2) for x in (maps, layer(maps)))]
+    torch.testing.assert_close(*cosines, atol=1e-6, rtol=0)
+
+
+def test_a_projection_to_fewer_channels_starts_orthogonal():
+    torch.manual_seed(0)
+    layer = projection(384)
+    weight = layer.weight.flatten(1)
+    torch.testing.assert_close(weight @ weight.mT, torch.eye(256), atol=1e-5, rtol=0)
+    assert not layer.bias.any()
+
+
+def test_an_untrained_perception_keeps_the_features():
     a, b = torch.randn(1, 256, 3, 3), torch.randn(1, 256, 3, 3)
     expected = tuple(F.layer_norm(x.movedim(1, -1), (256,)).movedim(-1, 1) for x in (a, b))
     torch.testing.assert_close(CrossPerception(2, "interleaved")(a, b), expected)
@@ -233,7 +263,7 @@ def test_look_up_equals_equation_8_in_loops(upsampler):
             torch.testing.assert_close(found[0, :, row, col], torch.tensor(expected, dtype=torch.float64))
 
 
-def test_without_its_modules_it_is_the_baseline_enlarged():
+def test_without_its_modules_the_flow_is_the_baselines_resized():
     pair = pairs(1)
     baseline = corrzoo.create_matcher("Baseline", **TINY)
     for options in ({"upsampler": "bilinear"}, {"upsampler": "low"}):  # what the CNN adds begins at zero
@@ -254,7 +284,7 @@ def test_the_same_weights_serve_every_size(options, attend_at):
         assert flow.shape == (1, 2, *size) and torch.isfinite(flow).all()
 
 
-def test_the_flow_has_full_resolution_wherever_the_cnns_run():
+def test_the_flow_has_full_resolution_at_every_head_resolution():
     pair = pairs(1, size=32)
     full, half = (awake(head(head_resolution=r)).eval()(pair.src_img, pair.trg_img).flow for r in (1.0, 0.5))
     assert full.shape == half.shape == (1, 2, 32, 32) and not torch.equal(full, half)
@@ -262,12 +292,41 @@ def test_the_flow_has_full_resolution_wherever_the_cnns_run():
         head(head_resolution=0.0)
 
 
-def test_compiles_without_graph_breaks():
-    model, pair = awake(head()).eval(), pairs(1)
+@pytest.mark.parametrize("upsampler", ["low", "high", "unguided", "bilinear"])
+def test_compiles_without_graph_breaks(upsampler):
+    torch._dynamo.reset()
+    model, pair = awake(head(upsampler=upsampler)).eval(), pairs(1)
     with torch.no_grad():
         src, trg = model.features_of(pair.src_img, pair.trg_img)
         match = torch.compile(model.match, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(match(src, trg).flow, model.match(src, trg).flow, atol=1e-3, rtol=1e-3)
+
+
+def test_compiled_training_has_the_same_gradients():
+    torch._dynamo.reset()
+    model, pair = awake(head()).train(), pairs(1)
+    src, trg = model.features_of(pair.src_img, pair.trg_img)
+    parameters = [p for module in (model.perception, model.upsampler) for p in module.parameters()]
+    compiled = torch.compile(model.match, fullgraph=True, backend="aot_eager")
+    gradients = (
+        torch.autograd.grad(model.loss(match(src, trg), pair)["loss"], parameters, retain_graph=True)
+        for match in (compiled, model.match)
+    )
+    for ours, plain in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-2 * plain.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"upsampler": "high", "attend_at": "native"}, {"upsampler": "bilinear"}])
+def test_no_host_device_synchronisation(options):
+    """In a training step and in an evaluation step."""
+    model, pair = awake(head(**options)).train(), pairs()
+    with hostless():
+        loss = model.loss(model(pair.src_img, pair.trg_img), pair)["loss"]
+        loss.backward()
+        with torch.no_grad():
+            src, trg = model.eval().features_of(pair.src_img, pair.trg_img)
+            model.match_points(src, trg, pair.src_kps)
+    assert torch.isfinite(loss)
 
 
 # ---------------------------------------------------------------------- 4.3
@@ -341,7 +400,7 @@ def alike_parts(count, generator):
 
 
 @pytest.mark.parametrize("triplet_weight, told_apart", [(10.0, True), (0.0, False)])
-def test_the_triplet_loss_tells_two_alike_parts_apart(triplet_weight, told_apart):
+def test_the_triplet_loss_separates_two_similar_parts(triplet_weight, told_apart):
     generator = torch.Generator().manual_seed(0)
     model = head(upsampler="bilinear", triplet_weight=triplet_weight)
     model.perception = None  # each image speaks for itself: only the loss can bring the hint forward
@@ -360,7 +419,7 @@ def test_the_triplet_loss_tells_two_alike_parts_apart(triplet_weight, told_apart
 
 
 @pytest.mark.parametrize("upsampler, regained", [("low", True), ("unguided", False)])
-def test_a_displacement_below_the_cell_is_regained_by_low_level_guidance(upsampler, regained):
+def test_low_level_guidance_recovers_displacements_below_a_cell(upsampler, regained):
     generator = torch.Generator().manual_seed(0)
     model = head(upsampler=upsampler, enhancement="none")
     optimizer = torch.optim.Adam(model.upsampler.parameters(), lr=2e-3)
@@ -407,15 +466,19 @@ ROWS = {  # what each row changes, and what follows for the number of parameters
 }
 
 
-def test_every_row_has_a_file():
-    files = {p.stem.removeprefix("vitsc_") for p in (CONFIGS / "ablation").glob("vitsc_*.yaml")}
-    assert files == set(ROWS)
+def test_every_row_has_a_file_or_an_option():
+    files = {p.stem for p in (CONFIGS / "ablation" / "vitsc").glob("*.yaml")}
+    options = re.findall(r"^\| vitsc_(\w+) \| `--model", PAGE.read_text(), re.M)
+    assert sorted([*files, *options]) == sorted(ROWS)
 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_a_row_builds_and_differs_from_the_full_model_as_named(row):
     changes, consequence = ROWS[row]
-    assert options_in(f"ablation/vitsc_{row}") == changes
+    if (found := re.search(rf"^\| vitsc_{row} \| `--model\.(\w+) (\w+)`", PAGE.read_text(), re.M)) is not None:
+        assert {found[1]: yaml.safe_load(found[2])} == changes
+    else:
+        assert options_in(f"ablation/vitsc/{row}") == changes
     with torch.device("meta"):
         if "backbone" in changes:
             model = HEADS["ViTSC"](**(FULL | changes))
@@ -436,12 +499,12 @@ def test_a_row_builds_and_differs_from_the_full_model_as_named(row):
 
 @pytest.mark.parametrize("row", ["ibot", "mae", "clip"])
 def test_rows_of_table_1_are_the_baseline_on_other_backbones(row):
-    assert options_in(f"ablation/baseline_table1_{row}") == options_in(f"ablation/vitsc_table8_{row}")
+    assert options_in(f"ablation/baseline/table1_{row}") == options_in(f"ablation/vitsc/table8_{row}")
 
 
 def test_actr_in_table_2_is_trained_as_vitsc_is():
     stacked, full = (
-        yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("ablation/actr_vitsc_table2", "vitsc")
+        yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("ablation/actr/vitsc_table2", "vitsc")
     )
     own = {"backbone_size": None, "weight_decay": 0.0, "schedule": "constant"}
     assert (FULL | own).items() >= stacked["model"]["init_args"].items()

@@ -11,7 +11,11 @@ from corrzoo.leaderboard.papers import PAPERS
 from corrzoo.leaderboard.rows import SUPERVISION
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = {path.stem for path in (ROOT / "zoo_configs").rglob("*.yaml")}
+RECIPES = ROOT / "src" / "corrzoo" / "zoo_configs"
+CONFIGS = {path.stem for path in RECIPES.rglob("*.yaml")}
+CONFIGS |= {f"{path.parent.name}_{path.stem}" for path in RECIPES.glob("ablation/*/*.yaml")}
+for page in (ROOT / "docs" / "heads").glob("*.md"):  # values of one option
+    CONFIGS |= set(re.findall(r"^\| (\w+) \| `--model", page.read_text(), re.M))
 with PAPERS.open() as file:
     ROWS = list(csv.DictReader(file))
 

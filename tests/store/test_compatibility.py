@@ -5,6 +5,8 @@ the folder that `corrzoo.save` made of it, and its flow on fixed images. The wei
 optimiser's state is zero, so that the archive is small.
 """
 
+import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 import corrzoo
+from corrzoo.types import ZooError
 
 ARCHIVE = Path(__file__).with_name("written_by_0.1.0.tar.xz")
 HEADS = ("ACTR", "Baseline", "GSF", "LPMFlow", "ViTSC")
@@ -40,3 +43,19 @@ def test_an_old_model_loads_and_gives_the_same_flow(written, head, kind):
     expected = torch.load(written / f"{head}.flow.pt", weights_only=True)
     torch.testing.assert_close(flow, expected, rtol=1e-4, atol=1e-3)
     assert type(matcher).__name__ == head and matcher.trained["steps"] == 2 and matcher.image_size == 64
+
+
+def test_an_old_gsf_reads_its_flow_from_the_guidance(written):
+    options = dict(corrzoo.load(written / "GSF.ckpt").hparams)
+    assert options["start"] == "guidance" and options["readout_radius"] is None and not options["remove_mean"]
+    assert not options.keys() & {"network", "soft_argmax", "geo_weight"}
+
+
+@pytest.mark.parametrize("name, value", [("network", "conv4d"), ("soft_argmax", "literal")])
+def test_an_old_gsf_with_a_removed_option_is_refused(written, tmp_path, name, value):
+    folder = shutil.copytree(written / "GSF", tmp_path / "GSF")
+    config = json.loads((folder / "config.json").read_text())
+    config["options"][name] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ZooError, match=f"needs GSF's {name}='{value}', which is gone: load it with corrzoo 0.1.0"):
+        corrzoo.load(folder)

@@ -31,4 +31,4 @@ def test_a_photograph_is_shrunk_and_a_strip_does_not_make_a_tower():
     assert max(side for pixels in drawn for side in pixels.shape) <= 2048
     assert (drawn[0] == 90).all() and drawn[0].shape == (4, 1667, 3)
     assert figure.axes[0].get_xlim() == (0, 5000)  # where points are drawn, pixels are those of the image
-    assert figure.get_figheight() < 2 * figure.get_figwidth()
+    assert figure.get_figheight() < 5.2 * figure.get_figwidth() / 2  # two rows beside two columns

@@ -38,16 +38,3 @@ def test_a_match_outside_the_image_leaves_the_picture_as_it_is():
     for figure in (usual, drawn):
         visualize.to_array(figure)
     assert [ax.get_position().bounds for ax in drawn.axes] == [ax.get_position().bounds for ax in usual.axes]
-
-
-def test_a_comparison_has_a_row_a_model_and_says_how_many_are_right():
-    right = {"before": torch.tensor([False, False]), "after": torch.tensor([True, False])}
-    heat = dict.fromkeys(right, torch.rand(4, 6))
-    drawn = visualize.draw_comparison(
-        IMAGES[0], IMAGES[0], POINTS[0], dict.fromkeys(right, POINTS[0]), right, POINTS[0], heat
-    )
-    titles = [ax.get_title(loc="left") for ax in drawn.axes]
-    assert titles[::3] == ["before: 0 of 2 right", "after: 1 of 2 right"] and len(titles) == 6
-    assert drawn.axes[2].get_title() == "heat of the ringed point"
-    assert [line.get_linestyle() == "-" for line in drawn.artists] == [False, False, True, False]
-    assert visualize.to_array(drawn).ndim == 3

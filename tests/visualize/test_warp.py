@@ -64,5 +64,5 @@ def test_a_pair_that_gives_no_warp_does_not_lose_the_picture():
     images = smooth_image(24, 30).expand(2, -1, -1, -1)
     figure = visualize.draw_warps(images, images, [CORNERS, CORNERS[:2]], [CORNERS + 1, CORNERS[:2]])
     assert [len(ax.images) for ax in figure.axes] == [1, 1, 1, 1, 0, 1]
-    assert "2 places" in figure.axes[4].texts[0].get_text()
+    assert "2 distinct matches" in figure.axes[4].texts[0].get_text()
     visualize.to_array(figure)

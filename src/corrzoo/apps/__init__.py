@@ -4,27 +4,17 @@ import argparse
 from typing import Any
 
 import torch
+import yaml
 
+from corrzoo import recipes
 from corrzoo.errors import Parser, ZooError
 from corrzoo.heads import HEADS, Baseline, create_matcher
 from corrzoo.matcher import Matcher
 from corrzoo.registry import import_plugins
 from corrzoo.store.checkpoints import load
 
-BACKBONE, SIZE = "efficientnet_lite0", 320
-ZERO_SHOT: dict[str, Any] = {
-    "finetune": "none",
-    "remove_mean": True,
-    "readout": "window",
-    "radius": 2,
-    "point_query": "features",
-    "temperature": 0.05,
-    "mutual": True,
-}
-"""The Baseline without training, as zoo_configs/backbone/efficientnet_lite0.yaml has it, with what scores best on
-PF-WILLOW: soft mutual nearest neighbours."""
-ZERO_SHOT_LITE0: dict[str, Any] = {"levels": ["blocks.4.2", "blocks.5.2"], "stride": 16}
-"""What belongs to that backbone alone."""
+BACKBONE = "efficientnet_lite0"
+"""The backbone without --ckpt and --backbone: its weights come with the extra `offline`."""
 
 
 def add_model(parser: Parser) -> None:
@@ -35,7 +25,23 @@ def add_model(parser: Parser) -> None:
     model.add_argument("--head", help="without --ckpt: Baseline, which matches untrained")
     model.add_argument("--backbone", help=f"without --ckpt: any of list_backbones() ({BACKBONE})")
     model.add_argument("--weights", help="without --ckpt: pretrained, random, or a file of the backbone's weights")
-    model.add_argument("--size", type=int, help=f"side of the network image (the checkpoint's own; {SIZE} without one)")
+    model.add_argument("--size", type=int, help="side of the network image; default: as trained, or 320")
+
+
+def zero_shot(backbone: str) -> tuple[dict[str, Any], int]:
+    """Options of the Baseline without training, and the side of its network image in pixels.
+
+    They are those of `zoo_configs/backbone/<backbone>.yaml`, with soft mutual nearest neighbours, which score best on
+    PF-WILLOW. A backbone without such a file takes EfficientNet-Lite0's, but its own levels, at the default stride.
+    """
+    folder = recipes.FOLDER / "backbone"
+    known = (folder / f"{backbone}.yaml").is_file()
+    config = yaml.safe_load((folder / f"{backbone if known else BACKBONE}.yaml").read_text())
+    options = config["model"]["init_args"] | {"backbone": backbone, "mutual": True}
+    if not known:
+        options = {name: value for name, value in options.items() if name not in ("levels", "stride")}
+        options["backbone_size"] = True
+    return options, config["data"]["image_size"]
 
 
 def matcher_of(args: argparse.Namespace) -> Matcher:
@@ -55,14 +61,13 @@ def matcher_of(args: argparse.Namespace) -> Matcher:
             raise ZooError(f"{args.ckpt} brings its own weights: leave --weights out")
     else:
         if args.head and HEADS[args.head] is not Baseline:
-            raise ZooError(f"{args.head} matches nothing before it is trained: give --ckpt, or --head Baseline")
-        backbone = args.backbone or BACKBONE
-        options = ZERO_SHOT | (ZERO_SHOT_LITE0 if backbone == BACKBONE else {"backbone_size": True})
+            raise ZooError(f"{args.head} needs trained weights: give --ckpt, or --head Baseline")
+        options, size = zero_shot(args.backbone or BACKBONE)
         try:
-            matcher = create_matcher("Baseline", backbone, args.weights or "pretrained", **options)
+            matcher = create_matcher("Baseline", **options | ({"weights": args.weights} if args.weights else {}))
         except ZooError as error:
             raise ZooError(str(error).replace("--model.", "--")) from error
-        matcher.image_size = SIZE
+        matcher.image_size = size
     if args.size is not None and args.size < 1:
         raise ZooError(f"--size {args.size}: expected the side of an image in pixels")
     matcher.image_size = args.size or matcher.image_size

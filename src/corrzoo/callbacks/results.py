@@ -139,24 +139,31 @@ class ResultsWriter(Callback):
 
 
 class ScoreTable(Callback):
-    """Print PCK before and after training. Needs `trainer.num_sanity_val_steps: -1`, which scores before the start."""
+    """Print PCK before and after training. Needs `trainer.num_sanity_val_steps: -1`, which scores before training."""
+
+    def __init__(self) -> None:
+        self.before: dict[str, float] = {}
+        self.after: dict[str, float] = {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking:
             self.before = dict(pl_module.scores)
+        else:
+            self.after = dict(pl_module.scores)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero:
             return
-        before, after = getattr(self, "before", {}), pl_module.scores
         title = (
             f"{type(pl_module).__name__} on {pl_module.hparams.backbone}, validation pairs, {trainer.global_step} steps"
         )
-        table = Table(title=title)
+        missing = "" if self.after else "Not measured after training: the run ended before its first validation."
+        table = Table(title=title, caption=missing)
         for column in ("", "before", "after"):
             table.add_column(column, justify="left" if not column else "right")
-        for key, value in after.items():
-            table.add_row(key, f"{before[key]:.1f}" if key in before else "", f"{value:.1f}")
+        for key in self.before | self.after:
+            scores = (f"{side[key]:.1f}" if key in side else "not measured" for side in (self.before, self.after))
+            table.add_row(key, *scores)
         Console().print(table)
 
 

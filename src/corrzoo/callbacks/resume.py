@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.distributed import ReduceOp
 
+from corrzoo.callbacks.folder import run_folder
 from corrzoo.files import whole_file
 from corrzoo.types import ZooError
 
@@ -47,7 +48,7 @@ class WholeFiles(TorchCheckpointIO):
             kept = f"{path} of before is whole" if path.is_file() else "nothing was kept here"
             raise ZooError(
                 f"cannot write the checkpoint {path} ({getattr(cause, 'strerror', None) or cause}; {kept}): make room, "
-                "or choose another --checkpoint.dirpath, and go on with --ckpt_path last"
+                "or choose another --checkpoint.dirpath, and resume with --ckpt_path last"
             ) from error
 
     def load_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> dict[str, Any]:
@@ -103,6 +104,11 @@ class Checkpoints(ModelCheckpoint):
         self._keeps_last, self._every, self._trains = save_last, last_every_n_steps, False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        scores = [f"val/pck@{alpha:g}" for alpha in getattr(pl_module.hparams, "alphas", ())]
+        if stage == "fit" and str(self.monitor).startswith("val/pck@") and self.monitor not in scores:
+            # Lightning would find this after an epoch of training
+            raise ZooError(f"{self.monitor} is not among the logged metrics: give --checkpoint.monitor one of {scores}")
+        self.dirpath = self.dirpath or str(run_folder(trainer) / "checkpoints")
         super().setup(trainer, pl_module, stage)
         self._trains = stage == "fit"
 
@@ -115,13 +121,16 @@ class Checkpoints(ModelCheckpoint):
             self._write_last(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_epoch_end(trainer, pl_module)
+        # A run that max_steps ends before its first validation has no best checkpoint, and needs no warning of it.
+        logged = trainer.callback_metrics
+        if self.monitor in (None, *logged) or any(name.startswith("val/") for name in logged):
+            super().on_train_epoch_end(trainer, pl_module)
         if trainer.is_last_batch or trainer.global_step != trainer.max_steps:
             self._write_last(trainer)
 
     def _write_last(self, trainer: Trainer) -> None:
         if self._keeps_last and self.dirpath and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
+            trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt", weights_only=False)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Bring along the best checkpoints of the run that is resumed."""
@@ -200,16 +209,16 @@ class StopSignals(Callback):
             return handler(asked, None)
         name = signal.Signals(asked).name
         folder = getattr(trainer.checkpoint_callback, "dirpath", None)
-        where = "without a checkpoint"
+        where = "no checkpoint was saved"
         for callback in first:
             callback.on_train_epoch_end(trainer, pl_module)
         if folder:
-            trainer.save_checkpoint(Path(folder) / "last.ckpt")
-            where = "go on with --ckpt_path last"
+            trainer.save_checkpoint(Path(folder) / "last.ckpt", weights_only=False)
+            where = "resume with --ckpt_path last"
         self._restore()
         if not self._speaks:
             raise SystemExit(0)
-        raise Stopped(f"stopped by {name} behind step {trainer.global_step}: {where}", asked)
+        raise Stopped(f"interrupted ({name}) after step {trainer.global_step}; {where}", asked)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore()
@@ -233,7 +242,7 @@ class StopSignals(Callback):
             raise KeyboardInterrupt
         self._asked = number
         if self._speaks and number != signal.SIGUSR1:
-            os.write(2, b"\nstopping behind this step or validation; the same signal again stops at once\n")
+            os.write(2, b"\nfinishing this step or validation, then saving; send the signal again to stop now\n")
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

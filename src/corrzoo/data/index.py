@@ -1,14 +1,13 @@
-"""Annotations packed into arrays, checked, and kept in a cache that notices when their files change.
+"""Annotation index: all pairs of a split as arrays, validated once and cached on disk.
 
-A reader yields each pair as a `Record`; `pack` turns them into a `Table` of arrays, which gives single records
-back. So SPair-71k's 53,340 annotation files are opened once, and not at every start; whether one has changed since is
-asked when its pair is read.
+A reader yields each pair as a `Record`. `build_index` stores the records in an `AnnotationIndex`, which returns them
+one by one. The cache is rebuilt when the annotation files change. Starting from it takes 1/98 of the CPU time in which
+released code reads SPair-71k's 53,340 files (benchmarks/results/data.csv).
 """
 
 import hashlib
 import math
 import os
-import stat
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,21 +22,21 @@ from corrzoo.files import cache_folder, whole_file
 from corrzoo.registry import nearest
 from corrzoo.types import DIFFICULTIES, Record, ZooError
 
-FORMAT = 4
-"""To be raised whenever `Table` or what a reader makes of its files changes, so that older caches are made anew."""
+FORMAT = 5
+"""Version of the cache. Increase it when `AnnotationIndex` or the output of a reader changes."""
 
 LARGEST = 1 << 20
-"""our choice: pixels that an image's side may have, more than any format's decoder takes."""
+"""our choice: upper bound of an image's side in pixels, more than any format's decoder accepts."""
 
 BROKEN = (KeyError, TypeError, ValueError, OverflowError, RecursionError)
-"""What comes of reading the wrong thing out of a JSON file."""
+"""Exceptions that a malformed JSON annotation causes."""
 
 BORDER = 1.0
-"""Pixels that a point may lie outside its image, because annotations count pixels from 1 as well as from 0."""
+"""Pixels that a point may lie outside its image, because some annotations count pixels from 1 and others from 0."""
 
 
-class Table(NamedTuple):
-    """A split's annotations: N pairs of M images, the points of all pairs one after the other."""
+class AnnotationIndex(NamedTuple):
+    """The annotations of a split: N pairs of M images, and the points of all pairs in one array."""
 
     images: NDArray  # (M,) paths relative to the dataset's folder
     sizes: NDArray  # (M, 2) int64 (w, h)
@@ -45,30 +44,21 @@ class Table(NamedTuple):
     category: NDArray  # (N,) int64
     src_points: NDArray  # (P, 2) float64 keypoints, or vertices of outlines
     trg_points: NDArray  # (Q, 2) float64
-    starts: NDArray  # (N + 1, 2) int64: pair i owns src_points[starts[i, 0] : starts[i + 1, 0]], trg_points likewise
-    boxes: NDArray  # (N, 2, 4) float64 of source and target, NaN where there is none
-    kps_ids: NDArray  # (P,) int64 of src_points, -1 where unknown; (0,) for outlines
-    flags: NDArray  # (N, 4) int64, -1 where not annotated
+    starts: NDArray  # (N + 1, 2) int64: pair i has src_points[starts[i, 0] : starts[i + 1, 0]], trg_points likewise
+    boxes: NDArray  # (N, 2, 4) float64 of source and target, NaN if there is none
+    kps_ids: NDArray  # (P,) int64 of src_points, -1 if unknown; (0,) for outlines
+    flags: NDArray  # (N, 4) int64, -1 if not annotated
     flip: NDArray  # (N,) bool
     outlines: NDArray  # () bool: whether the points are vertices of outlines
-    files: NDArray  # (N,) bytes, the name of each pair's file; (0,) where pairs have none of their own
-    states: NDArray  # (N, 2) int64 size and time of modification that these files had before they were parsed
-
-    def changed(self, i: int, pair_files: Path) -> Path | None:
-        """Pair i's file, which is in the folder `pair_files`, if it has changed since it was parsed.
-
-        Raises:
-            ZooError: when it is gone.
-        """
-        path = f"{pair_files}/{os.fsdecode(self.files[i])}"
-        try:
-            found = os.stat(path)
-        except OSError as error:
-            raise ZooError(f"no annotation {path} ({error.strerror}): restore it, or fetch the dataset again") from None
-        return None if [found.st_size, found.st_mtime_ns] == self.states[i].tolist() else Path(path)
 
     def record(self, i: int, images: list[Path], categories: list[str]) -> Record:
-        """Pair i as its reader gave it to `pack`."""
+        """Pair i as its reader returned it.
+
+        Args:
+            i: Number of the pair.
+            images: The image files by number.
+            categories: Names of the categories by number.
+        """
         src, trg = self.pairs[i].tolist()
         (src_first, trg_first), (src_last, trg_last) = self.starts[i : i + 2].tolist()
         parts = self.src_points[src_first:src_last], self.trg_points[trg_first:trg_last]
@@ -95,132 +85,116 @@ class Table(NamedTuple):
         )
 
 
-def pack(
-    rows: Iterable[tuple[str, Record]],
-    home: Path,
-    categories: list[str],
-    pair_files: Path | None = None,
-    border: float = BORDER,
-) -> Table:
-    """Pack and check annotated pairs.
+def build_index(
+    rows: Iterable[tuple[str, Record]], home: Path, categories: list[str], border: float = BORDER
+) -> AnnotationIndex:
+    """Validate annotated pairs and store them as arrays.
 
     Args:
-        rows: Where each pair stands (a file, or a file and its line), and the pair.
-        home: The dataset's folder, which all image paths lie under.
-        categories: Their names in order.
-        pair_files: The folder of the files in `rows`, if each pair has one of its own.
+        rows: The place of each pair (a file, or a file and a line), for errors, and the pair.
+        home: The dataset's folder, which must contain all images.
+        categories: Names of the categories by number.
         border: Pixels that a point or a box may lie outside its image.
 
     Raises:
-        ZooError: for no pairs at all, an unknown category, a missing image, and whatever `check` refuses.
+        ZooError: if there are no pairs, an image is missing, or an annotation is invalid; it names the first one.
     """
-    states = dict(zip(*_states(pair_files), strict=True)) if pair_files else {}  # before the rows are read
-    numbers: dict[Path | None, int] = {}
-    sizes: list[tuple[int, int]] = []
-    where, pairs, category, src_points, trg_points, kps_ids, boxes, flags, flip = [], [], [], [], [], [], [], [], []
-    known = {name: number for number, name in enumerate(categories)}
-    no_box, unknown = torch.full((4,), torch.nan, dtype=torch.float64), torch.tensor([-1])
-    for place, r in rows:
-        if r.category not in known:
-            raise ZooError(f"{place}: unknown category {r.category!r}{nearest(r.category, categories)}")
-        for path, size in ((r.src_path, r.src_size), (r.trg_path, r.trg_size)):
-            number = numbers.setdefault(path, len(sizes))
-            if number == len(sizes):
-                if path and not os.path.normpath(path).startswith(os.path.normpath(home) + os.sep):
-                    raise ZooError(f"{place}: the image {path} is not in {home}: correct the annotation")
-                if not all(isinstance(side, int) and 0 < side <= LARGEST for side in size):
-                    raise ZooError(f"{place}: {path} has size {size}, not a width and a height: correct the annotation")
-                sizes.append(size)
-            elif sizes[number] != size:
-                raise ZooError(
-                    f"{place}: {path} has size {size} here and {sizes[number]} elsewhere: correct the wrong one"
-                )
-        if not all(0 <= flag <= 3 for flag in r.flags.values()):
-            raise ZooError(f"{place}: difficulty flags {r.flags}: expected numbers from 0 to 3, correct the annotation")
-        where.append(place)
-        pairs.append([numbers[r.src_path], numbers[r.trg_path]])
-        category.append(known[r.category])
-        src_points.append(r.src_kps if r.src_polygon is None else r.src_polygon)
-        trg_points.append(r.trg_kps if r.trg_polygon is None else r.trg_polygon)
-        kps_ids.append(unknown.expand(len(r.src_kps)) if r.kps_ids is None else r.kps_ids)
-        boxes += [no_box if box is None else box for box in (r.src_box, r.trg_box)]
-        flags.append([r.flags.get(name, -1) for name in DIFFICULTIES])
-        flip.append(r.flip)
-    if not where:
+    records = []
+    sizes: dict[Path | None, tuple[int, int]] = {}
+    for place, record in rows:
+        _check_images(record, place, home, sizes)
+        _check_annotation(record, place, categories, border)
+        records.append(record)
+    if not records:
         raise ZooError(f"the split has no pairs in {home}: fill its list, or choose another split")
-    images = [path for path in numbers if path is not None]
+    images = [path for path in sizes if path is not None]
     for path in images:
-        if not os.path.isfile(path):  # also of names that no file can have
-            raise ZooError(f"no image {path}: restore the file, or take its pairs off the list")
-    names = [os.path.basename(place) for place in where] if pair_files else []
-    table = Table(
+        if not os.path.isfile(path):  # False also for names that no file can have
+            raise ZooError(f"no image {path}: restore the file, or remove its pairs from the list")
+    image_number = {path: k for k, path in enumerate(sizes)}
+    category_number = {name: k for k, name in enumerate(categories)}
+    src_points, trg_points = ([_points(r)[side] for r in records] for side in (0, 1))
+    kps_ids = [torch.full((len(r.src_kps),), -1) if r.kps_ids is None else r.kps_ids for r in records]
+    no_box = torch.full((4,), torch.nan, dtype=torch.float64)
+    boxes = [no_box if box is None else box for r in records for box in (r.src_box, r.trg_box)]
+    return AnnotationIndex(
         images=np.array([path.relative_to(home).as_posix() for path in images]),
-        sizes=np.array(sizes),
-        pairs=np.array(pairs),
-        category=np.array(category),
+        sizes=np.array([*sizes.values()]),
+        pairs=np.array([[image_number[r.src_path], image_number[r.trg_path]] for r in records]),
+        category=np.array([category_number[r.category] for r in records]),
         src_points=torch.cat(src_points).numpy(),
         trg_points=torch.cat(trg_points).numpy(),
         starts=np.cumsum([(0, 0), *((len(src), len(trg)) for src, trg in zip(src_points, trg_points, strict=True))], 0),
-        kps_ids=torch.cat(kps_ids).numpy(),
         boxes=torch.stack(boxes).view(-1, 2, 4).numpy(),
-        flags=np.array(flags),
-        flip=np.array(flip),
-        outlines=np.array(r.src_polygon is not None),
-        files=np.array([os.fsencode(name) for name in names]),
-        states=np.array([states.get(name, (-1, -1)) for name in names]),
+        kps_ids=torch.cat(kps_ids).numpy(),
+        flags=np.array([[r.flags.get(name, -1) for name in DIFFICULTIES] for r in records]),
+        flip=np.array([r.flip for r in records]),
+        outlines=np.array(records[0].src_polygon is not None),
     )
-    check(table, where, border)
-    for place, points, ids in zip(where, src_points, kps_ids, strict=True):
-        if not table.outlines and len(points) != len(ids):
-            raise ZooError(f"{place}: {len(points)} keypoints but {len(ids)} ids: each keypoint needs its id")
-    return table
 
 
-def check(table: Table, where: list[str], border: float = BORDER) -> None:
-    """Refuse pairs without points, with unequal numbers of keypoints, and with points or boxes outside the image.
+def _points(record: Record) -> tuple[Tensor, Tensor]:
+    """Source and target keypoints, or vertices of outlines."""
+    if record.src_polygon is None or record.trg_polygon is None:
+        return record.src_kps, record.trg_kps
+    return record.src_polygon, record.trg_polygon
 
-    Only outlines may leave the image (some of Caltech-101's do): their protocol clips them.
 
-    Raises:
-        ZooError: naming the first such annotation by `where`.
-    """
-    counts = np.diff(table.starts, axis=0)
-    least, lack = (3, "an outline of less than three points") if table.outlines else (1, "no keypoint that both have")
-    for i in np.flatnonzero(counts.min(1) < least)[:1]:
-        raise ZooError(f"{where[i]}: {lack}: take the pair off the list")
-    if not table.outlines:
-        for i in np.flatnonzero(counts[:, 0] != counts[:, 1])[:1]:
-            raise ZooError(
-                f"{where[i]}: {counts[i, 0]} source but {counts[i, 1]} target keypoints: each needs its partner"
-            )
-    for side, (name, points) in enumerate((("source", table.src_points), ("target", table.trg_points))):
-        owner = np.repeat(np.arange(len(where)), counts[:, side])
-        limit = table.sizes[table.pairs[:, side]]  # (N, 2)
-        bad = ~np.isfinite(points)
-        if not table.outlines:
-            bad |= (points < -border) | (points > limit[owner] + border)
-        for p in np.flatnonzero(bad.any(1))[:1]:
-            size = "x".join(map(str, limit[owner[p]]))
-            raise ZooError(
-                f"{where[owner[p]]}: {name} point {points[p].tolist()} is not in its {size} image: correct or remove it"
-            )
-        low, high = table.boxes[:, side, :2], table.boxes[:, side, 2:]  # NaN compares false: no box is no bad box
-        bad = (low >= high) | (low < -border) | (high > limit + border)
-        for i in np.flatnonzero(bad.any(1))[:1]:
-            size, box = "x".join(map(str, limit[i])), table.boxes[i, side].tolist()
-            raise ZooError(f"{where[i]}: {name} box {box} is not x1, y1, x2, y2 in its {size} image: correct it")
+def _check_images(record: Record, place: str, home: Path, sizes: dict[Path | None, tuple[int, int]]) -> None:
+    """Check image paths, and image sizes against those of earlier records, which are added to `sizes`."""
+    for path, size in ((record.src_path, record.src_size), (record.trg_path, record.trg_size)):
+        if path not in sizes:
+            if path and not os.path.normpath(path).startswith(os.path.normpath(home) + os.sep):
+                raise ZooError(f"{place}: the image {path} is not in {home}: correct the annotation")
+            if not all(isinstance(side, int) and 0 < side <= LARGEST for side in size):
+                raise ZooError(f"{place}: {path} has size {size}, not a width and a height: correct the annotation")
+            sizes[path] = size
+        elif sizes[path] != size:
+            raise ZooError(f"{place}: {path} has size {size} here and {sizes[path]} elsewhere: correct the wrong one")
+
+
+def _check_annotation(record: Record, place: str, categories: list[str], border: float) -> None:
+    """Check category, flags, points and boxes."""
+    if record.category not in categories:
+        raise ZooError(f"{place}: unknown category {record.category!r}{nearest(record.category, categories)}")
+    if not all(0 <= flag <= 3 for flag in record.flags.values()):
+        raise ZooError(f"{place}: difficulty flags {record.flags}: expected 0 to 3, correct the annotation")
+    points, outlines = _points(record), record.src_polygon is not None
+    n, m = map(len, points)
+    least, fault = (3, "an outline of fewer than 3 points") if outlines else (1, "no keypoints in common")
+    if min(n, m) < least:
+        raise ZooError(f"{place}: {fault}: remove the pair from the list")
+    if n != m and not outlines:
+        raise ZooError(f"{place}: {n} source but {m} target keypoints: expected as many of each")
+    if record.kps_ids is not None and len(record.kps_ids) != n:
+        raise ZooError(f"{place}: {n} keypoints but {len(record.kps_ids)} ids: correct the annotation")
+    # Outlines may lie outside the image (some of Caltech-101's do): their protocol clips them.
+    margin = math.inf if outlines else border
+    sides = (("source", record.src_size, record.src_box), ("target", record.trg_size, record.trg_box))
+    for (name, (w, h), box), kps in zip(sides, points, strict=True):
+        for x, y in kps.tolist():
+            inside = -margin <= x <= w + margin and -margin <= y <= h + margin
+            if not (inside and math.isfinite(x) and math.isfinite(y)):
+                raise ZooError(f"{place}: {name} point {[x, y]} is not in its {w}x{h} image: correct or remove it")
+        if box is not None:
+            x1, y1, x2, y2 = box.tolist()
+            if not (-border <= x1 < x2 <= w + border and -border <= y1 < y2 <= h + border):
+                raise ZooError(
+                    f"{place}: {name} box {[x1, y1, x2, y2]} is not x1, y1, x2, y2 in its {w}x{h} image: correct it"
+                )
 
 
 def read_points(points: Iterable, where: str) -> Tensor:
-    """(n, 2) float64 points from what an annotation holds: sequences, or `zip(x, y, strict=True)`.
+    """Convert annotated points to (n, 2) float64.
+
+    Args:
+        points: Sequences of two numbers, or `zip(x, y, strict=True)`.
+        where: The place of the annotation, for errors.
 
     Raises:
-        ZooError: when they are not such points.
+        ZooError: if they are not n points of two numbers.
     """
-    try:
-        array = np.array(list(points), dtype=np.float64)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ZooError(f"{where}: these are no keypoints ({error}): correct the annotation") from error
+    array = _to_array(points, np.float64, "keypoints", where)
     if not array.size:
         array = array.reshape(0, 2)
     if array.ndim != 2 or array.shape[1] != 2:
@@ -229,119 +203,96 @@ def read_points(points: Iterable, where: str) -> Tensor:
 
 
 def read_ids(ids: Iterable, where: str) -> Tensor:
-    """(n,) int64 keypoint ids from numbers or their texts.
-
-    Raises:
-        ZooError: if they are not such ids.
-    """
-    try:
-        array = np.array(list(ids), dtype=np.int64)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ZooError(f"{where}: these are not keypoint ids ({error}): correct the annotation") from error
+    """Convert annotated keypoint ids, numbers or their texts, to (n,) int64. Raises ZooError, as `read_points`."""
+    array = _to_array(ids, np.int64, "keypoint ids", where)
     if array.ndim != 1 or (array < 0).any():
         raise ZooError(f"{where}: keypoint ids {ids}: expected a list of 0, 1, 2, ..., correct the annotation")
     return torch.from_numpy(array)
 
 
 def read_box(box: Iterable, where: str) -> Tensor:
-    """(4,) float64 box; unsigned integers become floats before anybody subtracts them."""
-    try:
-        array = np.array(box, dtype=np.float64)
-    except (TypeError, ValueError, OverflowError):
-        array = np.empty(0)
+    """Convert an annotated box to (4,) float64. Raises ZooError, as `read_points`."""
+    array = _to_array(box, np.float64, "a box x1, y1, x2, y2", where)  # also because unsigned integers would wrap
     if array.shape != (4,) or not np.isfinite(array).all():
         raise ZooError(f"{where}: expected a box x1, y1, x2, y2, found {box}: correct the annotation")
     return torch.from_numpy(array)
 
 
-def cached(key: str, sources: list[Path], make: Callable[[], Table], pair_files: Path | None = None) -> Table:
-    """The table that `make` gives, made only when the files it comes from have changed since the last time.
+def _to_array(values: Iterable, dtype: type, what: str, where: str) -> NDArray:
+    try:
+        return np.array(list(values), dtype)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ZooError(f"{where}: expected {what} ({error}): correct the annotation") from error
+
+
+def cached_index(
+    key: str,
+    sources: list[Path],
+    build: Callable[[], AnnotationIndex],
+    pair_folder: Path | None = None,
+    refresh: bool = False,
+) -> AnnotationIndex:
+    """Load an index from the cache, or build it if its sources have changed since.
 
     Args:
-        key: File name of the cache, without its ending.
-        sources: Files, and folders that stand for the files directly in them. Any change of a name, size or time of
-            modification makes the table anew.
-        make: Reads the files.
-        pair_files: One of these folders, of whose files only the names count: see `Table.changed`.
+        key: File name in the cache, without suffix.
+        sources: See `files_state`.
+        build: Reads the sources.
+        pair_folder: See `files_state`.
+        refresh: Build the index in any case.
     """
-    path, state = cache_folder() / f"{key}.npz", fingerprint(sources, pair_files=pair_files)
-    table = _load(path, state)
-    if table is None:
-        table = make()
-        _save(path, state, table)
-    return table
+    path, state = cache_folder() / f"{key}.npz", files_state(sources, pair_folder=pair_folder)
+    index = None if refresh else _load(path, state)
+    if index is None:
+        index = build()
+        _save(path, state, index)
+    return index
 
 
-def forget(key: str) -> None:
-    """Have `cached` make a table anew the next time."""
-    path = cache_folder() / f"{key}.npz"
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        warnings.warn(f"cannot remove the stale {path} ({error}): name another folder in CORRZOO_CACHE", stacklevel=2)
+def files_state(sources: list[Path], salt: str = "", pair_folder: Path | None = None) -> str:
+    """Digest of the names, sizes and times of files. It changes if one of them is edited, replaced, added or removed.
 
+    The time of the last status change is included: it cannot be set, unlike the time of modification.
 
-def fingerprint(sources: list[Path], salt: str = "", pair_files: Path | None = None) -> str:
-    """Digest of the names, sizes and modification times of files, and of the files directly in folders.
-
-    Of those in the folder `pair_files` only the names: to ask for 53,340 states takes four times as long.
+    Args:
+        sources: Files, and folders that stand for the files directly in them.
+        salt: Further text to digest.
+        pair_folder: One of the folders, which counts by its own time. An edit of a file in it is not noticed. our
+            choice: asking for the states of SPair-71k's 53,340 annotations would take most of the start-up time.
 
     Raises:
-        ZooError: when one of them is gone.
+        ZooError: if a source is missing.
     """
     digest = hashlib.blake2b(f"{FORMAT}{salt}".encode(), digest_size=16)
     for source in sources:
         try:
-            names, states = (sorted(os.listdir(source)), []) if source == pair_files else _states(source)
+            folder = source != pair_folder and source.is_dir()
+            for path in (f"{source}/{name}" for name in sorted(os.listdir(source))) if folder else [str(source)]:
+                found = os.stat(path)
+                state = f"{path}/{found.st_size}/{found.st_mtime_ns}/{found.st_ctime_ns}/"
+                digest.update(state.encode(errors="surrogateescape"))
         except FileNotFoundError as error:
-            raise ZooError(
-                f"no file {error.filename} in {source.parent}: restore it, or fetch the dataset again"
-            ) from None
-        digest.update("/".join([str(source), *names]).encode(errors="surrogateescape"))
-        digest.update(np.array(states, dtype=np.int64).tobytes())
+            raise ZooError(f"no file {error.filename}: restore it, or fetch the dataset again") from None
     return digest.hexdigest()
 
 
-def _states(source: Path) -> tuple[list[str], list[tuple[int, int]]]:
-    """Names, and sizes and times of modification, of a file or of the files in a folder.
-
-    Those in a folder are asked relative to it, once opened: for SPair-71k's 53,340 annotations in half the time.
-    """
-    if not source.is_dir():
-        state = source.stat()
-        return [], [(state.st_size, state.st_mtime_ns)]
-    names, states = [], []
-    opened = os.open(source, os.O_RDONLY)
-    try:
-        for name in sorted(os.listdir(opened)):
-            try:
-                state = os.stat(name, dir_fd=opened)
-            except FileNotFoundError:  # a link to nowhere, such as editors leave, is not a file
-                continue
-            if stat.S_ISREG(state.st_mode):
-                names.append(name)
-                states.append((state.st_size, state.st_mtime_ns))
-    finally:
-        os.close(opened)
-    return names, states
-
-
-def _load(path: Path, state: str) -> Table | None:
+def _load(path: Path, state: str) -> AnnotationIndex | None:
     try:
         with np.load(path, allow_pickle=False) as data:
-            return Table(**{name: data[name] for name in Table._fields}) if str(data["state"]) == state else None
+            if str(data["state"]) != state:
+                return None
+            return AnnotationIndex(**{name: data[name] for name in AnnotationIndex._fields})
     except FileNotFoundError:
         return None
     except Exception as error:  # damage makes zipfile and numpy raise nearly anything
-        warnings.warn(f"the annotation cache {path} is damaged ({error}) and is made anew", stacklevel=2)
+        warnings.warn(f"the annotation cache {path} is damaged ({error}) and is rebuilt", stacklevel=2)
         return None
 
 
-def _save(path: Path, state: str, table: Table) -> None:
-    """Keep the table for the next start."""
+def _save(path: Path, state: str, index: AnnotationIndex) -> None:
     try:
         with whole_file(path) as partial, open(partial, "wb") as file:
-            np.savez(file, state=np.array(state), **table._asdict())
+            np.savez(file, state=np.array(state), **index._asdict())
     except OSError as error:
-        remedy = "name a folder that can be written in CORRZOO_CACHE, or they are read again at every start"
-        warnings.warn(f"cannot keep annotations in {path.parent} ({error}): {remedy}", stacklevel=2)
+        remedy = "set CORRZOO_CACHE to a writable folder, or annotations are parsed at every start"
+        warnings.warn(f"cannot cache annotations in {path.parent} ({error}): {remedy}", stacklevel=2)

@@ -1,10 +1,11 @@
 """PairsDataModule: any dataset of the zoo for training, validation and test."""
 
 import os
-import warnings
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,48 +16,73 @@ from torch.utils.data import DataLoader, DistributedSampler
 from corrzoo.data import create_dataset
 from corrzoo.data import download as downloads
 from corrzoo.data.augment import create_augment
-from corrzoo.data.pairs import DATASETS, PairDataset
+from corrzoo.data.pairs import DATASETS, FolderDataset, PairDataset
 from corrzoo.types import Pair, ZooError
 
 
 class Shuffled(DistributedSampler[int]):
-    """Training pairs in an order that depends on seed and epoch alone: not on who else draws random numbers, and so not
-    on the number of workers. Several processes share the batches that one process has.
+    """Shuffle training pairs by (seed, epoch) only, so that the order is independent of workers and of other random
+    draws. With N processes, each takes 1/N of every global batch.
 
     Attributes:
-        had: How many pairs of the coming epoch a resumed run has had in this process.
+        skip: Number of pairs to leave out at the beginning of the next pass.
     """
 
-    had = 0
+    skip = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Also of the pairs, whose augmentation and rendering depend on it."""
+        """Set the epoch of the order, and of the dataset's augmentation and rendering."""
         super().set_epoch(epoch)
         self.dataset.set_epoch(epoch)  # type: ignore[attr-defined]  # a PairDataset
 
     def __iter__(self) -> Iterator[int]:
-        had, self.had = self.had, 0
-        return islice(super().__iter__(), had, None)
+        skip, self.skip = self.skip, 0
+        return islice(super().__iter__(), skip, None)
+
+
+class TrainLoader(DataLoader[Pair]):
+    """A DataLoader that starts where Lightning's progress stands, so that a run can resume within an epoch.
+
+    Reading begins with the first batch. Lightning creates the iterator before it sets the sampler's epoch, and workers
+    would read ahead for the wrong one.
+    """
+
+    trainer: Trainer | None = None
+
+    def __iter__(self) -> Iterator[Pair]:  # type: ignore[override]
+        if self.trainer and self.trainer.training:
+            done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            self.sampler.skip = done * (self.batch_size or 1)  # type: ignore[attr-defined]  # a Shuffled
+        yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: Lightning's own progress has the position. It warns about loaders without this method."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `state_dict`."""
 
 
 class PairsDataModule(LightningDataModule):
     """Pairs for training, validation and test, by the names of their datasets.
 
     Args:
-        train: Dataset whose training split is learnt from, a name of `list_datasets()`.
-        val: Dataset whose validation split is scored while training; the training dataset when not given.
-        test: Datasets whose test splits are scored by `lightning test` and matched by `lightning predict`.
-        root: Folder that holds `SPair-71k/`, `PF-PASCAL/`, `PF-WILLOW/`, `Caltech-101/`, `ap-10k/`, `CUB_200_2011/`, as
-            far as needed.
+        train: Dataset to train on, a name of `list_datasets()`.
+        val: Dataset whose validation split is scored during training; the training dataset by default.
+        test: Datasets that `lightning test` scores and `lightning predict` predicts.
+        root: Folder that contains `SPair-71k/`, `PF-PASCAL/`, `PF-WILLOW/`, `Caltech-101/`, `ap-10k/`,
+            `CUB_200_2011/`, as far as needed.
         image_size: Side of the square network image in pixels, or [H, W].
         batch_size: Pairs in a step, over all processes together.
-        num_workers: Processes that read images, for each training process.
-        augment: What is done to training pairs, a name of `list_augments()`.
+        num_workers: Worker processes that read images, for each training process.
+        augment: Augmentation of training pairs, a name of `list_augments()`.
         download: Fetch a dataset that is not under root.
-        packed: Decode and resize the images of a dataset once, into a file that all processes map and later runs find;
-            true keeps it in the user's cache, a path in that folder, 3 bytes a pixel of each network image and 20 GB in
-            all at most. our choice: true, for an epoch decodes them all anyway. False decodes them in each epoch.
-        cache_mb: Memory for decoded images, for each reading process, where they are not packed.
+        packed: Decode and resize all images of a dataset once, into a file that all processes and later runs map: true
+            keeps it in the cache folder, a path in that folder. It has 3 bytes for each pixel of the network images;
+            all such files together are limited to 20 GB. our choice: true, because an epoch decodes all images anyway.
+            False decodes images in every epoch.
+        refresh: Parse the annotations again even if they seem unchanged. Needed after a pair annotation of SPair-71k or
+            AP-10K was edited in place; other changes are noticed.
         options: Further options of a dataset by its name, such as `{"synthetic": {"length": 2000}}`.
     """
 
@@ -74,14 +100,12 @@ class PairsDataModule(LightningDataModule):
         augment: str = "none",
         download: bool = True,
         packed: bool | str = True,
-        cache_mb: int = 256,
+        refresh: bool = False,
         options: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        for name in [train, val or train, *test]:
-            DATASETS[name]
-        for name in options or {}:
+        for name in [train, val or train, *test, *(options or {})]:
             DATASETS[name]
         if repeated := {name for name in test if test.count(name) > 1}:
             raise ZooError(f"data.test names {', '.join(sorted(repeated))} more than once")
@@ -92,43 +116,45 @@ class PairsDataModule(LightningDataModule):
             raise ZooError(f"data.batch_size {batch_size}: expected at least one pair")
 
     def prepare_data(self) -> None:
-        """Fetch the datasets that the coming stage reads and that are not there."""
+        """Fetch the datasets of the coming stage that are not there yet."""
         for name, _ in self._wanted(None):
-            folder = DATASETS[name].folder
-            if self.hparams.download and name in downloads.SOURCES and not (Path(self.hparams.root) / folder).exists():
+            if self.hparams.download and name in downloads.SOURCES:
                 downloads.download(name, self.hparams.root)
 
     def setup(self, stage: str) -> None:
-        """Read the annotations of what the stage needs: bad data stops the run before it starts."""
+        """Read the annotations of the stage, so that invalid data stops the run before it starts."""
         self.datasets = {(name, split): self._create(name, split) for name, split in self._wanted(stage)}
         for dataset in self.datasets.values():
-            if self.hparams.packed and dataset.images:  # empty where images are rendered
+            if self.hparams.packed and dataset.images:  # empty if images are rendered
                 dataset.pack(None if self.hparams.packed is True else self.hparams.packed)
 
-    def train_dataloader(self) -> DataLoader:
-        loader = self._loader(self.hparams.train, "trn")
-        if self.trainer:
-            epoch, batches = _place(self.trainer)
-            sampler: Any = loader.sampler
-            sampler.set_epoch(epoch)
-            sampler.had = batches * (loader.batch_size or 1)
-            # Lightning cannot see that the sampler goes on where it was.
-            warnings.filterwarnings("ignore", ".*ended before the epoch ended and your dataloader is not resumable")
+    def train_dataloader(self) -> DataLoader[Pair]:
+        name, batch_size = self.hparams.train, self.hparams.batch_size
+        dataset = self.datasets[name, "trn"]
+        if len(dataset) < batch_size:  # Lightning would train on nothing
+            raise ZooError(
+                f"{name} has {len(dataset)} training pairs, fewer than data.batch_size {batch_size}: choose a smaller "
+                "batch_size"
+            )
+        processes, rank = self._processes()
+        sampler = Shuffled(dataset, processes, rank, seed=int(os.environ.get("PL_GLOBAL_SEED", 0)), drop_last=True)
+        loader = TrainLoader(dataset, sampler=sampler, drop_last=True, **self._loader_options())
+        loader.trainer = self.trainer
         return loader
 
-    def val_dataloader(self) -> DataLoader:
-        return self._loader(self.hparams.val or self.hparams.train, "val")
+    def val_dataloader(self) -> DataLoader[Pair]:
+        return self._eval_loader(self.hparams.val or self.hparams.train, "val")
 
-    def test_dataloader(self) -> list[DataLoader]:
+    def test_dataloader(self) -> list[DataLoader[Pair]]:
         if not self.hparams.test:
             raise ZooError("data.test names no dataset: give --data.test [pfwillow], for one")
-        return [self._loader(name, "test") for name in self.hparams.test]
+        return [self._eval_loader(name, "test") for name in self.hparams.test]
 
-    def predict_dataloader(self) -> list[DataLoader]:
+    def predict_dataloader(self) -> list[DataLoader[Pair]]:
         return self.test_dataloader()
 
     def _wanted(self, stage: str | None) -> list[tuple[str, str]]:
-        if stage is None:  # prepare_data is not told the stage
+        if stage is None:  # Lightning does not pass the stage to prepare_data
             stage = self.trainer.state.fn if self.trainer else "fit"
         val = (self.hparams.val or self.hparams.train, "val")
         return {
@@ -139,62 +165,66 @@ class PairsDataModule(LightningDataModule):
         }[str(getattr(stage, "value", stage))]
 
     def _create(self, name: str, split: str) -> PairDataset:
-        augment = create_augment(self.hparams.augment) if split == "trn" else None
+        options = dict((self.hparams.options or {}).get(name, {}))
+        if self.hparams.refresh and issubclass(DATASETS[name], FolderDataset):
+            options["refresh"] = True
         size = self.hparams.image_size
         return create_dataset(
             name,
             self.hparams.root,
             split,
             size=size if isinstance(size, int) else (size[0], size[1]),
-            augment=augment,
-            cache_mb=self.hparams.cache_mb,
-            **(self.hparams.options or {}).get(name, {}),
+            augment=create_augment(self.hparams.augment) if split == "trn" else None,
+            **options,
         )
 
-    def _loader(self, name: str, split: str) -> DataLoader[Pair]:
-        processes, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        if self.hparams.batch_size % processes:
+    def _eval_loader(self, name: str, split: str) -> DataLoader[Pair]:
+        dataset, (processes, _) = self.datasets[name, split], self._processes()
+        return DataLoader(dataset, sampler=interleaved(dataset.order(), processes), **self._loader_options())
+
+    def _processes(self) -> tuple[int, int]:
+        """Number of training processes, and the rank of this one."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
+    def _loader_options(self) -> dict[str, Any]:
+        batch_size, (processes, _) = self.hparams.batch_size, self._processes()
+        if batch_size % processes:
             raise ZooError(
-                f"data.batch_size {self.hparams.batch_size} is shared by {processes} processes and does not divide: "
-                f"choose a multiple of {processes}"
+                f"data.batch_size {batch_size} is not divisible by the number of processes, {processes}: choose a "
+                f"multiple of {processes}"
             )
-        dataset = self.datasets[name, split]
-        if split == "trn" and len(dataset) < self.hparams.batch_size:  # Lightning would train on nothing
-            raise ZooError(
-                f"{name} has {len(dataset)} training pairs, fewer than data.batch_size {self.hparams.batch_size}: "
-                "choose a smaller one"
-            )
-        seed, train = int(os.environ.get("PL_GLOBAL_SEED", 0)), split == "trn"
-        shuffled = Shuffled(dataset, processes, rank, seed=seed, drop_last=True)
-        return DataLoader(
-            dataset,
-            batch_size=self.hparams.batch_size // processes,
-            sampler=shuffled if train else dealt(dataset.order(), processes),
-            drop_last=train,
-            generator=torch.Generator(),  # its own, for what the model draws must not depend on how often loaders begin
-            num_workers=self.hparams.num_workers,
-            persistent_workers=self.hparams.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=PairDataset.collate,
-        )
+        return {
+            "batch_size": batch_size // processes,
+            "generator": torch.Generator(),  # its own, so that loaders draw nothing from the model's random numbers
+            "num_workers": self.hparams.num_workers,
+            "worker_init_fn": ignore_stop_signals,
+            "persistent_workers": self.hparams.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            "collate_fn": PairDataset.collate,
+        }
 
 
-def _place(trainer: Trainer) -> tuple[int, int]:
-    """The epoch in which training begins or goes on, and how many of its batches are done.
+def interleaved(order: list[int], processes: int) -> list[int]:
+    """Reorder pairs so that each process gets a contiguous part of `order`. (Neighbours in it share images.)
 
-    Lightning says it to loaders too late: workers read ahead as soon as they are there.
+    Lightning assigns places of the returned order to processes in turn: 0, 1, ..., N - 1, 0, 1, ...
     """
-    epoch: Any = trainer.fit_loop.epoch_progress.current
-    batches = trainer.fit_loop.epoch_loop.batch_progress
-    if epoch.ready == epoch.processed:  # not within an epoch
-        return epoch.processed, 0
-    return (epoch.processed + 1, 0) if batches.is_last_batch else (epoch.processed, batches.current.ready)
+    parts = np.array_split(order, processes)
+    return [int(part[k]) for k in range(len(parts[0])) for part in parts if k < len(part)]
 
 
-def dealt(order: list[int], processes: int) -> list[int]:
-    """The order that gives each process a stretch of `order`, when places are dealt to processes one by one.
+def ignore_stop_signals(worker: int) -> None:
+    """Keep a worker running when SIGINT or SIGTERM is sent to the whole process group (Ctrl-C, systemd, scancel).
 
-    Lightning deals so. Neighbours in `order` share images, which should be seen by one process alone.
+    The main process finishes its step and then ends the workers. So SIGTERM from the main process still ends a worker.
     """
-    stretches = np.array_split(order, processes)
-    return [int(part[k]) for k in range(len(stretches[0])) for part in stretches if k < len(part)]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -15,58 +15,49 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from corrzoo.data import index, packed
+from corrzoo.data.index import BORDER, build_index, cached_index
+from corrzoo.data.packed import PackedImages, pack_images
 from corrzoo.geometry import Size, resize_points
-from corrzoo.images import ImageMemory, read_rgb, to_tensor
+from corrzoo.images import read_rgb, to_tensor
 from corrzoo.registry import Registry
 from corrzoo.types import DIFFICULTIES, Pair, Record, ZooError
 
 DATASETS: Registry[type["PairDataset"]] = Registry("dataset", "list_datasets()")
 
 Augment = Callable[[Pair, torch.Generator], Pair]
-"""A change of one sample, all of whose randomness comes from the generator."""
+"""An augmentation of one sample. All of its randomness comes from the generator."""
 
 
 class PairDataset(Dataset[Pair], ABC):
-    """Pairs of images with keypoints: `dataset[i]` is a sample, `dataset.record(i)` its annotation as read.
+    """Pairs of images with keypoints. `dataset[i]` is a sample, `dataset.record(i)` its annotation.
 
     Args:
-        root: The folder that holds the benchmarks' own folders; rendered datasets do not need it.
-        split: "trn" (or "train"), "val" or "test", as far as the dataset has it.
-        size: Side of the square network image, or its (H, W). Images are resized straight to it.
-        augment: Applied to every sample, for training; None for none.
-        seed: Of the augmentation, which depends on it, the epoch and the pair, but not on the number of workers.
-        cache_mb: MiB of resized images that each process remembers where they are not packed (`pack`), so that the 18
-            pairs of an image do not decode it 18 times. our choice: 256 MiB hold more than one category of SPair-71k's
-            test images at 512 pixels.
+        root: Folder that contains the datasets' own folders. Rendered datasets do not use it.
+        split: "trn" (or "train"), "val" or "test"; not every dataset has all three.
+        size: Side of the square network image, or its (H, W). Images are resized to it without keeping their aspect.
+        augment: Augmentation of every sample, for training.
+        seed: Seed of the augmentation, which depends on the seed, the epoch and the pair, not on the number of workers.
 
     Raises:
-        ZooError: for a split that the dataset does not have, or a size that is none.
+        ZooError: if the dataset lacks the split, or the size is invalid.
     """
 
     name: ClassVar[str]
     folder: ClassVar[str] = ""
-    """The dataset's own folder under root; empty when it has no files."""
+    """The dataset's own folder under root; empty if it has no files."""
     splits: ClassVar[tuple[str, ...]]
     threshold: ClassVar[str] = "bbox"
     """The kind of PCK threshold that is customary for the dataset."""
     outlines: ClassVar[bool] = False
-    """Whether records have outlines of objects, which are scored by label transfer, and no keypoints."""
+    """Whether records have outlines of objects, which are scored by label transfer, instead of keypoints."""
     mirror_pairs: ClassVar[dict[str, list[tuple[int, int]]]] = {}
     """Pairs of keypoint ids that a horizontal mirror swaps, by category; "*" for all other categories."""
     categories: list[str]
     images: list[Path]
-    """The image files by image number; empty when images are rendered."""
+    """The image files by image number; empty if images are rendered."""
 
     def __init__(
-        self,
-        root: str | Path,
-        split: str,
-        size: int | Size = 224,
-        *,
-        augment: Augment | None = None,
-        seed: int = 0,
-        cache_mb: float = 256,
+        self, root: str | Path, split: str, size: int | Size = 224, *, augment: Augment | None = None, seed: int = 0
     ) -> None:
         self.home = Path(root).expanduser() / self.folder
         self.split = "trn" if split == "train" else split
@@ -76,12 +67,11 @@ class PairDataset(Dataset[Pair], ABC):
         if min(self.size) < 1:
             raise ZooError(f"image size {size!r}: expected one positive side, or (H, W)")
         self.augment, self.seed = augment, seed
-        self._memory = ImageMemory(cache_mb)
-        self._packed: packed.PackedImages | None = None
+        self._packed: PackedImages | None = None
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def _of_split(self, option: str, given: int | dict[str, int] | None, usual: dict[str, int]) -> int:
-        """This split's value of an option that is given as one value, or by the names of splits."""
+        """The split's value of an option that is given as one value, or by the names of splits."""
         values = given if isinstance(given, dict) else {} if given is None else {self.split: given}
         if unknown := values.keys() - usual.keys():
             raise ZooError(
@@ -89,15 +79,20 @@ class PairDataset(Dataset[Pair], ABC):
             )
         return (usual | values)[self.split]
 
+    def _checked(self, length: int) -> int:
+        if length < 1:
+            raise ZooError(f"{self.name}: length {length} of split {self.split!r}: expected at least one pair")
+        return length
+
     @property
     def title(self) -> str:
         """Name of the dataset in tables, which tells a partial copy from the whole dataset."""
         return self.name
 
     def fingerprint(self) -> str:
-        """Digest of all pairs: names and sizes of their images. Scores are comparable only where it is the same.
+        """Digest of all pairs: names and sizes of their images. Scores with different digests are not comparable.
 
-        The order of the pairs and the folders above an image's own do not matter.
+        It depends neither on the order of the pairs nor on the place of the dataset on disk.
         """
         pairs = []
         for i in range(len(self)):
@@ -112,7 +107,7 @@ class PairDataset(Dataset[Pair], ABC):
 
     @abstractmethod
     def record(self, i: int) -> Record:
-        """Pair i's annotation as read, in original pixels. IndexError past the last."""
+        """The annotation of pair i, in original pixels. Raises IndexError past the last pair."""
 
     @abstractmethod
     def image_numbers(self, i: int) -> tuple[int, int]:
@@ -123,37 +118,37 @@ class PairDataset(Dataset[Pair], ABC):
         """Image `number` in RGB, at its original size."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw other augmentations from now on, also in workers that are running already."""
+        """Set the epoch of augmentation and rendering, also in workers that are already running."""
         self._epoch.fill_(epoch)
 
     def pack(self, folder: str | Path | None = None) -> None:
-        """Read images from a file that holds them decoded and at network size, made now if it is not there: `packed`.
+        """Read images from a file with all of them decoded, at network size. It is written now if it does not exist.
 
-        The samples are the same to the bit: whatever augmentation does, it does to images of network size.
+        The samples do not change: augmentation is applied to images of network size.
 
         Args:
-            folder: Where such files are kept; in the folder of the annotation cache when not given.
+            folder: Folder of such files; `images` in the cache folder by default.
 
         Raises:
-            ZooError: when an image cannot be read or the file not be written, or where images are rendered.
+            ZooError: if an image cannot be read, the file cannot be written, or images are rendered.
         """
         if not self.images:
             raise ZooError(f"{self.name} renders its images: there are none to pack")
         key, into = f"{self.name}-{self.split}-{_digest(self.images)}", Path(folder) if folder else None
-        self._packed = packed.pack(key, self.images, self.size, self._decode, into)
+        self._packed = pack_images(key, self.images, self.size, self._decode, into)
 
     def order(self) -> list[int]:
-        """All pairs, those of one image close to each other: then a small memory of its features serves them."""
+        """All pairs. Pairs that share an image are close to each other, so that a small feature cache suffices."""
         return list(range(len(self)))
 
     def __getitem__(self, i: int) -> Pair:
         record, (src, trg) = self.record(i), self.image_numbers(i)
         flags = [record.flags.get(name, -1) for name in DIFFICULTIES]
-        # Few tensors with many numbers in them, by way of numpy: each of its own takes longer than reading the images.
+        # One tensor of many numbers, made by numpy: making a tensor of each takes longer than reading the images.
         numbers = torch.from_numpy(np.array([i, src, trg, self.categories.index(record.category), *flags]))
         index, src_id, trg_id, category = numbers[:4].unbind()
         sizes = torch.from_numpy(np.array([record.src_size, record.trg_size, self.size[::-1]], dtype=np.float64))
-        src_size, trg_size, new = sizes.unbind()
+        src_size, trg_size, new = sizes.unbind()  # (w, h) each
         kps_ids, mirror_ids = torch.from_numpy(self._ids(record)).unbind()
         sample = Pair(
             src_img=self._image(src),
@@ -173,14 +168,14 @@ class PairDataset(Dataset[Pair], ABC):
             kps_ids=kps_ids,
             mirror_ids=mirror_ids,
         )
-        if record.flip:  # an image of its own, whose number goes on from those of the files
+        if record.flip:  # mirrored images are numbered after the images on disk
             sample = mirror(sample)._replace(
                 src_id=sample.src_id + len(self.images), trg_id=sample.trg_id + len(self.images)
             )
         if self.augment is not None:
             state = np.random.SeedSequence([self.seed, int(self._epoch), i]).generate_state(1, np.uint64)
             sample = self.augment(sample, torch.Generator().manual_seed(int(state[0])))
-            sample = sample._replace(src_id=torch.tensor(-1), trg_id=torch.tensor(-1))  # not what the numbers stand for
+            sample = sample._replace(src_id=torch.tensor(-1), trg_id=torch.tensor(-1))  # no longer the images on disk
         return sample
 
     def _ids(self, record: Record) -> NDArray:
@@ -192,14 +187,14 @@ class PairDataset(Dataset[Pair], ABC):
         return np.array([ids, mirrored], dtype=np.int64)
 
     def _image(self, number: int) -> Tensor:
-        return self._memory.get(number, lambda: self._decode(number)) if self._packed is None else self._packed[number]
+        return self._decode(number) if self._packed is None else self._packed[number]
 
     def _decode(self, number: int) -> Tensor:
         return to_tensor(self.read_image(number), self.size)
 
     @staticmethod
     def collate(samples: Sequence[Pair]) -> Pair:
-        """Samples to a batch, their keypoints padded to the most that one of them has."""
+        """Stack samples to a batch. Keypoints are padded to the largest number in a sample."""
         padding = {"src_kps": 0, "trg_kps": 0, "kps_mask": 0, "kps_ids": -1, "mirror_ids": -1}
         columns = zip(Pair._fields, map(list, zip(*samples, strict=True)), strict=True)
         return Pair(
@@ -213,9 +208,9 @@ class PairDataset(Dataset[Pair], ABC):
 
 
 def mirror(sample: Pair) -> Pair:
-    """Both images of a sample mirrored left to right, with their keypoints (x' = W - x), boxes and masks.
+    """Mirror both images of a sample left to right, with their keypoints (x' = W - x), boxes and masks.
 
-    Keypoint k still marks the same part in both images. That part has another id: what was a left eye is a right eye.
+    Keypoint k still marks the same part in both images, but under another id: a left eye becomes a right eye.
     """
 
     def side(img: Tensor, kps: Tensor, size: Tensor, box: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,71 +228,67 @@ def mirror(sample: Pair) -> Pair:
 
 
 def z_order(x: NDArray, y: NDArray) -> NDArray:
-    """(N,) positions on the Z-curve (Morton, 1966) of N places whose x and y are whole numbers below 2^31."""
+    """Positions on the Z-curve (Morton, 1966): (N,) for coordinates x and y (N,), whole numbers below 2^31."""
     bits = range(int(max(x.max(), y.max())).bit_length())
     return sum((((x >> bit & 1) | (y >> bit & 1) << 1) << 2 * bit for bit in bits), np.zeros_like(x))
 
 
 def _digest(parts: Iterable[object]) -> str:
-    """Digest of what the parts are as text."""
     return hashlib.blake2b("|".join(map(str, parts)).encode(errors="surrogateescape"), digest_size=8).hexdigest()
 
 
 class FolderDataset(PairDataset):
-    """A benchmark on disk, whose annotations are parsed once and then come from a cache, see `index`.
+    """A benchmark on disk. Its annotations are parsed once and then loaded from a cache, see `index`.
 
     Args:
-        root: The folder that holds the benchmark's own folder.
-        split: See `PairDataset`, as all the others.
+        refresh: Parse the annotations again even if they seem unchanged.
 
     Raises:
-        ZooError: when the folder, a list, an image or an annotation is missing or wrong.
+        ZooError: if the folder, a list, an image or an annotation is missing or invalid.
     """
 
     holds: ClassVar[str]
-    """What the folder must hold, for the error that says so."""
+    """Contents of the folder, for the error if it is missing."""
     origin: ClassVar[str] = "fetch the dataset with download=true (--data.download true) where there is a network"
-    """Where it comes from, for the same error."""
-    border: ClassVar[float] = index.BORDER
+    """Source of the dataset, for the same error."""
+    border: ClassVar[float] = BORDER
     """Pixels that a keypoint or a box may lie outside its image."""
-    pair_files: Path | None = None
-    """The one of `sources` that is a folder with a file for each pair, which `read_pair` reads: whether such a file has
-    changed is asked when its pair is read, and not of all files at every start."""
+    pair_folder: Path | None = None
+    """The one of `sources` with a file for each pair, if any. At the start only the folder's own time is checked:
+    added, removed and renamed files are noticed, and `refresh` is needed after a file was edited in place."""
 
-    def __init__(self, root: str | Path, split: str, size: int | Size = 224, **options: Any) -> None:
+    def __init__(
+        self, root: str | Path, split: str, size: int | Size = 224, *, refresh: bool = False, **options: Any
+    ) -> None:
         super().__init__(root, split, size, **options)
         self.need(self.home)
         sources = self.sources()
-        self._key = f"{self.name}-{self.split}{self.variant()}-{_digest(path.resolve() for path in sources)}"
-        self._table = index.cached(
-            self._key,
+        self._index = cached_index(
+            f"{self.name}-{self.split}{self.variant()}-{_digest(path.resolve() for path in sources)}",
             sources,
-            lambda: index.pack(self.read(), self.home, self.categories, self.pair_files, self.border),
-            self.pair_files,
+            lambda: build_index(self.read(), self.home, self.categories, self.border),
+            self.pair_folder,
+            refresh,
         )
-        self.images = [self.home / image for image in self._table.images.tolist()]
+        self.images = [self.home / image for image in self._index.images.tolist()]
 
     def variant(self) -> str:
-        """What tells this choice of pairs from others that are read from the same files; part of the cache's name."""
+        """Part of the cache's name, for options that choose different pairs from the same files."""
         return ""
 
     @abstractmethod
     def sources(self) -> list[Path]:
-        """The files that `read` reads; a folder stands for the files directly in it."""
+        """The files that `read` reads. A folder stands for the files directly in it."""
 
     @abstractmethod
     def read(self) -> Iterator[tuple[str, Record]]:
-        """All pairs in order, each with the place where it stands, for errors."""
-
-    def read_pair(self, path: Path) -> Record:
-        """The pair in a file of its own."""
-        raise NotImplementedError
+        """All pairs in order, each after its place (a file, or a file and a line) for errors."""
 
     def need(self, *paths: Path) -> Path:
         """The first of these paths that exists.
 
         Raises:
-            ZooError: when there is none, with the ways to get one.
+            ZooError: if none exists; it says how to get the dataset.
         """
         for path in paths:
             if path.exists():
@@ -309,35 +300,22 @@ class FolderDataset(PairDataset):
         )
 
     def __len__(self) -> int:
-        return len(self._table.pairs)
+        return len(self._index.pairs)
 
     def order(self) -> list[int]:
-        """Category by category, along a Z-curve over the numbers of source and target: tiles within tiles."""
-        code = z_order(*self._table.pairs.T)
-        return np.lexsort((code, self._table.category)).tolist()
+        """All pairs by category, then along a Z-curve over the numbers of source and target image."""
+        code = z_order(*self._index.pairs.T)
+        return np.lexsort((code, self._index.category)).tolist()
 
     def record(self, i: int) -> Record:
         if not 0 <= i < len(self):
             raise IndexError(f"pair {i} of {len(self)}")
-        record = self._table.record(i, self.images, self.categories)
-        if self.pair_files and (path := self._table.changed(i, self.pair_files)):
-            return self._read_again(path, record)
-        return record
-
-    def _read_again(self, path: Path, old: Record) -> Record:
-        """A pair whose file has changed since it was parsed, as it is now."""
-        index.forget(self._key)  # the next start parses all files
-        new = self.read_pair(path)
-        index.pack([(str(path), new)], self.home, self.categories)  # refuses what is wrong with it
-        for name in ("src_path", "trg_path", "src_size", "trg_size", "category"):  # which others have asked for already
-            if getattr(old, name) != getattr(new, name):
-                raise ZooError(f"{path} was changed, and its {name} is {getattr(new, name)} now: start again")
-        return new
+        return self._index.record(i, self.images, self.categories)
 
     def image_numbers(self, i: int) -> tuple[int, int]:
-        src, trg = self._table.pairs[i].tolist()
+        src, trg = self._index.pairs[i].tolist()
         return src, trg
 
     def read_image(self, number: int) -> Image.Image:
-        w, h = self._table.sizes[number].tolist()
+        w, h = self._index.sizes[number].tolist()
         return read_rgb(self.images[number], (w, h))

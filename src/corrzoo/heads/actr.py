@@ -31,67 +31,25 @@ from corrzoo.matcher import HEADS
 from corrzoo.types import Features, Match
 
 
-class AsymmetricAlignment(nn.Module):
-    """One block: both images attend to themselves, the source alone to the other; the target alone is re-weighted.
-
-    Args:
-        dim: Channels of the tokens.
-        tokens: How many there are, the class token among them.
-        source_pe: The source has a position embedding in every block.
-        reweight: Target tokens grow with the attention that they were paid; not in the last block.
-        cross_attention: The source is updated by what it attends to.
-    """
-
-    def __init__(self, dim: int, tokens: int, source_pe: bool, reweight: bool, cross_attention: bool) -> None:
-        super().__init__()
-        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, dim)) if source_pe else None
-        self.self_attention = Attention(dim)
-        self.cross_attention = CrossAttention(dim, update=cross_attention)
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = mlp(dim)
-        self.target_weight = nn.Parameter(torch.ones(1, 1, dim)) if reweight else None
-        self.apply(init_linear)
-
-    def forward(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (B, N, C) of source and target -> the same, and their correlation (B, N, N)."""
-        if self.pos_embed is not None:
-            s = s + self.pos_embed
-        both = torch.cat([s, t])  # the same layers for both images
-        s, t = self._add(both, self.self_attention(self.norm1(both))).chunk(2)
-        update, correlation = self.cross_attention(self.norm1(s), self.norm1(t))
-        if update is not None:
-            s = self._add(s, arf(update))
-        if self.target_weight is not None:
-            attended = correlation.detach().mean(1).unsqueeze(-1)  # (B, N, 1)
-            t = t + t * self.target_weight * attended.sigmoid()
-        return s, t, correlation
-
-    def _add(self, x: Tensor, update: Tensor) -> Tensor:
-        """The update and its MLP: as released, the MLP sees the update, not the sum."""
-        return x + update + self.mlp(self.norm2(update))
-
-
 @HEADS.register
 class ACTR(TokenMatcher):
     """Asymmetric alignment blocks, a flow from each block's correlation, and multi-path flow super-resolution.
 
-    With iBOT-B at 256 it has 144,245,888 parameters and equals the released model, which counts 172,810,369: 28,564,481
-    of those never influence its output and are left out here. They are `learn_parm` (1), and in `decoder`
-    `pos_embed_x` and `pos_embed_y` (6,144 each), `proj` and `norm` (198,400), in each of the six blocks `norm3`,
-    `norm4` and `mlp2` (4,725,504), and `spatial_attention` of the last block (768).
+    With iBOT-B at 256 it has 144,245,888 parameters and equals the released model, which has 172,810,369. The other
+    28,564,481 never influence its output and are left out: `learn_parm` (1), and in `decoder` `pos_embed_x` and
+    `pos_embed_y` (6,144 each), `proj` and `norm` (198,400), in each of the six blocks `norm3`, `norm4` and `mlp2`
+    (4,725,504), and `spatial_attention` of the last block (768).
 
     Args:
-        depth: Alignment blocks (released code: 6).
-        windows: Sides of the windows that refine the flow, parallel branches in each of two stages (released code).
-        source_pe: Ablation: the source branch has position embeddings.
-        reweight: Ablation: tokens of the target branch are re-weighted.
-        cross_attention: Ablation: the source is updated by cross-attention. Without, our reading, its weights are
-            still what is matched on.
-        multi_path: Ablation: every block's correlation gives a flow, and their refinements are averaged. Without, the
-            last one's alone.
-        super_resolution: Ablation: the flow is refined. Without, each fine cell moves as its coarse one does.
-        **options: Those of TokenMatcher and of Matcher.
+        depth: Number of alignment blocks (released code: 6).
+        windows: Window sides of the flow refinement: parallel branches in each of two stages (released code).
+        source_pe: Ablation: position embeddings in the source branch.
+        reweight: Ablation: re-weighting of the target tokens.
+        cross_attention: Ablation: the source is updated by cross-attention. our reading: without it, its weights are
+            still the correlation.
+        multi_path: Ablation: refine the flow of every block and average. Without it, the last block's flow alone.
+        super_resolution: Ablation: the flow is refined. Without it, each fine cell moves as its coarse one does.
+        **options: Options of TokenMatcher and Matcher.
     """
 
     def __init__(
@@ -116,18 +74,60 @@ class ACTR(TokenMatcher):
         if super_resolution:
             check_windows(windows, UPSCALE * self.grid, self.grid)
             self.super_resolution = FlowSuperResolution(self.width, self.grid, windows)
+        self.apply_options()
 
     def match(self, src: Features, trg: Features) -> Match:
         """The mean of the refined flows of all blocks."""
-        s, t, correlations = self.tokens(src), self.tokens(trg), []
+        s, t, correlations = self.tokens(src), self.tokens(trg), []  # (B, 1 + g*g, C)
         for block in self.blocks:
             s, t, correlation = block(s, t)
-            correlations.append(correlation[:, 1:, 1:])
-        flows = upscale(self.soft_argmax(torch.cat(correlations[-self.paths :])))  # all paths as one batch
+            correlations.append(correlation[:, 1:, 1:])  # (B, g*g, g*g)
+        flows = upscale(self.soft_argmax(torch.cat(correlations[-self.paths :])))  # (P*B, 2, 4g, 4g), path by path
         if self.super_resolution is not None:
             flows = self.super_resolution(flows, as_map(s))
-        flow = flows.unflatten(0, (self.paths, -1)).mean(0)
-        return self.answer(flow, src.image, correlations[-1])
+        flow = flows.unflatten(0, (self.paths, -1)).mean(0)  # (B, 2, 4g, 4g)
+        return self.as_match(flow, src.image, correlations[-1])
+
+
+class AsymmetricAlignment(nn.Module):
+    """One block: self-attention in both images, cross-attention for the source, re-weighting for the target.
+
+    Args:
+        dim: Channels of the tokens.
+        tokens: Number of tokens, the class token included.
+        source_pe: The source has a position embedding in every block.
+        reweight: Scale target tokens by the attention that they received; not in the last block.
+        cross_attention: Update the source by cross-attention.
+    """
+
+    def __init__(self, dim: int, tokens: int, source_pe: bool, reweight: bool, cross_attention: bool) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, dim)) if source_pe else None
+        self.self_attention = Attention(dim)
+        self.cross_attention = CrossAttention(dim, update=cross_attention)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = mlp(dim)
+        self.target_weight = nn.Parameter(torch.ones(1, 1, dim)) if reweight else None
+        self.apply(init_linear)
+
+    def forward(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (B, N, C) of source and target -> the same, and their correlation (B, N, N)."""
+        if self.pos_embed is not None:
+            s = s + self.pos_embed
+        both = torch.cat([s, t])  # (2B, N, C): the same layers for both images
+        s, t = self._add(both, self.self_attention(self.norm1(both))).chunk(2)
+        update, correlation = self.cross_attention(self.norm1(s), self.norm1(t))
+        if update is not None:
+            s = self._add(s, arf(update))
+        if self.target_weight is not None:
+            attended = correlation.detach().mean(1).unsqueeze(-1)  # (B, N, 1)
+            t = t + t * self.target_weight * attended.sigmoid()
+        return s, t, correlation
+
+    def _add(self, x: Tensor, update: Tensor) -> Tensor:
+        """Add the update and its MLP; as released, the MLP sees the update, not the sum."""
+        return x + update + self.mlp(self.norm2(update))
 
 
 class FlowSuperResolution(nn.Module):
@@ -135,8 +135,8 @@ class FlowSuperResolution(nn.Module):
 
     Args:
         dim: Channels of the source's features.
-        grid: Their side.
-        windows: Sides of the windows, one branch each.
+        grid: Side of the features' grid.
+        windows: Window sides, one branch each.
     """
 
     def __init__(self, dim: int, grid: int, windows: list[int]) -> None:
@@ -149,8 +149,8 @@ class FlowSuperResolution(nn.Module):
 
     def forward(self, flows: Tensor, features: Tensor) -> Tensor:
         """Flows (P*B, 2, 4g, 4g), path by path, and features (B, C, g, g) -> refined flows (P*B, 2, 4g, 4g)."""
-        features = self.project(features)
-        paths = flows.split(len(features))  # one by one: all together leave a CPU's caches
+        features = self.project(features)  # (B, 94, 4g, 4g)
+        paths = flows.split(len(features))  # one by one: all together exceed a CPU's caches
         return torch.cat([flow + self.head(self.refine(torch.cat([flow, features], dim=1))) for flow in paths])
 
     def refine(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How a backbone's levels, maps of several sizes and scales, come onto one grid: what every head does first."""
+"""Backbone levels, maps of several sizes and scales, on one grid."""
 
 import torch
 import torch.nn.functional as F
@@ -7,16 +7,29 @@ from torch import Tensor
 from corrzoo.geometry import Size, size_of
 
 
+def stride_grid(image: Size, stride: int) -> Size:
+    """The (h, w) nearest to a stride in pixels for an (H, W) image, at least one cell."""
+    return max(round(image[0] / stride), 1), max(round(image[1] / stride), 1)
+
+
 def resize(maps: Tensor, size: Size) -> Tensor:
-    """Maps (B, C, h, w) at another size, bilinearly between cell centres; as they are when it is theirs."""
-    return maps if size_of(maps) == size else F.interpolate(maps, size, mode="bilinear", align_corners=False)
+    """Maps (B, C, h, w) at another size, bilinearly between cell centres; unchanged if they have it already.
+
+    PyTorch's CUDA kernel for channels-first maps gives one thread all channels of a pixel, and is many times slower
+    than the one for channels-last maps.
+    """
+    if size_of(maps) == size:
+        return maps
+    if maps.is_cuda and maps.shape[1] >= 16:
+        maps = maps.contiguous(memory_format=torch.channels_last)
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
 def stack_levels(maps: list[Tensor], size: Size) -> Tensor:
-    """All levels as one map (B, C, h, w).
+    """All levels, resized, as one map (B, sum of C, h, w).
 
-    Several weigh the same in every cell, whatever their scale: each has length one there, after it was resized, for
-    between two unit vectors lies a shorter one.
+    Two levels or more are normalised in every cell, so that they weigh the same whatever their scale; after the
+    resizing, as the mean of two unit vectors is shorter than one.
     """
     maps = [resize(level, size) for level in maps]
     return torch.cat([F.normalize(level, dim=1) for level in maps], dim=1) if len(maps) > 1 else maps[0]

@@ -28,6 +28,7 @@ from corrzoo.heads.tokens import (
     check_windows,
     init_linear,
     mlp,
+    offsets,
     upscale,
 )
 from corrzoo.losses import mean_where
@@ -40,41 +41,41 @@ MASKED_SHARE = 0.25
 CONTRAST = 0.1
 """Temperature of the self-contrastive loss (released code)."""
 SCALES = ("11", "12", "21", "22")
-"""Pairs of scales that are matched, 1 for the coarse one: of the source and of the target."""
+"""Pairs of scales that are matched: source, then target; 1 is coarse, 2 is fine."""
 FINE = 2
-"""Cells of the super-resolved features to one of the coarse grid, on each axis."""
+"""Ratio of the fine grid's side to the coarse grid's."""
 
 
 @HEADS.register
 class LPMFlow(TokenMatcher):
     """LARL encodes both images' tokens together, PFSR matches them on four pairs of scales, MMFI refines the flows.
 
-    With iBOT-B at 256 it has 176,167,106 parameters and equals the released model, which counts 179,136,194: 2,969,088
-    of those never influence its output and are left out here. They are `masked_tokens` (197,376); in `encoder`
-    `cls_token` (768), `pos_embed` (197,376), `patch_embed` (590,592) and `spatial_attention` of the six blocks (4,608);
-    in each of the three decoders `norm3` and `norm4` (3,072), and the position embeddings that are not used: two for
-    1,025 tokens in decoder_s1 (1,574,400), two for 257 in decoder_s3 (394,752).
+    With iBOT-B at 256 it has 176,167,106 parameters and equals the released model, which has 179,136,194. The other
+    2,969,088 never influence its output and are left out: `masked_tokens` (197,376); in `encoder` `cls_token` (768),
+    `pos_embed` (197,376), `patch_embed` (590,592) and `spatial_attention` of the six blocks (4,608); in each of the
+    three decoders `norm3` and `norm4` (3,072); and unused position embeddings: two for 1,025 tokens in decoder_s1
+    (1,574,400), two for 257 in decoder_s3 (394,752).
 
     Args:
-        depth: Blocks of the layout encoder (released code: 6).
-        dropout: Of embeddings, attention outputs and MLPs while training (released code: 0.1).
-        top_k: So many source tokens that look like foreground are candidates for replacement (supplement 2.3: 64); 0
-            replaces none, and then nothing is contrasted.
+        depth: Number of blocks of the layout encoder (released code: 6).
+        dropout: Dropout of embeddings, attention outputs and MLPs (released code: 0.1).
+        top_k: Number of foreground source tokens that are candidates for replacement (supplement 2.3: 64). 0 turns
+            replacement and the self-contrastive loss off.
         foreground: What a source token is compared with (supplement 1.2): `both` adds its cosines with the two class
-            tokens (released code), `mean` takes that with their mean (the paper).
+            tokens (released code), `mean` takes the cosine with their mean (paper).
         rptc_weight: Lambda, the initial weight of the self-contrastive loss (supplement 2.3: 0.2).
-        rptc_decline: By what share of lambda the weight falls each epoch, to zero (supplement 2.3: 0.1). When not
-            given, the released code's way: lambda / epoch, and a tenth of lambda from epoch 10 on.
-        windows: Sides of the windows of the flow's refinement, one after the other (coarse to fine).
-        larl: Ablation: tokens of both images attend `joint`ly; `isolated`, each image's to itself; `cross`, each to
-            the other's alone; `off`, the backbone's tokens are matched.
+        rptc_decline: Share of lambda by which the weight falls each epoch, to zero (supplement 2.3: 0.1). Default: the
+            released code's schedule, lambda / epoch, and a tenth of lambda after epoch 10.
+        windows: Window sides of the flow refinement, applied one after the other (coarse to fine).
+        larl: Ablation: tokens attend to both images (`joint`), to their own (`isolated`), or to the other (`cross`).
+            With `off`, the backbone's tokens are matched.
         region_pe: Ablation: attention of the encoder has a bias by region pair and offset.
         pfsr: Ablation: `full`; `no_interactive`, without matching across scales (our reading); `no_internal`, fine
             tokens come from the cross-scale decoder alone (our reading); `no_feature_block`, tokens are enlarged
-            bilinearly alone; `off`, the coarse scale alone.
-        flows: Ablation: which flows are integrated, by the scales of source and target; the last is refined.
-        mmfi: Ablation: the flows are integrated and refined. Without, the last flow, enlarged.
-        **options: Those of TokenMatcher and of Matcher.
+            bilinearly only; `off`, the coarse scale alone.
+        flows: Ablation: flows that are integrated, by the scales of source and target. The last one is refined.
+        mmfi: Ablation: integrate and refine the flows. Without it, the last flow, enlarged.
+        **options: Options of TokenMatcher and Matcher.
     """
 
     neighbours: Tensor
@@ -110,54 +111,58 @@ class LPMFlow(TokenMatcher):
         self.flows = [s for s in flows if s in self.pyramid.scales] if mmfi else self.pyramid.scales[-1:]
         self.soft_argmax = SoftArgmax(FINE * g)
         self.integration = FlowIntegration(C, FINE * g, len(self.flows), windows) if mmfi else None
+        self.apply_options()
 
     def match(self, src: Features, trg: Features) -> Match:
-        """While training, some source tokens are hidden, and what the encoder makes of them goes to the loss."""
-        s, t, extras = self.tokens(src), self.tokens(trg), {}
+        """Encode, match at every scale, integrate; during training, replace some source tokens first."""
+        s, t, extras = self.tokens(src), self.tokens(trg), {}  # (B, 1 + g*g, C)
         if self.training and self.masked:
-            s, masked = self.hide_tokens(s, t)
-            extras["masked"] = masked
+            s, extras["masked"] = self.hide_tokens(s, t)
         if self.encoder is not None:
             s, t = self.encoder(s, t)
             extras["tokens"] = s
         correlations, features = self.pyramid(s, t)
-        fine = torch.cat([to_fine(correlations[scales], self.grid) for scales in self.flows])
-        flows = list(upscale(self.soft_argmax(fine)).chunk(len(self.flows)))
+        fine = torch.cat([to_fine(correlations[scales], self.grid) for scales in self.flows])  # (4B, 4*g*g, 4*g*g)
+        flows = list(upscale(self.soft_argmax(fine)).chunk(len(self.flows)))  # (B, 2, 8g, 8g) each
         flow = flows[-1]
         if self.integration is not None:
             flow = flow + self.integration(flows, as_map(features))
-        return self.answer(flow, src.image, correlations[self.flows[-1]], **extras)
+        return self.as_match(flow, src.image, correlations[self.flows[-1]], **extras)
 
-    # ------------------------------------------------------------------ LARL: random patch token contrast
+    def loss(self, match: Match, pair: Pair) -> dict[str, Tensor]:
+        """EPE and, where tokens were replaced, the self-contrastive loss of the pairs that have keypoints."""
+        epe = super().loss(match, pair)
+        assert isinstance(epe, Tensor)
+        if "masked" not in match.extras:
+            return {"loss": epe, "epe": epe}
+        rptc = self_contrast(match.extras["tokens"], match.extras["masked"], self.neighbours)
+        rptc = mean_where(rptc, pair.kps_mask.any(1))
+        return {"loss": epe + self.rptc_rate(self.current_epoch) * rptc, "epe": epe, "rptc": rptc}
 
     def hide_tokens(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Some of the source tokens (B, 1 + g*g, C) of the foreground become the two class tokens' sum.
+        """Replace some foreground source tokens (B, 1 + g*g, C) by the sum of the two class tokens; their positions.
 
-        As released, a position embedding is added to all source tokens, which is not done in evaluation.
-
-        Returns:
-            The tokens, and which were replaced, (B, masked) positions among them.
+        As released, a position embedding is added to all source tokens here, and so in training alone.
         """
         with torch.no_grad(), full_precision(s):
-            heat = self.foreground_heat(full(s[:, 1:]), full(s[:, :1]), full(t[:, :1]))
-            best = 1 + heat.topk(self.top_k).indices
+            heat = self.foreground_heat(full(s[:, 1:]), full(s[:, :1]), full(t[:, :1]))  # (B, g*g)
+            best = 1 + heat.topk(self.top_k).indices  # (B, K)
             masked = best.gather(1, self.draw_ranks(len(s), s.device))
-            hidden = torch.zeros_like(s[..., 0], dtype=torch.bool).scatter(1, masked, True)
-            mixed = s[:, :1] + t[:, :1]
+            hidden = torch.zeros_like(s[..., 0], dtype=torch.bool).scatter(1, masked, True)  # (B, 1 + g*g)
+            mixed = s[:, :1] + t[:, :1]  # (B, 1, C)
         return torch.where(hidden.unsqueeze(-1), mixed, s) + self.pos_embed_masked, masked
 
     def foreground_heat(self, tokens: Tensor, src_cls: Tensor, trg_cls: Tensor) -> Tensor:
-        """(B, N) how much each of the tokens (B, N, C) resembles the class tokens (B, 1, C), salient and shared."""
+        """(B, N) similarity of the tokens (B, N, C) to the class tokens (B, 1, C) of both images."""
 
         def unit(x: Tensor) -> Tensor:
             return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
 
-        both = self.foreground == "both"
-        shared = unit(src_cls) + unit(trg_cls) if both else unit((src_cls + trg_cls) / 2)
+        shared = unit(src_cls) + unit(trg_cls) if self.foreground == "both" else unit((src_cls + trg_cls) / 2)
         return (unit(tokens) * shared).sum(-1)
 
     def draw_ranks(self, count: int, device: torch.device) -> Tensor:
-        """(count, masked) different numbers below top_k in each row, at random."""
+        """Draw (count, masked) different numbers below top_k in each row."""
         return torch.rand(count, self.top_k, device=device).argsort(1)[:, : self.masked]
 
     def rptc_rate(self, epoch: int) -> float:
@@ -166,62 +171,11 @@ class LPMFlow(TokenMatcher):
             return self.rptc_weight * max(1 - self.rptc_decline * epoch, 0)
         return self.rptc_weight * (0.1 if epoch > 10 else 1 / max(epoch, 1))
 
-    def loss(self, match: Match, pair: Pair) -> dict[str, Tensor]:
-        """EPE, and while training the self-contrastive loss of the pairs that have keypoints."""
-        epe = super().loss(match, pair)
-        assert isinstance(epe, Tensor)
-        if "masked" not in match.extras:
-            return {"loss": epe, "epe": epe}
-        labelled = pair.kps_mask.any(1)
-        rptc = self_contrast(match.extras["tokens"], match.extras["masked"], self.neighbours)
-        rptc = mean_where(rptc, labelled)
-        return {"loss": epe + self.rptc_rate(self.current_epoch) * rptc, "epe": epe, "rptc": rptc}
-
-
-def grid_neighbours(grid: int) -> Tensor:
-    """(g*g, g*g) rows of weights that average a cell's up to eight neighbours."""
-    cells = torch.cartesian_prod(torch.arange(grid), torch.arange(grid))
-    adjacent = ((cells.unsqueeze(1) - cells).abs().amax(-1) == 1).float()
-    return adjacent / adjacent.sum(1, keepdim=True)
-
-
-def self_contrast(tokens: Tensor, masked: Tensor, neighbours: Tensor) -> Tensor:
-    """L_c: InfoNCE of each replaced token between its neighbours' mean and the sample's other replaced tokens.
-
-    Args:
-        tokens: (B, 1 + g*g, C) source tokens behind the encoder.
-        masked: (B, m) positions of the replaced ones.
-        neighbours: (g*g, g*g) from `grid_neighbours`.
-
-    Returns:
-        (B,) mean over the m queries. The neighbours carry no gradient.
-    """
-    with full_precision(tokens):
-        tokens = full(tokens)
-        query = F.normalize(tokens.gather(1, masked.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])), dim=-1)
-        around = F.normalize(neighbours.to(tokens.dtype)[masked - 1] @ tokens[:, 1:].detach(), dim=-1)
-        positive = (query * around).sum(-1, keepdim=True)
-        own = torch.eye(masked.shape[1], dtype=torch.bool, device=tokens.device)
-        logits = torch.where(own, positive, query @ query.mT) / CONTRAST  # what is not its own is a negative
-        return (logits.logsumexp(-1) - logits.diagonal(dim1=1, dim2=2)).mean(1)
-
-
-# ---------------------------------------------------------------------- LARL: the layout encoder
-
 
 class LayoutEncoder(nn.Module):
-    """ViT blocks over the tokens of both images, with a region-based position embedding.
+    """LARL: ViT blocks over the tokens of both images, with a region-based position embedding."""
 
-    Args:
-        dim: Channels of the tokens.
-        grid: g.
-        depth: Blocks.
-        dropout: Of the embedded tokens, and in the blocks.
-        region_pe: See RegionBias.
-        attend: Which images' tokens see each other: see the option `larl` of LPMFlow.
-    """
-
-    def __init__(self, dim: int, grid: int, depth: int, dropout: float, region_pe: bool, attend: str) -> None:
+    def __init__(self, dim: int, grid: int, depth: int, dropout: float, region_pe: bool, larl: str) -> None:
         super().__init__()
         cells, one = torch.empty(1, grid * grid, dim), torch.empty(1, 1, dim)
         for embed in (cells, one):
@@ -232,7 +186,7 @@ class LayoutEncoder(nn.Module):
             nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=0.02)) for _ in range(2)
         )
         self.drop = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(EncoderBlock(dim, grid, dropout, region_pe, attend) for _ in range(depth))
+        self.blocks = nn.ModuleList(EncoderBlock(dim, grid, dropout, region_pe, larl) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_linear)
 
@@ -240,7 +194,7 @@ class LayoutEncoder(nn.Module):
         """Tokens (B, 1 + g*g, C) of source and target -> the same."""
         s_cls, s = s[:, :1] + self.cls_embed_src, s[:, 1:] + self.pos_embed_src + self.segment_src
         t_cls, t = t[:, :1] + self.cls_embed_trg, t[:, 1:] + self.pos_embed_trg + self.segment_trg
-        x = self.drop(torch.cat([s_cls, s, t_cls, t], dim=1))
+        x = self.drop(torch.cat([s_cls, s, t_cls, t], dim=1))  # (B, 2 + 2*g*g, C)
         for block in self.blocks:
             x = block(x)
         s, t = self.norm(x).chunk(2, dim=1)
@@ -250,10 +204,10 @@ class LayoutEncoder(nn.Module):
 class EncoderBlock(nn.Module):
     """Pre-norm attention and MLP of a ViT."""
 
-    def __init__(self, dim: int, grid: int, dropout: float, region_pe: bool, attend: str) -> None:
+    def __init__(self, dim: int, grid: int, dropout: float, region_pe: bool, larl: str) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.bias = RegionBias(grid, region_pe, attend)
+        self.bias = RegionBias(grid, region_pe, larl)
         self.attention = Attention(dim, dropout)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = mlp(dim, dropout)
@@ -265,69 +219,88 @@ class EncoderBlock(nn.Module):
 
 
 class RegionBias(nn.Module):
-    """What is added to the attention's logits: a learned number for each offset in each of the four regions.
+    """Bias of the attention's logits: a learned number for each offset in each of the four regions.
 
-    Regions are source to source, source to target and so on (supplement 1.1). Class tokens have none.
-
-    Args:
-        grid: g.
-        learned: Whether there is such a bias.
-        attend: `isolated` and `cross` mask the regions that join the images, or those that do not.
+    Regions are source to source, source to target and so on (supplement 1.1). Class tokens have no bias.
+    `larl: isolated` masks the regions that join the images, `larl: cross` the others.
     """
 
     index: Tensor
     barred: Tensor
 
-    def __init__(self, grid: int, learned: bool, attend: str) -> None:
+    def __init__(self, grid: int, region_pe: bool, larl: str) -> None:
         super().__init__()
         tokens, span = 1 + grid * grid, 2 * grid - 1
-        self.table = self.mask = None
-        if learned:
+        self.table = None
+        if region_pe:
             self.table = nn.Parameter(nn.init.trunc_normal_(torch.empty(ATTENTION_HEADS, 4 * span**2), std=0.02))
-            cells = torch.cartesian_prod(torch.arange(grid), torch.arange(grid))
-            row, column = (cells.unsqueeze(1) - cells + grid - 1).unbind(-1)  # query - key, from 0
-            index = torch.full((2, tokens, 2, tokens), 4 * span**2)  # the class tokens': a zero behind the table
+            row, column = (offsets(grid) + grid - 1).unbind(-1)  # from 0
+            index = torch.full((2, tokens, 2, tokens), 4 * span**2)  # class tokens: the zero after the table's end
             region = torch.arange(4).view(2, 1, 2, 1)  # 2 * query's image + key's
             index[:, 1:, :, 1:] = 4 * (row * span + column).unsqueeze(1) + region
             self.register_buffer("index", index.flatten(0, 1).flatten(1), persistent=False)
-        if attend != "joint":
+        if larl != "joint":
             image = torch.arange(2).repeat_interleave(tokens)
             same = image.unsqueeze(1) == image
-            self.register_buffer("barred", ~same if attend == "isolated" else same, persistent=False)
-        self.attend = attend
+            self.register_buffer("barred", ~same if larl == "isolated" else same, persistent=False)
+        self.larl = larl
 
     def forward(self) -> Tensor | None:
-        """(heads, 2 + 2*g*g, 2 + 2*g*g), gathered once; None when there is nothing to add."""
+        """(heads, 2 + 2*g*g, 2 + 2*g*g); None when there is nothing to add."""
         bias = None
         if self.table is not None:
             bias = F.pad(self.table, (0, 1)).index_select(1, self.index.flatten()).unflatten(1, self.index.shape)
-        if self.attend != "joint":
+        if self.larl != "joint":
             none = torch.zeros(ATTENTION_HEADS, 1, 1, device=self.barred.device) if bias is None else bias
             bias = none.masked_fill(self.barred, -torch.inf)
         return bias
 
 
-# ---------------------------------------------------------------------- PFSR
+class FeatureSuperResolution(nn.Module):
+    """PFSR: match coarse, across the scales, and fine; `12` is source coarse, target fine."""
+
+    def __init__(self, dim: int, grid: int, dropout: float, pfsr: str) -> None:
+        super().__init__()
+        coarse, fine = {"coarse": 1 + grid**2}, {"fine": 1 + (FINE * grid) ** 2}
+        self.interactive, self.internal = pfsr not in ("no_interactive", "off"), pfsr != "no_internal"
+        self.scales = ["11"] if pfsr == "off" else list(SCALES) if self.interactive else ["11", "22"]
+        self.decoder1 = MatchingDecoder(dim, coarse, dropout)
+        if pfsr != "off":
+            self.up = TokenUpsampling(dim, grid, pfsr != "no_feature_block")
+            self.decoder3 = MatchingDecoder(dim, fine, dropout)
+        if self.interactive:
+            self.decoder2 = MatchingDecoder(dim, coarse | fine, dropout)
+
+    def forward(self, s: Tensor, t: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Coarse tokens -> correlations by their scales, and source tokens at the finest one."""
+        s1, t1, m11 = self.decoder1(s, t)
+        if self.scales == ["11"]:
+            return {"11": m11}, s1
+        s2, t2 = self.up(torch.cat([s1, t1])).chunk(2)  # (B, 1 + 4*g*g, C)
+        m = {"11": m11}
+        if self.interactive:
+            s12, t12, m["12"] = self.decoder2(s1, t2)  # the same decoder both ways
+            s21, t21, m["21"] = self.decoder2(s2, t1)
+            s2, t2 = s21, t12
+            if self.internal:
+                s12, t21 = self.up(torch.cat([s12, t21])).chunk(2)
+                s2, t2 = s12 + s21, t12 + t21
+        s2, _, m["22"] = self.decoder3(s2, t2)
+        return m, s2
 
 
 class MatchingDecoder(nn.Module):
-    """One block that matches source and target tokens, which may come at different scales.
+    """One block that matches source and target tokens, which may have different scales.
 
-    Args:
-        dim: Channels of the tokens.
-        tokens: How many there are at each scale that occurs, by its name.
-        dropout: Of attention outputs and the MLP.
+    `tokens` is the number of tokens at each scale that occurs, by its name.
     """
-
-    pos_embed_src: nn.ParameterDict
-    pos_embed_trg: nn.ParameterDict
 
     def __init__(self, dim: int, tokens: dict[str, int], dropout: float) -> None:
         super().__init__()
         self.scales = {count: name for name, count in tokens.items()}
-        for side in ("src", "trg"):
-            embeds = {name: nn.Parameter(torch.zeros(1, count, dim)) for name, count in tokens.items()}
-            self.add_module(f"pos_embed_{side}", nn.ParameterDict(embeds))
+        self.pos_embed_src, self.pos_embed_trg = (
+            nn.ParameterDict({name: torch.zeros(1, count, dim) for name, count in tokens.items()}) for _ in range(2)
+        )
         self.self_attention = Attention(dim, dropout)
         self.cross_attention = CrossAttention(dim, dropout)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -337,7 +310,7 @@ class MatchingDecoder(nn.Module):
     def forward(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, 1 + N, C) and (B, 1 + M, C) -> the same, and the correlation of their cells (B, N, M).
 
-        As released, the source has no MLP behind its self-attention.
+        As released, the source has no MLP after its self-attention.
         """
         s = s + self.pos_embed_src[self.scales[s.shape[1]]]
         t = t + self.pos_embed_trg[self.scales[t.shape[1]]]
@@ -362,51 +335,31 @@ class TokenUpsampling(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, 1 + g*g, C) -> (B, 1 + 4*g*g, C)."""
-        fine = F.interpolate(as_map(tokens), scale_factor=2.0, mode="bilinear", align_corners=False)
+        fine = F.interpolate(as_map(tokens), scale_factor=float(FINE), mode="bilinear", align_corners=False)
         return torch.cat([tokens[:, :1], rearrange(self.refine(fine), "b c h w -> b (h w) c")], dim=1)
 
 
-class FeatureSuperResolution(nn.Module):
-    """PFSR: match coarse, across the scales, and fine; `12` is source coarse, target fine.
+class FlowIntegration(nn.Module):
+    """MMFI: `flows` flows and the source's features are refined together, from wide windows to narrow ones.
 
-    Args:
-        dim: Channels of the tokens.
-        grid: g of the coarse scale.
-        dropout: Of the decoders.
-        how: See the option `pfsr` of LPMFlow.
+    `grid` is the side of the fine grid.
     """
 
-    def __init__(self, dim: int, grid: int, dropout: float, how: str) -> None:
+    def __init__(self, dim: int, grid: int, flows: int, windows: list[int]) -> None:
         super().__init__()
-        coarse, fine = {"coarse": 1 + grid**2}, {"fine": 1 + (FINE * grid) ** 2}
-        self.interactive, self.internal = how not in ("no_interactive", "off"), how != "no_internal"
-        self.scales = ["11"] if how == "off" else list(SCALES) if self.interactive else ["11", "22"]
-        self.decoder1 = MatchingDecoder(dim, coarse, dropout)
-        if how != "off":
-            self.up = TokenUpsampling(dim, grid, how != "no_feature_block")
-            self.decoder3 = MatchingDecoder(dim, fine, dropout)
-        if self.interactive:
-            self.decoder2 = MatchingDecoder(dim, coarse | fine, dropout)
+        check_windows(windows, UPSCALE * grid, grid // FINE)
+        self.project = FeatureProjection(dim, REFINED_CHANNELS - 2 * flows, UPSCALE * grid)
+        self.refine = nn.ModuleList(WindowRefinement(REFINED_CHANNELS, window) for window in windows)
+        self.head = FlowHead()
 
-    def forward(self, s: Tensor, t: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Coarse tokens -> correlations by their scales, and source tokens at the finest one."""
-        s1, t1, m11 = self.decoder1(s, t)
-        if self.scales == ["11"]:
-            return {"11": m11}, s1
-        s2, t2 = self.up(torch.cat([s1, t1])).chunk(2)
-        m = {"11": m11}
-        if self.interactive:
-            s12, t12, m["12"] = self.decoder2(s1, t2)  # the same decoder both ways
-            s21, t21, m["21"] = self.decoder2(s2, t1)
-            s2, t2 = s21, t12
-            if self.internal:
-                s12, t21 = self.up(torch.cat([s12, t21])).chunk(2)
-                s2, t2 = s12 + s21, t12 + t21
-        s2, _, m["22"] = self.decoder3(s2, t2)
-        return m, s2
-
-
-# ---------------------------------------------------------------------- MMFI
+    def forward(self, flows: list[Tensor], features: Tensor) -> Tensor:
+        """Flows (B, 2, 8g, 8g) each and features (B, C, h, w) -> the last flow's update (B, 2, 8g, 8g)."""
+        x = torch.cat([flows[0], self.project(features), *flows[1:]], dim=1)  # (B, 96, 8g, 8g)
+        refined = []
+        for refine in self.refine:
+            x = refine(x)
+            refined.append(x)
+        return self.head(reduce(torch.add, refined))
 
 
 def to_fine(correlation: Tensor, grid: int) -> Tensor:
@@ -420,28 +373,28 @@ def to_fine(correlation: Tensor, grid: int) -> Tensor:
     return correlation
 
 
-class FlowIntegration(nn.Module):
-    """MMFI: flows of several scales and the source's features are refined together, from wide windows to narrow ones.
+def self_contrast(tokens: Tensor, masked: Tensor, neighbours: Tensor) -> Tensor:
+    """L_c: InfoNCE of each replaced token between its neighbours' mean and the sample's other replaced tokens.
 
     Args:
-        dim: Channels of the source's features.
-        grid: Side of the grid that the flows were read on.
-        flows: How many there are.
-        windows: Sides of the windows.
+        tokens: (B, 1 + g*g, C) source tokens after the encoder.
+        masked: (B, m) positions of the replaced ones.
+        neighbours: (g*g, g*g) from `grid_neighbours`.
+
+    Returns:
+        (B,) mean over the m replaced tokens. The neighbours carry no gradient.
     """
+    with full_precision(tokens):
+        tokens = full(tokens)
+        query = F.normalize(tokens.gather(1, masked.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])), dim=-1)
+        around = F.normalize(neighbours.to(tokens.dtype)[masked - 1] @ tokens[:, 1:].detach(), dim=-1)  # (B, m, C)
+        positive = (query * around).sum(-1, keepdim=True)  # (B, m, 1)
+        own = torch.eye(masked.shape[1], dtype=torch.bool, device=tokens.device)
+        logits = torch.where(own, positive, query @ query.mT) / CONTRAST  # (B, m, m), negatives off the diagonal
+        return (logits.logsumexp(-1) - logits.diagonal(dim1=1, dim2=2)).mean(1)
 
-    def __init__(self, dim: int, grid: int, flows: int, windows: list[int]) -> None:
-        super().__init__()
-        check_windows(windows, UPSCALE * grid, grid // FINE)
-        self.project = FeatureProjection(dim, REFINED_CHANNELS - 2 * flows, UPSCALE * grid)
-        self.refine = nn.ModuleList(WindowRefinement(REFINED_CHANNELS, window) for window in windows)
-        self.head = FlowHead()
 
-    def forward(self, flows: list[Tensor], features: Tensor) -> Tensor:
-        """Flows (B, 2, 8g, 8g) each and features (B, C, h, w) -> what to add to the last flow, (B, 2, 8g, 8g)."""
-        x = torch.cat([flows[0], self.project(features), *flows[1:]], dim=1)
-        refined = []
-        for refine in self.refine:
-            x = refine(x)
-            refined.append(x)
-        return self.head(reduce(torch.add, refined))
+def grid_neighbours(grid: int) -> Tensor:
+    """(g*g, g*g) weights that average each cell's up to eight neighbours."""
+    adjacent = (offsets(grid).abs().amax(-1) == 1).float()
+    return adjacent / adjacent.sum(1, keepdim=True)

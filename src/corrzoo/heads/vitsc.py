@@ -1,8 +1,8 @@
-"""ViTSC: features of both images perceive each other, and low-level correlation guides the flow to full resolution.
+"""ViTSC: the features of two images attend to each other, and low-level correlation guides the flow's upsampling.
 
 "Bridging the Gap between Semantic Correspondence and Robust Visual Representation", sections 4 and 5.2. There is no
-released code: what the paper leaves open says `our choice:`. Widths are chosen so that the matching module has the
-3.9 / 3.9 / 4.0 M parameters of Table 10 with DINOv2 S / B / L.
+released code; `our choice:` marks what the paper leaves open. The widths give the matching module the 3.9 / 3.9 /
+4.0 M parameters of Table 10 with DINOv2 S / B / L.
 """
 
 from typing import Any, ClassVar, Literal
@@ -14,48 +14,58 @@ from torch import Tensor, nn
 
 from corrzoo import ops
 from corrzoo.backbones import Backbone, BackboneSpec
-from corrzoo.geometry import Size, cell_centres, cells_to_pixels, cosine_maps, points_to_flow, sample, size_of
-from corrzoo.heads.levels import resize, stack_levels
+from corrzoo.geometry import (
+    Size,
+    cell_centres,
+    cells_to_pixels,
+    cosine_maps,
+    pixels_to_cells,
+    points_to_flow,
+    sample,
+    size_of,
+)
+from corrzoo.heads.levels import resize, stack_levels, stride_grid
 from corrzoo.losses import mean_where
 from corrzoo.matcher import HEADS, Matcher
 from corrzoo.precision import full
 from corrzoo.types import Features, Match, Pair, ZooError
 
 STRIDE = 8
-"""Pixels to a cell of the grid that is matched on (3.1)."""
+"""Stride of the grid that is matched (3.1)."""
 WIDTH, ATTENTION_HEADS = 256, 8
-"""Channels and heads of the cross-perception. our choice: the natural width among those that Table 10 allows."""
+"""Channels and heads of the cross-perception. our choice: 256 is the usual width that fits Table 10."""
 PE_CELLS = 28
 """our choice: positions are encoded as if every image had the cells of the training size, 224 / 8, on a side."""
 
 
 @HEADS.register
 class ViTSC(Matcher):
-    """Cross-perception, kernel soft-argmax, correlation-guided upsampler; EPE at full resolution and a triplet loss.
+    """Cross-perception, kernel soft-argmax, correlation-guided upsampler; full-resolution EPE and a triplet loss.
 
     The same weights serve any image size (ViTSC_h of Table 3 is trained at 224 and tested at 448).
 
     Args:
-        enhancement: How the images' features perceive each other (Table 4): `interleaved` (eq. 7), `symmetric` (both
-            at once, with the same weights, as GMFlow), `asymmetric` (the source alone, as ACTR), or `none`: the
-            backbone's own features are matched, without a projection.
+        enhancement: How the features attend to each other (Table 4): `interleaved` (eq. 7), `symmetric` (both at
+            once, with the same weights, as GMFlow), `asymmetric` (only the source, as ACTR), or `none`: the
+            backbone's features are matched, without a projection.
         layers: Layers of the cross-perception (Table 5: 1); 0 is `none`.
-        attend_at: On which grid. our choice: `stride8`, as 3.1 upsamples before all else; `native` is the
-            backbone's own grid, which is faster.
-        upsampler: How the flow gets to full resolution (Table 6): guided by the correlation of `low`- or
+        attend_at: Grid of the cross-perception. our choice: `stride8`, as 3.1 upsamples first; `native`, the
+            backbone's grid, is faster.
+        upsampler: How the flow gets its full resolution (Table 6): guided by the correlation of `low`- or
             `high`-level features (eq. 8), by a CNN without guidance (`unguided`), or `bilinear`.
-        radius: r of eq. 8 in cells of the guiding features. our choice: RAFT's 4, 16 pixels on the L-encoder's grid.
-        head_resolution: Share of the image's resolution that the upsampler's CNNs run at (4.2: 1); what they answer is
-            enlarged to the rest. 0.5 costs a quarter.
-        low_stages: Stages of ResNet-18 that the L-encoder has (5.2: 3).
-        low_weights: The L-encoder's `pretrained` ImageNet weights (5.2), `random`, or the path of a file. When not
-            given, `random` where `weights` is, else `pretrained`.
-        temperature: T of eq. 2, learnt (3.1: 0.03).
-        sigma: Width of the soft-argmax kernel in cells. our choice, as Baseline's: a quarter of the grid's longer side.
+        radius: r of eq. 8 in cells of the guiding features. our choice: 4 as in RAFT, 16 pixels for the L-encoder.
+        head_resolution: Resolution of the upsampler's CNNs as a share of the image's (4.2: 1); their output is
+            resized to the rest. 0.5 costs a quarter.
+        low_stages: Stages of ResNet-18 in the L-encoder (5.2: 3).
+        low_weights: Weights of the L-encoder: `pretrained` on ImageNet (5.2), `random` (trained at `lr`), or the path
+            of a file. None is `random` if `weights` is, otherwise `pretrained`.
+        temperature: Initial T of eq. 2, which is trained (3.1: 0.03).
+        sigma: Width of the soft-argmax kernel in cells. our choice, as for Baseline: a quarter of the grid's longer
+            side.
         epe_weight: Lambda 1 of eq. 11 (5.2: 1).
-        triplet_weight: Lambda 2 of eq. 11 (5.2: 10); 0 leaves the triplet loss out.
+        triplet_weight: Lambda 2 of eq. 11 (5.2: 10); 0 turns the triplet loss off.
         margin: m of eq. 9 (5.2: 0.3).
-        **options: What every head takes, see Matcher.
+        **options: Options of `Matcher`.
     """
 
     evaluation_options: ClassVar[frozenset[str]] = Matcher.evaluation_options | {"sigma"}
@@ -84,7 +94,7 @@ class ViTSC(Matcher):
         self.attend_at, self.sigma = attend_at, sigma
         self.epe_weight, self.triplet_weight, self.margin = epe_weight, triplet_weight, margin
         perceive = enhancement != "none" and layers > 0
-        self.project = nn.Conv2d(sum(self.backbone.channels), WIDTH, 1) if perceive else nn.Identity()
+        self.project = projection(sum(self.backbone.channels)) if perceive else nn.Identity()
         self.perception = CrossPerception(layers, enhancement) if perceive else None
         self.temperature = nn.Parameter(torch.tensor(temperature))
         self.low, self.radius = None, radius
@@ -95,53 +105,67 @@ class ViTSC(Matcher):
         guides = (2 * radius + 1) ** 2 if self.guided else 0
         self.upsampler = None if upsampler == "bilinear" else FlowUpsampler(guides, head_resolution)
 
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Optimiser groups as in `Matcher`.
+
+        our choice: an L-encoder with random weights trains at the head's rate; the backbone's keeps pretrained weights.
+        """
+        groups = super().param_groups()
+        if self.low is None or self.low.weights != "random":
+            return groups
+        guide = {id(parameter) for parameter in self.low.parameters()}
+        head, backbone = groups[0], groups[-1]
+        head["params"] += [p for p in backbone["params"] if id(p) in guide]
+        backbone["params"] = [p for p in backbone["params"] if id(p) not in guide]
+        return [group for group in groups if group["params"]]
+
     def prepare(self, features: Features) -> Features:
-        """The map that is matched, (B, C, h, w), and behind it the L-encoder's, (B, 256, H/4, W/4)."""
-        grid = stride_grid(size_of(features.image)) if self.attend_at == "stride8" else size_of(features.maps[-1])
+        """The map to match (B, C, h, w), then the L-encoder's (B, 256, H/4, W/4) if there is one."""
+        native = size_of(features.maps[-1])
+        grid = native if self.attend_at == "native" else stride_grid(size_of(features.image), STRIDE)
         maps = [full(self.project(stack_levels(features.maps, grid)))]
         return features._replace(maps=maps if self.low is None else [*maps, self.low(features.image).maps[0]])
 
     def match(self, src: Features, trg: Features) -> Match:
-        """Flow of every source pixel; the enhanced features go to the triplet loss."""
+        """Flow (B, 2, H, W) of every source pixel; `extras` has the enhanced features for the triplet loss."""
         image, trg_image = size_of(src.image), size_of(trg.image)
         a, b = src.maps[0], trg.maps[0]
         if self.perception is not None:
             a, b = self.perception(a, b)
-        a, b = resize(a, stride_grid(image)), resize(b, stride_grid(trg_image))
-        flow = self.initial_flow(a, b, image, trg_image)
-        local = self.look_up(flow, src, trg) if self.guided else None
+        a, b = resize(a, stride_grid(image, STRIDE)), resize(b, stride_grid(trg_image, STRIDE))  # (B, C, H/8, W/8)
+        flow = self.initial_flow(a, b, image, trg_image)  # (B, 2, H/8, W/8)
+        local = self.look_up(flow, src, trg) if self.guided else None  # (B, (2r + 1)^2, H/8, W/8)
         flow = resize(flow, image) if self.upsampler is None else self.upsampler(flow, local, image)
         return Match(flow, extras={"src": a, "trg": b})
 
     def heat_maps(self, src: Features, trg: Features, points: Tensor) -> Tensor:
-        """Cosines of the enhanced features, which the initial flow is read from."""
+        """Cosines of the enhanced features, from which the initial flow is read."""
         enhanced = self.match(src, trg).extras
         return cosine_maps(enhanced["src"], enhanced["trg"], points, size_of(src.image))
 
     def initial_flow(self, a: Tensor, b: Tensor, src_image: Size, trg_image: Size) -> Tensor:
-        """M of eq. 4: from features (B, C, h, w) of source and target, (B, 2, h, w) in pixels."""
-        h, w = size_of(b)
+        """M of eq. 4: features (B, C, h, w) of source and target -> flow (B, 2, h, w) in pixels."""
         rows, columns = (rearrange(x, "b c h w -> b (h w) c") for x in (a, b))
-        sigma, temperature = self.sigma or 0.25 * max(h, w), self.temperature.clamp(min=1e-3)
-        cells = ops.match(rows, columns, (h, w), temperature, "argmax", sigma, backend=self.backend).xy
-        return points_to_flow(cells_to_pixels(cells, (h, w), trg_image), size_of(a), src_image)
+        grid, temperature = size_of(b), self.temperature.clamp(min=1e-3)
+        sigma = self.sigma or 0.25 * max(grid)
+        cells = ops.match(rows, columns, grid, temperature, "argmax", sigma, backend=self.backend).xy  # (B, h*w, 2)
+        return points_to_flow(cells_to_pixels(cells, grid, trg_image), size_of(a), src_image)
 
     def look_up(self, flow: Tensor, src: Features, trg: Features) -> Tensor:
-        """C_local of eq. 8: (B, (2r + 1)^2, h, w), the correlation around where the flow (B, 2, h, w) leads."""
-        grid, image, (H, W) = size_of(flow), size_of(src.image), size_of(trg.image)
+        """C_local of eq. 8: the correlation around the cells that the flow (B, 2, h, w) leads to."""
+        grid, image, trg_image = size_of(flow), size_of(src.image), size_of(trg.image)
         if self.low is None:
-            source, target = resize(src.maps[0], grid), resize(trg.maps[0], stride_grid((H, W)))
+            source, target = resize(src.maps[0], grid), resize(trg.maps[0], stride_grid(trg_image, STRIDE))
         else:
             source, target = F.adaptive_avg_pool2d(src.maps[1], grid), trg.maps[1]
-        h, w = size_of(target)
-        # As in RAFT, the place is given: what is read there trains no flow but by the upsampler.
+        # Detached as in RAFT: where the correlation is read does not train the flow.
         points = cell_centres(grid, image, flow.device, flow.dtype) + rearrange(flow.detach(), "b xy h w -> b (h w) xy")
-        rows, centre = rearrange(source, "b c h w -> b (h w) c"), points * points.new_tensor([w / W, h / H])
-        local = ops.local_correlation(rows, target, centre, self.radius, backend=self.backend)
+        rows, centre = rearrange(source, "b c h w -> b (h w) c"), pixels_to_cells(points, size_of(target), trg_image)
+        local = ops.local_correlation(rows, target, centre, self.radius, backend=self.backend)  # (B, h*w, (2r + 1)^2)
         return local.mT.unflatten(2, grid)
 
     def loss(self, match: Match, pair: Pair) -> dict[str, Tensor]:
-        """Eq. 11: EPE over the pixels around the keypoints, in pixels, and the triplet loss over the keypoints."""
+        """Eq. 11: EPE in pixels around the keypoints, and the triplet loss of the features at the keypoints."""
         epe = super().loss(match, pair)
         assert isinstance(epe, Tensor)
         terms = {"loss": self.epe_weight * epe, "epe": epe}
@@ -153,41 +177,29 @@ class ViTSC(Matcher):
         return terms
 
 
-def triplet_loss(src: Tensor, trg: Tensor, mask: Tensor, margin: float) -> Tensor:
-    """Eqs. 9 and 10: every keypoint is nearer to its own partner than to the partner of any other, by a margin.
-
-    Args:
-        src: (B, K, C) source features at the keypoints, the anchors. our choice: of length one, as a cosine sees them.
-        trg: (B, K, C) target features; i is anchor i's positive, every j != i a negative.
-        mask: (B, K) bool, which keypoints count.
-        margin: m.
-
-    Returns:
-        Scalar: the mean over a pair's N (N - 1) triplets, and over the pairs that have two keypoints or more.
-    """
-    distance = torch.cdist(src, trg, compute_mode="donot_use_mm_for_euclid_dist")  # exact, also where it is small
-    positive = distance.diagonal(dim1=1, dim2=2).unsqueeze(2)
-    triplets = mask.unsqueeze(2) & mask.unsqueeze(1) & ~torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
-    count = triplets.sum((1, 2))
-    each = ((positive - distance + margin).relu() * triplets).sum((1, 2)) / count.clamp(min=1)
-    return mean_where(each, count > 0)
-
-
-def stride_grid(image: Size) -> Size:
-    """The (h, w) that stride 8 comes nearest to on a (H, W) image."""
-    return max(round(image[0] / STRIDE), 1), max(round(image[1] / STRIDE), 1)
-
-
 # ---------------------------------------------------------------------- 4.1: cross-perception
 
 
+def projection(channels: int) -> nn.Conv2d:
+    """The backbone's channels to WIDTH.
+
+    our choice: it starts with an orthogonal weight and a zero bias. For up to 256 channels this keeps every cosine of
+    the backbone's features, and for more channels nearly.
+    """
+    layer = nn.Conv2d(channels, WIDTH, 1)
+    nn.init.orthogonal_(layer.weight)
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 class CrossPerception(nn.Module):
-    """Stacked layers in which each image's features take up the other's.
+    """Stacked layers in which the features of each image attend to the other's.
 
     Args:
         layers: How many.
-        order: Who is updated when: see the option `enhancement` of ViTSC. our choice: the rows of Table 4 use the
-            same attention block, two a layer where source and target are updated by turns, else one.
+        order: The option `enhancement` of ViTSC. our choice: all rows of Table 4 use the same attention block, two per
+            layer if source and target are updated in turn, otherwise one.
     """
 
     def __init__(self, layers: int, order: str) -> None:
@@ -196,25 +208,25 @@ class CrossPerception(nn.Module):
         self.blocks = nn.ModuleList(AttentionBlock() for _ in range(2 * layers if order == "interleaved" else layers))
 
     def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps (B, 256, h, w) of source and target -> the same."""
+        """Maps (B, 256, h, w) of source and target -> enhanced maps of the same shapes."""
         (grid_a, pos_a), (grid_b, pos_b) = ((size_of(x), position_encoding(x)) for x in (a, b))
-        # our choice: whatever a backbone's scale is, what the blocks add must not drown it when training begins
+        # our choice: LayerNorm, as features of a small scale would drown in what the blocks add early in training
         a, b = (F.layer_norm(rearrange(x, "b c h w -> b (h w) c"), (WIDTH,)) for x in (a, b))
         for i, block in enumerate(self.blocks):
             if self.order == "symmetric":
                 a, b = block(a, b, pos_a, pos_b), block(b, a, pos_b, pos_a)
             elif self.order == "interleaved" and i % 2:
-                b = block(b, a, pos_b, pos_a)  # perceives the new a
+                b = block(b, a, pos_b, pos_a)  # attends to the updated a
             else:
                 a = block(a, b, pos_a, pos_b)
         return a.mT.unflatten(2, grid_a), b.mT.unflatten(2, grid_b)
 
 
 class AttentionBlock(nn.Module):
-    """Cross-attention, self-attention and feed-forward network, each with a LayerNorm before and a residual around it.
+    """Cross-attention, self-attention and feed-forward network, each pre-normalised and residual.
 
-    our choice: positions go to queries and keys alone, so that the features that are matched hold none; and each
-    branch begins at zero, so that training begins with the backbone's own representation.
+    our choice: positions are added to queries and keys only, so that the matched features contain none. Each branch
+    starts at zero, so that training starts from the backbone's representation.
     """
 
     def __init__(self) -> None:
@@ -227,7 +239,7 @@ class AttentionBlock(nn.Module):
         zeroed(self.self_attention.out_proj)
 
     def forward(self, x: Tensor, context: Tensor, pos: Tensor, context_pos: Tensor) -> Tensor:
-        """Tokens x (B, N, 256) that ask, context (B, M, 256) that answers, and where they are -> (B, N, 256)."""
+        """Tokens x (B, N, 256) that attend to context (B, M, 256), and the positions (N or M, 256) of both."""
         query, context = self.norm_query(x) + pos, self.norm_context(context)
         x = x + self.cross(query, context + context_pos, context, need_weights=False)[0]
         value = self.norm_self(x)
@@ -236,8 +248,8 @@ class AttentionBlock(nn.Module):
 
 
 def position_encoding(maps: Tensor) -> Tensor:
-    """(h*w, C) sines and cosines of where the cells of maps (B, C, h, w) are in their image, half for each axis."""
-    at = cell_centres(size_of(maps), (PE_CELLS, PE_CELLS), maps.device, maps.dtype)
+    """(h*w, C) sines and cosines of the relative positions of the cells of maps (B, C, h, w), half for each axis."""
+    at = cell_centres(size_of(maps), (PE_CELLS, PE_CELLS), maps.device, maps.dtype)  # (h*w, 2)
     frequency = 10_000 ** -torch.linspace(0, 1, maps.shape[1] // 4 + 1, device=maps.device, dtype=maps.dtype)[:-1]
     angle = at.unsqueeze(-1) * frequency  # (h*w, 2, C/4)
     return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(1)
@@ -247,12 +259,12 @@ def position_encoding(maps: Tensor) -> Tensor:
 
 
 class LowEncoder(Backbone):
-    """The L-encoder: ResNet-18 without its last stage, stages 2 and 3 without stride, at a quarter of the resolution.
+    """The L-encoder: ResNet-18 without its last stage, stages 2 and 3 without stride: a quarter of the resolution.
 
     Args:
-        weights: `pretrained`, `random`, or the path of a whole ResNet-18's weights.
-        stages: How many of its stages stay.
-        seen: The backbone whose normalisation the images come with.
+        weights: `pretrained`, `random`, or the path of the weights of a whole ResNet-18.
+        stages: How many stages to keep.
+        seen: The spec of the backbone that the images are normalised for.
     """
 
     _scale: Tensor
@@ -273,7 +285,7 @@ class LowEncoder(Backbone):
         self.register_buffer("_shift", (mean - self._mean) / self._std, persistent=False)
 
     def load(self) -> "LowEncoder":
-        """What it keeps of the whole network's weights."""
+        """Load the weights of the kept stages from those of a whole ResNet-18."""
         if self.pending:
             try:
                 whole = Backbone("resnet18", self.weights).load().state_dict()
@@ -283,19 +295,19 @@ class LowEncoder(Backbone):
         return self
 
     def forward(self, image: Tensor) -> Features:
-        """Images (B, 3, H, W) as the other backbone normalised them -> one map (B, 256, H/4, W/4)."""
+        """Images (B, 3, H, W) normalised for the other backbone -> one map (B, 256, H/4, W/4)."""
         return super().forward(image * self._scale + self._shift)
 
 
 class FlowUpsampler(nn.Module):
-    """Flow and local correlation, enlarged and encoded separately, become a full-resolution flow.
+    """A full-resolution flow from resized flow and local correlation, which are encoded separately.
 
-    our choice: what is learnt is added to the bilinearly enlarged flow and begins at zero; flows go in and come out in
-    cells of 8 pixels, which keeps the network's numbers small and the same at every image size.
+    our choice: the CNNs' output is added to the bilinearly resized flow and starts at zero. Flows are in cells of 8
+    pixels inside, so that the network's numbers are small and do not depend on the image size.
 
     Args:
         guides: Channels of the local correlation; 0 for an upsampler without guidance.
-        resolution: Share of the image's resolution that the CNNs run at.
+        resolution: Resolution of the CNNs as a share of the image's.
     """
 
     def __init__(self, guides: int, resolution: float) -> None:
@@ -309,20 +321,46 @@ class FlowUpsampler(nn.Module):
     def forward(self, flow: Tensor, local: Tensor | None, image: Size) -> Tensor:
         """Flow (B, 2, h, w) in pixels and local correlation (B, guides, h, w) -> flow (B, 2, H, W)."""
         size = max(round(image[0] * self.resolution), 1), max(round(image[1] * self.resolution), 1)
-        x = self.flow(resize(flow / STRIDE, size))
+        x = self.flow(resize(flow / STRIDE, size))  # (B, 128, *size)
         if self.guide is not None and local is not None:
-            x = torch.cat([self.guide(resize(local, size)), x], dim=1)
+            x = torch.cat([self.guide(resize(local, size)), x], dim=1)  # (B, 320, *size)
         return resize(flow, image) + resize(full(self.head(x)) * STRIDE, image)
 
 
+# ---------------------------------------------------------------------- 4.3: the triplet loss
+
+
+def triplet_loss(src: Tensor, trg: Tensor, mask: Tensor, margin: float) -> Tensor:
+    """Eqs. 9 and 10: each keypoint's feature is nearer to its match than to any other keypoint's, by a margin.
+
+    Args:
+        src: (B, K, C) source features at the keypoints, the anchors. our choice: of unit length, as for a cosine.
+        trg: (B, K, C) target features; i is the positive of anchor i, and every j != i a negative.
+        mask: (B, K) bool, which rows are keypoints.
+        margin: m.
+
+    Returns:
+        Scalar: the mean over a pair's N (N - 1) triplets, then over the pairs with two keypoints or more.
+    """
+    distance = torch.cdist(src, trg, compute_mode="donot_use_mm_for_euclid_dist")  # (B, K, K), exact if small, too
+    positive = distance.diagonal(dim1=1, dim2=2).unsqueeze(2)
+    triplets = mask.unsqueeze(2) & mask.unsqueeze(1) & ~torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
+    count = triplets.sum((1, 2))
+    each = ((positive - distance + margin).relu() * triplets).sum((1, 2)) / count.clamp(min=1)
+    return mean_where(each, count > 0)
+
+
+# ---------------------------------------------------------------------- helpers
+
+
 def zeroed(layer: nn.Module) -> nn.Module:
-    """A layer that answers zero until it has learnt."""
+    """The layer with all parameters zero."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
 
 
 def cnn(*convolutions: tuple[int, int, int]) -> list[nn.Module]:
-    """Convolutions (channels in, channels out, side of the kernel), each with a ReLU behind it."""
+    """Convolutions of (channels in, channels out, kernel side), each followed by a ReLU."""
     pairs = ([nn.Conv2d(i, o, k, padding=k // 2), nn.ReLU(inplace=True)] for i, o, k in convolutions)
     return [module for pair in pairs for module in pair]

@@ -16,8 +16,11 @@ COLUMNS = (
 ).split()
 
 TITLES = {
-    **{"gsf": "GSF", "vitsc": "ViTSC", "actr_poster": "ACTR poster"},
-    **{"lpmflow_poster": "LPMFlow poster", "lpmflow_supplement": "LPMFlow supplement"},
+    "gsf": "GSF",
+    "vitsc": "ViTSC",
+    "actr_poster": "ACTR poster",
+    "lpmflow_poster": "LPMFlow poster",
+    "lpmflow_supplement": "LPMFlow supplement",
 }
 
 

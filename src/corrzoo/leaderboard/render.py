@@ -20,14 +20,25 @@ COSTS = {
 """Column title and number format of each cost."""
 FORMATS = dict(COSTS.values()) | {"published": ".1f", "difference": "+.1f"}
 WORDS = {
-    **{"spair71k": "SPair-71k", "pfpascal": "PF-PASCAL", "pfwillow": "PF-WILLOW", "cub": "CUB-200-2011"},
-    **{"caltech101": "Caltech-101", "ap10k": "AP-10K", "spair_u": "SPair-U"},
-    **{"synthetic": "synthetic pairs", "synthetic_warps": "synthetic warps", "none": "training-free (zero-shot)"},
+    "spair71k": "SPair-71k",
+    "pfpascal": "PF-PASCAL",
+    "pfwillow": "PF-WILLOW",
+    "cub": "CUB-200-2011",
+    "caltech101": "Caltech-101",
+    "ap10k": "AP-10K",
+    "spair_u": "SPair-U",
+    "synthetic": "synthetic pairs",
+    "synthetic_warps": "synthetic warps",
+    "none": "training-free (zero-shot)",
 }
 """Names of datasets and kinds of supervision, for readers."""
 SHARED = {
-    **{"supervision": "supervision: {}", "trained on": "trained on {}", "pairs seen": "{} training pairs seen"},
-    **{"px": "{} px", "seeds": "seeds: {}", "device": "device: {}"},
+    "supervision": "supervision: {}",
+    "trained on": "trained on {}",
+    "pairs seen": "{} training pairs seen",
+    "px": "{} px",
+    "seeds": "seeds: {}",
+    "device": "device: {}",
 }
 """Columns that a ranking's heading replaces if all rows agree, and how it states the value."""
 FOLD = 12

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import errors, snapshot_download
 from safetensors import SafetensorError
@@ -21,8 +21,12 @@ WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 HUB = "hf://"
 RENAMED = {"resize": "backbone_size", "query": "point_query"}
 """Options of checkpoints that version 0.1.0 wrote, and what they are called now."""
-DROPPED = frozenset({"sha256"})
-"""Options of version 0.1.0 that are gone, and that changed nothing about a loaded model."""
+DROPPED = frozenset({"sha256", "geo_weight"})
+"""Options of version 0.1.0 that are gone and did not change what a loaded model predicts."""
+REMOVED = {"GSF": {"network": "unet", "soft_argmax": "kept"}}
+"""Options of version 0.1.0 that are gone, by head, and the only value that can still be loaded."""
+IMPLIED = {"GSF": {"start": "guidance"}}
+"""Options that version 0.1.0 did not have, by head, and the value that reproduces its predictions."""
 
 
 def save(matcher: Matcher, folder: str | Path, results: Sequence[str | Path | dict[str, Any]] = ()) -> Path:
@@ -80,16 +84,54 @@ def load(path: str | Path) -> Matcher:
     return matcher.eval()
 
 
-def read_checkpoint(path: Path) -> tuple[str, dict[str, Any]]:
-    """The head of a checkpoint that Lightning is to load, and the options that it was made with.
+class Stored(NamedTuple):
+    """A checkpoint without its weights."""
+
+    head: str
+    options: dict[str, Any]
+    """Options of the model."""
+    epochs: int
+    """Completed training epochs."""
+    steps: int
+    """Completed optimiser steps."""
+
+
+def read_checkpoint(path: Path) -> Stored:
+    """Model and progress of a checkpoint that `corrzoo fit` wrote.
 
     Raises:
         ZooError: like `load`, and for what only `load` reads.
     """
     if path.is_dir() or str(path).startswith("hf:"):
-        raise ZooError(f"{path} is for corrzoo.load() and `corrzoo match`: give --ckpt_path a .ckpt of `lightning fit`")
+        raise ZooError(f"{path} is for corrzoo.load() and `corrzoo match`: give --ckpt_path a .ckpt of `corrzoo fit`")
     content = _read(path)
-    return content["head"], content["hyper_parameters"]
+    progress = content.get("loops", {}).get("fit_loop", {}).get("epoch_progress", {}).get("current", {})
+    steps = int(content.get("global_step", 0))
+    return Stored(content["head"], content["hyper_parameters"], int(progress.get("processed", 0)), steps)
+
+
+def newest_checkpoint(folder: Path, name: str, head: str, backbone: str | None = None) -> Path:
+    """The newest file called `name` anywhere under `folder` that holds such a model.
+
+    Args:
+        folder: Folder of runs.
+        name: `best.ckpt` or `last.ckpt`.
+        head: Name of the head.
+        backbone: Name of the backbone; None for any.
+
+    Raises:
+        ZooError: if there is none, or if a newer one is damaged.
+    """
+    others = []
+    for path in sorted(folder.rglob(name), key=lambda path: path.stat().st_mtime, reverse=True):
+        content = read_state(path)
+        other = content.get("head"), content.get("hyper_parameters", {}).get("backbone")
+        if other[0] == head and backbone in (None, other[1]):
+            return path
+        others.append(f"{other[0]} on {other[1]}")
+    wanted = f"{head} on {backbone}" if backbone else head
+    listed = f" (only of {', '.join(dict.fromkeys(others))})" if others else ""
+    raise ZooError(f"no {name} of {wanted} found under {folder}{listed}: give --ckpt_path a file, or leave it out")
 
 
 def _fetch(address: str | Path) -> Path:
@@ -120,8 +162,18 @@ def _read(path: Path) -> dict[str, Any]:
     if head not in HEADS and not module.startswith("corrzoo."):  # named, but not imported for a file's sake
         raise ZooError(f"{path} holds a {head} of {module!r}: import that module first (--plugins {module})")
     HEADS[head]  # an unknown head names the nearest
-    options = {RENAMED.get(name, name): value for name, value in options.items() if name not in DROPPED}
-    return content | {"hyper_parameters": options}
+    return content | {"hyper_parameters": _translated(path, head, options)}
+
+
+def _translated(path: Path, head: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Options as this version has them."""
+    removed = REMOVED.get(head, {})
+    for name, value in removed.items():
+        if options.get(name, value) != value:
+            raise ZooError(f"{path} needs {head}'s {name}={options[name]!r}, which is gone: load it with corrzoo 0.1.0")
+    gone = DROPPED | removed.keys()
+    kept = {RENAMED.get(name, name): value for name, value in options.items() if name not in gone}
+    return IMPLIED.get(head, {}) | kept
 
 
 def _read_folder(path: Path) -> dict[str, Any]:

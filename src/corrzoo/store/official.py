@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from corrzoo.backbones.weights import read_state
+from corrzoo.backbones.weights import key_faults, read_state
 from corrzoo.heads import HEADS
 from corrzoo.matcher import Matcher
 from corrzoo.registry import nearest
@@ -126,7 +126,10 @@ def load_official(
     papers: dict[str, Any] = {"backbone": "ibot_b16", "weights": "random", "backbone_size": 256}
     matcher = HEADS[layout.head](**papers | options)
     ours = {key: official_key(key, layout.names) for key in matcher.state_dict()}
-    _check(theirs, {ours[key]: value for key, value in matcher.state_dict().items()}, layout)
+    expected = {ours[key]: value for key, value in matcher.state_dict().items()}
+    used = {k: v for k, v in theirs.items() if k in expected or not re.fullmatch(layout.unused, k)}
+    if faults := key_faults(used, expected):
+        raise ZooError(f"the checkpoint does not fit the released {layout.head}: {faults}")
     if as_tested:
         theirs = _as_tested(theirs, name)
     matcher.load_state_dict({key: theirs[official] for key, official in ours.items()})
@@ -164,22 +167,6 @@ def _state_of(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
         for key, value in state.items()
         if isinstance(key, str) and isinstance(value, Tensor)
     }
-
-
-def _check(theirs: Mapping[str, Tensor], expected: Mapping[str, Tensor], layout: Layout) -> None:
-    """Refuse a state dict that is not the layout's, to the key and shape."""
-    faults = {
-        "missing": [key for key in expected if key not in theirs],
-        "unexpected": [key for key in theirs if key not in expected and not re.fullmatch(layout.unused, key)],
-        "of another shape": [key for key in expected if key in theirs and theirs[key].shape != expected[key].shape],
-    }
-    told = [
-        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' * (len(keys) > 3)})"
-        for what, keys in faults.items()
-        if keys
-    ]
-    if told:
-        raise ZooError(f"the checkpoint is not that of the released {layout.head}: {'; '.join(told)}")
 
 
 def _as_tested(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:

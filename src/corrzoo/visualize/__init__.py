@@ -1,12 +1,12 @@
-"""Pictures of what a head did; no model code here."""
+"""Pictures of matches, flows and heat maps. No model code."""
 
 from corrzoo.visualize.figures import save_figure, to_array
 from corrzoo.visualize.flow import draw_flow, flow_colours, write_flo
 from corrzoo.visualize.heat import draw_foreground, draw_heat
-from corrzoo.visualize.matches import draw_comparison, draw_matches
+from corrzoo.visualize.matches import draw_matches
 from corrzoo.visualize.warp import draw_warps, flow_warp, tps_warp
 
 __all__ = [
-    "draw_comparison", "draw_flow", "draw_foreground", "draw_heat", "draw_matches", "draw_warps", "flow_colours",
-    "flow_warp", "save_figure", "to_array", "tps_warp", "write_flo",
+    "draw_flow", "draw_foreground", "draw_heat", "draw_matches", "draw_warps", "flow_colours", "flow_warp",
+    "save_figure", "to_array", "tps_warp", "write_flo",
 ]  # fmt: skip

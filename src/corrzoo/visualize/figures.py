@@ -1,4 +1,4 @@
-"""What the pictures share: panels in rows, and figures as files and arrays."""
+"""Figures of panels in rows, with images in the zoo's coordinates, and their files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,22 +17,22 @@ from torch import Tensor
 from corrzoo.types import ZooError
 
 OUTLINE = [withStroke(linewidth=2, foreground="black")]
-"""Round white text and rings, so that they stand out from any image."""
+"""Keeps white text and rings visible on any image."""
 FINEST = 2048
-"""our choice: pixels on a side that a panel needs; drawing all of a photograph's takes half a minute."""
+"""our choice: longest side of a drawn image in pixels; larger images take half a minute."""
 TALLEST = 4.0
-"""our choice: of a row, by the width of an image, and of its inverse; what is longer is drawn smaller."""
+"""our choice: aspect ratio, and its inverse, beyond which an image is drawn smaller."""
 Images = Tensor | Sequence[Tensor]
-"""(B, 3, H, W) uint8, or as many (3, H, W) of any sizes."""
+"""(B, 3, H, W) uint8, or B images (3, H, W) of any sizes."""
 
 
 def panels(widths: Sequence[float], *images: Images, titles: Sequence[str] | None = None) -> tuple[Figure, Any]:
-    """A figure of panels, and its axes: a row for each of the images, as high as they need.
+    """Create a figure with one row of panels per pair; returns the figure and its axes (rows, columns).
 
     Args:
-        widths: Of the columns; an image is 1 wide.
-        images: What a row is to hold: the b-th of each.
-        titles: A title for each row.
+        widths: Relative widths of the columns.
+        images: Image sets of B images; row b is as high as the highest b-th image needs.
+        titles: One title per row.
     """
     ratios = [max(image.shape[-2] / image.shape[-1] for image in row) for row in zip(*images, strict=True)]
     ratios = [min(max(ratio, 1 / TALLEST), TALLEST) for ratio in ratios]
@@ -48,22 +48,22 @@ def panels(widths: Sequence[float], *images: Images, titles: Sequence[str] | Non
     return figure, axes
 
 
-def head(axes: Any, *names: str) -> None:
-    """Name the columns behind the first, whose titles are the rows'."""
+def title_columns(axes: Any, *names: str) -> None:
+    """Title the columns after the first, whose titles are those of the rows."""
     for ax, name in zip(axes[0, 1:], names, strict=False):
         ax.set_title(name, fontsize=8)
 
 
 def show(ax: Axes, image: Tensor) -> None:
-    """An image (3, H, W) uint8 in a panel whose coordinates are the zoo's: its top-left corner is (0, 0)."""
+    """Draw an image (3, H, W) uint8; its top-left corner is (0, 0), as everywhere in the zoo."""
     H, W = image.shape[-2:]
     pixels = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).reduce(-(-max(H, W) // FINEST))
     ax.imshow(np.asarray(pixels), interpolation="lanczos", extent=(0, W, H, 0))
-    ax.autoscale(False)  # a point outside does not make the image smaller
+    ax.autoscale(False)  # points outside the image do not shrink it
 
 
 def overlay(ax: Axes, image: Tensor, values: Tensor) -> None:
-    """Values (h, w) over the grey image, the lowest dark and the highest bright; contours at every fifth."""
+    """Draw values (h, w) over the grey image, from dark (lowest) to bright (highest), with contours at every fifth."""
     H, W = image.shape[-2:]
     show(ax, (0.7 * image.float().mean(0, keepdim=True)).byte().expand(3, -1, -1))
     fine = F.interpolate(values[None, None].float().cpu(), scale_factor=4, mode="bicubic")[0, 0]  # for smooth contours
@@ -81,7 +81,7 @@ def save_figure(figure: Figure, path: Path | str) -> Path:
     """Write a figure as an image file.
 
     Raises:
-        ZooError: when the folder cannot be written to.
+        ZooError: if the file cannot be written.
     """
     path = Path(path)
     try:
@@ -93,7 +93,7 @@ def save_figure(figure: Figure, path: Path | str) -> Path:
 
 
 def to_array(figure: Figure) -> Tensor:
-    """A figure as an image (H, W, 3) uint8, for loggers."""
+    """Render a figure as an image (H, W, 3) uint8, for loggers."""
     canvas = figure.canvas
     assert isinstance(canvas, FigureCanvasAgg)
     canvas.draw()

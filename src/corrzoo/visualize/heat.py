@@ -1,4 +1,4 @@
-"""Scores laid over images: where a source point is seen in the target, and what counts as foreground."""
+"""Heat maps over images: scores of target cells for a query, and foreground weights."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from corrzoo.visualize.figures import OUTLINE, Images, head, overlay, panels, show
+from corrzoo.visualize.figures import OUTLINE, Images, overlay, panels, show, title_columns
 
 
 def draw_heat(
@@ -18,50 +18,45 @@ def draw_heat(
     truth: Tensor | None = None,
     titles: Sequence[str] | None = None,
 ) -> Figure:
-    """One source point of each pair, and the scores of the target's cells for it: dark is low, bright is high.
+    """Draw one query of each pair, and the scores of the target's cells for it, from dark (low) to bright (high).
 
     Args:
         src_img: B images (3, H, W) uint8.
         trg_img: B images (3, H, W) uint8.
-        points: (B, 2) source points, in pixels of the images given: ringed.
+        points: (B, 2) queries in source pixels, drawn as rings.
         heat: B maps (h, w), see `Matcher.heat_maps`.
-        pred: (B, 2) their matches, marked with a cross.
-        truth: (B, 2) where they should be: ringed.
-        titles: A title for each row.
+        pred: (B, 2) predictions in target pixels, drawn as crosses.
+        truth: (B, 2) ground truth in target pixels, drawn as rings.
+        titles: One title per row.
     """
     figure, axes = panels([1, 1], src_img, trg_img, titles=titles)
-    for b, row in enumerate(axes):
-        show(row[0], src_img[b])
-        _ring(row[0], points[b])
-        heat_panel(row[1], trg_img[b], heat[b], *(None if p is None else p[b] for p in (pred, truth)))
-    marks = {"cross: match": pred, "ring: truth": truth}
-    head(axes, ", ".join(name for name, given in marks.items() if given is not None))
+    for b, (src, trg) in enumerate(axes):
+        show(src, src_img[b])
+        _ring(src, points[b])
+        overlay(trg, trg_img[b], heat[b])
+        if truth is not None:
+            _ring(trg, truth[b])
+        if pred is not None:
+            trg.plot(*pred[b].tolist(), "x", ms=8, mew=1.5, color="white", path_effects=OUTLINE)
+    marks = {"cross: prediction": pred, "ring: ground truth": truth}
+    title_columns(axes, ", ".join(name for name, given in marks.items() if given is not None))
     return figure
 
 
 def draw_foreground(images: Images, weights: Sequence[Tensor], titles: Sequence[str] | None = None) -> Figure:
-    """Images, and beside each how much its cells resemble the class tokens (LPMFlow's supplement, figure 1).
+    """Draw images, and beside each the similarity of its cells to the class token (LPMFlow's supplement, figure 1).
 
     Args:
         images: B images (3, H, W) uint8.
-        weights: B maps (h, w), see `Matcher.foreground_maps`.
-        titles: A title for each row.
+        weights: B maps (h, w), see `inference.foreground_maps`.
+        titles: One title per row.
     """
     figure, axes = panels([1, 1], images, titles=titles)
     for row, image, values in zip(axes, images, weights, strict=True):
         show(row[0], image)
         overlay(row[1], image, values)
-    head(axes, "foreground weight")
+    title_columns(axes, "foreground weight")
     return figure
-
-
-def heat_panel(ax: Axes, image: Tensor, heat: Tensor, pred: Tensor | None, truth: Tensor | None) -> None:
-    """Scores over a target image, with the match as a cross and the truth as a ring."""
-    overlay(ax, image, heat)
-    if truth is not None:
-        _ring(ax, truth)
-    if pred is not None:
-        ax.plot(*pred.tolist(), "x", ms=8, mew=1.5, color="white", path_effects=OUTLINE)
 
 
 def _ring(ax: Axes, point: Tensor) -> None:

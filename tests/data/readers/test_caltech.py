@@ -44,11 +44,11 @@ def test_bad_outlines_are_named(tmp_path: Path) -> None:
     path = tmp_path / "Caltech-101" / "test_pairs_caltech_with_category.csv"
     start = "x/Faces/image_0001.jpg,x/Faces/image_0002.jpg"
     for row, message in (
-        (f'{start},1,"1,2,3","1,2","1,2","1,2"', "csv:2: these are no keypoints"),
+        (f'{start},1,"1,2,3","1,2","1,2","1,2"', "csv:2: expected keypoints"),
         (f'{start},1,"1,2,3","1,nan,3","1,2,3","1,2,1"', "csv:2: source point .*nan"),
         (f'{start},102,"1,2","1,2","1,2","1,2"', "csv:2: unknown category '102'"),
         (f'{start},1,"1,2,3","1,2","1,2"', "csv:2: expected 7 columns"),
-        (f'{start},1,"1,2","1,2","1,2,3","1,2,1"', "csv:2: an outline of less than three points"),
+        (f'{start},1,"1,2","1,2","1,2,3","1,2,1"', "csv:2: an outline of fewer than 3 points"),
         (f'{start},1,"1,2' + "3" * 140_000, "csv:2: field larger than"),
     ):
         path.write_text(f"header\n{row}\n")

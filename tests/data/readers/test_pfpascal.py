@@ -99,7 +99,7 @@ def test_bad_mats_are_named(tmp_path: Path) -> None:
         create_dataset("pfpascal", tmp_path, "val")
     for boxes in ([["a", "b", "c", "d"]], [[1, 2, 50, 70j]]):
         scipy.io.savemat(mat(tmp_path), {"kps": np.ones((4, 2)), "bbox": np.array(boxes)})
-        with pytest.raises(ZooError, match=r"2009_000020\.mat: 'bbox' is no matrix of real numbers"):
+        with pytest.raises(ZooError, match=r"2009_000020\.mat: 'bbox' is not a matrix of real numbers"):
             create_dataset("pfpascal", tmp_path, "val")
     version73 = b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + bytes(384) + b"\x89HDF\r\n\x1a\n" + bytes(99)
     mat(tmp_path).write_bytes(version73)
@@ -134,8 +134,8 @@ def test_bad_inline_keypoints_are_named(tmp_path: Path) -> None:
     write_pfpascal(tmp_path, mats=False)
     start = "a/2008_000010.jpg,a/2009_000020.jpg,7"
     for cells, message in (
-        ("1;2,1,1,1", "no keypoints"),
-        ("1;x,1;2,1;2,1;2", "no keypoints"),
+        ("1;2,1,1,1", "expected keypoints"),
+        ("1;x,1;2,1;2,1;2", "expected keypoints"),
         ("1;2,1;2,3,3", "2 source"),
     ):
         (tmp_path / "PF-PASCAL" / "test_pairs.csv").write_text(f"header\n{start},{cells}\n")
@@ -143,7 +143,7 @@ def test_bad_inline_keypoints_are_named(tmp_path: Path) -> None:
             create_dataset("pfpascal", tmp_path, "test")
 
 
-def test_missing_list_names_the_others_that_would_do(tmp_path: Path) -> None:
+def test_a_missing_list_is_an_error_that_names_the_alternatives(tmp_path: Path) -> None:
     write_pfpascal(tmp_path)
     (tmp_path / "PF-PASCAL" / "trn_pairs.csv").unlink()
     with pytest.raises(ZooError, match=r"trn_pairs\.csv \(nor train_pairs\.csv, .*image_pairs.train_pairs\.csv\)"):

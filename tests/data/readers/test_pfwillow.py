@@ -36,7 +36,7 @@ def test_only_a_test_split(tmp_path: Path) -> None:
         create_dataset("pfwillow", tmp_path, "trn")
 
 
-def test_a_missing_sub_class_or_mat_is_no_smaller_benchmark(tmp_path: Path) -> None:
+def test_a_missing_sub_class_or_mat_is_an_error(tmp_path: Path) -> None:
     write_pfwillow(tmp_path, lists=False)
     (tmp_path / "PF-WILLOW" / "duck(S)" / "b_002.mat").unlink()
     with pytest.raises(ZooError, match=r"no annotation .*duck\(S\).b_002\.mat"):

@@ -47,7 +47,7 @@ def test_sample_carries_flags_category_and_boxes(tmp_path: Path) -> None:
     assert [dataset.images[n].name for n in (sample.src_id, sample.trg_id)] == [pair["src_imname"], pair["trg_imname"]]
 
 
-def test_ids_are_those_of_the_annotation_and_unknown_after_a_mirror(tmp_path: Path) -> None:
+def test_ids_are_read_from_the_annotation_and_unknown_after_a_mirror(tmp_path: Path) -> None:
     """The reader has no table of left and right parts."""
     write_spair(tmp_path)
     change(tmp_path, kps_ids=["3", "12", "7"])
@@ -56,7 +56,7 @@ def test_ids_are_those_of_the_annotation_and_unknown_after_a_mirror(tmp_path: Pa
     assert batch.kps_ids.tolist() == [[3, 12, 7], [-1, -1, -1], [0, -1, -1]]
     assert batch.mirror_ids.tolist() == [[-1, -1, -1], [3, 12, 7], [-1, -1, -1]]
     change(tmp_path, kps_ids=None)
-    assert create_dataset("spair71k", tmp_path, "trn").record(1).kps_ids is None
+    assert create_dataset("spair71k", tmp_path, "trn", refresh=True).record(1).kps_ids is None
 
 
 def test_small_layout(tmp_path: Path) -> None:
@@ -84,11 +84,11 @@ def change(root: Path, **values: object) -> Path:
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"src_kps": [], "trg_kps": [], "kps_ids": []}, "no keypoint"),
-        ({"kps_ids": ["0", "1"]}, "3 keypoints but 2 ids: each keypoint needs its id"),
+        ({"src_kps": [], "trg_kps": [], "kps_ids": []}, "no keypoints in common"),
+        ({"kps_ids": ["0", "1"]}, "3 keypoints but 2 ids: correct"),
         ({"kps_ids": ["0", "1", "-1"]}, r"keypoint ids \['0', '1', '-1'\]: expected a list of 0, 1, 2"),
-        ({"kps_ids": ["0", "1", "two"]}, "these are not keypoint ids"),
-        ({"kps_ids": ["0", "1", 2**70]}, "these are not keypoint ids"),
+        ({"kps_ids": ["0", "1", "two"]}, "expected keypoint ids"),
+        ({"kps_ids": ["0", "1", 2**70]}, "expected keypoint ids"),
         ({"kps_ids": [["0", "1", "2"]]}, "keypoint ids .*: expected a list"),
         ({"src_kps": [[8, 8], [float("nan"), 30], [40, 52]]}, "source point .*nan.* is not in its 48x60 image"),
         ({"src_kps": [[8, 8], [None, 30], [40, 52]]}, "source point .*nan"),
@@ -96,8 +96,8 @@ def change(root: Path, **values: object) -> Path:
         ({"trg_kps": [[10, -1.5], [6, 20], [50, 40]]}, r"target point \[10.0, -1.5\]"),
         ({"src_kps": [[8, 8], [24, 30]]}, "2 source but 3 target"),
         ({"src_kps": [[8, 8, 1], [24, 30, 1], [1, 1, 1]]}, r"shape \(n, 2\), found \(3, 3\)"),
-        ({"src_kps": [[8, 8], [24], [1, 1]]}, "no keypoints"),
-        ({"src_kps": "left"}, "no keypoints"),
+        ({"src_kps": [[8, 8], [24], [1, 1]]}, "expected keypoints"),
+        ({"src_kps": "left"}, "expected keypoints"),
         ({"src_bndbox": [40, 1, 10, 30]}, r"source box \[40.0, 1.0, 10.0, 30.0\]"),
         ({"trg_bndbox": [1, 1, 640, 48]}, "target box .* 64x48 image"),
         ({"trg_bndbox": [1, 1, 64]}, "expected a box"),
@@ -142,7 +142,7 @@ def test_missing_parts_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ZooError, match=r"no .*PairAnnotation.test"):
         create_dataset("spair71k", tmp_path, "test")
     change(tmp_path).unlink()
-    with pytest.raises(ZooError, match=r"no annotation .*000002-.*, which .*trn\.txt names"):
+    with pytest.raises(ZooError, match=r"no annotation .*000002-.*, listed in .*trn\.txt"):
         create_dataset("spair71k", tmp_path, "trn")
 
 

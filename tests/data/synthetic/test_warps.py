@@ -1,4 +1,4 @@
-"""Pairs of warps: what they show, that masks say the truth, and VOC's layout on disk."""
+"""Pairs of warps: images, masks, and VOC's layout on disk."""
 
 import numpy as np
 import pytest
@@ -45,13 +45,13 @@ def test_warps_depend_on_seed_epoch_and_number_only():
     assert not torch.equal(warps()[2].src_img, warps()[2].trg_img)
 
 
-def test_no_drawing_is_also_in_the_pairs_that_are_scored():
+def test_no_object_is_also_in_the_pairs_that_are_scored():
     pairs = create_dataset("synthetic", "", "val", size=64)
     train = {warps().read_image(n).tobytes() for n in range(6)}
     assert train.isdisjoint(pairs.read_image(n).tobytes() for n in range(6))
 
 
-def test_what_is_in_both_masks_is_the_same_scenery():
+def test_both_masks_show_the_same_part_of_the_image():
     """An image that spells out its own coordinates: colours under the masks name the same places in both views."""
     places = cell_centres((96, 96), (255, 255)).T.unflatten(1, (96, 96))
     image = torch.cat([places, torch.full((1, 96, 96), 128.0)]).to(torch.uint8)
@@ -66,7 +66,7 @@ def test_what_is_in_both_masks_is_the_same_scenery():
         assert (seen[0] == seen[1]).float().mean() > 0.7
 
 
-def test_masks_leave_out_what_the_other_view_does_not_show():
+def test_masks_leave_out_parts_that_the_other_view_does_not_show():
     image = torch.full((3, 32, 32), 200, dtype=torch.uint8)
     sample = warps(size=32)[0]._replace(src_img=image)
     pair = warp_pair(sample, torch.ones(32, 32), generator(3))
@@ -110,7 +110,7 @@ def test_masks_are_mirrored_and_cropped_with_their_images():
     assert crop(bare, generator(), p=1.0).src_mask is EVERYWHERE
 
 
-def test_there_are_no_warps_to_score():
+def test_warps_have_no_evaluation_split():
     with pytest.raises(ZooError, match="no split 'val'"):
         create_dataset("synthetic_warps", "", "val")
     with pytest.raises(ZooError, match="length"):
@@ -159,7 +159,7 @@ def test_voc_images_with_their_masks_without_those_of_pf_pascals_test(voc):
     assert len(create_dataset("voc_warps", voc, "trn", exclude="")) == 4
 
 
-def test_voc_says_what_is_missing(voc):
+def test_missing_voc_files_are_named(voc):
     with pytest.raises(ZooError, match=r"no .*val.txt: fetch VOC 2012"):
         create_dataset("voc_warps", voc, "trn", images="val")
     with pytest.raises(ZooError, match=r"no .*nowhere.csv: .*exclude: ''"):

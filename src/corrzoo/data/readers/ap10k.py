@@ -1,12 +1,12 @@
 """AP-10K (Yu et al., 2021) as pairs of animals: the benchmark of GeoAware-SC (Zhang et al., CVPR 2024).
 
-Read as the authors' notebook `prepare_ap10k` writes it. It draws the pairs after it has listed folders in the order of
-the file system, so that they differ from machine to machine: compare numbers that come from the same folder.
+The authors' notebook `prepare_ap10k` writes the pairs that are read here. It draws them after listing folders in the
+order of the file system, so they differ between machines. Compare only numbers that come from the same folder.
 """
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,27 +22,25 @@ from corrzoo.registry import nearest
 from corrzoo.types import Record, ZooError
 
 SUBSETS = {"intra-species": "", "cross-species": "_cross_species", "cross-family": "_cross_family"}
-"""What the authors call the benchmark's parts, and what their folders' names end in."""
+"""The benchmark's parts, as the authors call them, and the suffixes of their folders."""
 
 Animal = tuple[Tensor, Tensor, tuple[int, int], Tensor]
-"""Of an image's annotation: keypoints (17, 2), which of them are visible, the image's (w, h), the animal's box."""
+"""Annotation of an image: keypoints (17, 2), their visibility (17,) bool, the image's (w, h), the animal's box (4,)."""
 
 
 @DATASETS.register
 class AP10K(FolderDataset):
-    """AP-10K: 17 keypoints that all species share; a pair has those that are visible in both images.
+    """AP-10K, with 17 keypoints shared by all species. A pair has those that are visible in both images.
 
     Args:
-        root: The folder that holds `ap-10k/`.
-        split: See `PairDataset`, as all the others.
         subset: `intra-species`, whose categories are species; `cross-species`, whose categories are families; or
-            `cross-family`, which has the one category `all`. The last two have no training pairs.
+            `cross-family`, with the one category `all`. Only the first has training pairs.
     """
 
     name = "ap10k"
     folder = "ap-10k"
     holds = "JPEGImages, ImageAnnotation and PairAnnotation"
-    origin = "make them of AP-10K by GeoAware-SC's notebook prepare_ap10k"
+    origin = "create them from AP-10K with GeoAware-SC's notebook prepare_ap10k"
     splits = ("trn", "val", "test")
 
     def __init__(
@@ -60,44 +58,39 @@ class AP10K(FolderDataset):
     def sources(self) -> list[Path]:
         self._images, self._animals = self.need(self.home / "JPEGImages"), self.need(self.home / "ImageAnnotation")
         self._pairs = self.need(self.home / "PairAnnotation" / f"{self.split}{SUBSETS[self.subset]}")
-        self.pair_files = self._pairs
-        self._files = sorted(name for name in os.listdir(self._pairs) if name.endswith(".json"))
-        self.categories = sorted({self._category(name) for name in self._files})
+        self.pair_folder = self._pairs
+        self._names = sorted(name for name in os.listdir(self._pairs) if name.endswith(".json"))
+        self.categories = sorted({_category(name) for name in self._names})
         return [self._pairs, *sorted(filter(Path.is_dir, self._animals.glob("*/*")))]
 
     def read(self) -> Iterator[tuple[str, Record]]:
         animal = cache(self._read_animal)
-        for name in self._files:
-            yield str(self._pairs / name), self.read_pair(self._pairs / name, animal)
+        for name in self._names:
+            path = self._pairs / name
+            try:
+                pair = json.loads(path.read_bytes())
+                # Their folder is the notebook's; the last three parts are family, species and file.
+                src, trg = (PurePosixPath(*PurePosixPath(pair[f"{s}_json_path"]).parts[-3:]) for s in ("src", "trg"))
+            except BROKEN as error:
+                raise ZooError(f"{path}: not a pair of AP-10K ({error!r}): write it again") from error
+            (src_kps, src_seen, src_size, src_box), (trg_kps, trg_seen, trg_size, trg_box) = animal(src), animal(trg)
+            both = src_seen & trg_seen
+            record = Record(
+                src_path=self._images / src.with_suffix(".jpg"),
+                trg_path=self._images / trg.with_suffix(".jpg"),
+                src_kps=src_kps[both],
+                trg_kps=trg_kps[both],
+                src_size=src_size,
+                trg_size=trg_size,
+                category=_category(name),
+                src_box=src_box,
+                trg_box=trg_box,
+                kps_ids=both.nonzero()[:, 0],
+            )
+            yield str(path), record
 
-    def read_pair(self, path: Path, animal: Callable[[PurePosixPath], Animal] | None = None) -> Record:
-        animal = animal or self._read_animal
-        try:
-            pair = json.loads(path.read_bytes())
-            # They are relative to where the notebook ran: the last three parts are family, species and file.
-            src, trg = (PurePosixPath(*PurePosixPath(pair[f"{side}_json_path"]).parts[-3:]) for side in ("src", "trg"))
-        except BROKEN as error:
-            raise ZooError(f"{path}: not a pair of AP-10K ({error!r}): write it again") from error
-        (src_kps, src_seen, src_size, src_box), (trg_kps, trg_seen, trg_size, trg_box) = animal(src), animal(trg)
-        both = src_seen & trg_seen
-        return Record(
-            src_path=self._images / src.with_suffix(".jpg"),
-            trg_path=self._images / trg.with_suffix(".jpg"),
-            src_kps=src_kps[both],
-            trg_kps=trg_kps[both],
-            src_size=src_size,
-            trg_size=trg_size,
-            category=self._category(path.name),
-            src_box=src_box,
-            trg_box=trg_box,
-            kps_ids=both.nonzero()[:, 0],
-        )
-
-    def _category(self, name: str) -> str:
-        return name.removesuffix(".json").rpartition(":")[2]
-
-    def _read_animal(self, place: PurePosixPath) -> Animal:
-        path = self._animals / place
+    def _read_animal(self, file: PurePosixPath) -> Animal:
+        path = self._animals / file
         try:
             note = json.loads(path.read_bytes())
             x, y, w, h = map(float, note["bbox"])  # COCO: left, top, width, height; keypoints are x, y, visibility
@@ -106,9 +99,13 @@ class AP10K(FolderDataset):
             return points[:, :2], points[:, 2] > 0, (note["width"], note["height"]), box
         except OSError as error:
             raise ZooError(
-                f"no annotation {path}, which a pair names ({error.strerror}): restore it, or write the pairs again"
+                f"no annotation {path}, named by a pair ({error.strerror}): restore it, or write the pairs again"
             ) from None
         except ZooError:
             raise
         except BROKEN as error:
             raise ZooError(f"{path}: not an annotation of AP-10K ({error!r}): write it again") from error
+
+
+def _category(name: str) -> str:
+    return name.removesuffix(".json").rpartition(":")[2]

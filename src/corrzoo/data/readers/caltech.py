@@ -26,9 +26,9 @@ CATEGORIES = """
 
 @DATASETS.register
 class Caltech101(FolderDataset):
-    """Caltech-101: no keypoints but outlines, in `Record.src_polygon` and `trg_polygon`; samples have K = 0.
+    """Caltech-101, with outlines (`Record.src_polygon` and `trg_polygon`) instead of keypoints. Samples have K = 0.
 
-    `lightning test` scores it by label transfer in original pixels, see `metrics.LabelTransfer`.
+    `lightning test` scores it by label transfer in original pixels, see `scoring.label_transfer`.
     """
 
     name = "caltech101"
@@ -44,21 +44,19 @@ class Caltech101(FolderDataset):
         return [self._list, *(self._images / category for category in CATEGORIES if (self._images / category).is_dir())]
 
     def read(self) -> Iterator[tuple[str, Record]]:
-        size, none = cache(image_size), torch.zeros(0, 2, dtype=torch.float64)
+        size, no_kps = cache(image_size), torch.zeros(0, 2, dtype=torch.float64)
         for where, row in read_list(self._list, 7):
             src, trg = (self._images.joinpath(*PurePosixPath(cell).parts[-2:]) for cell in row[:2])
             x_src, y_src, x_trg, y_trg = (cell.split(",") for cell in row[3:7])
-            yield (
-                where,
-                Record(
-                    src_path=src,
-                    trg_path=trg,
-                    src_kps=none,
-                    trg_kps=none,
-                    src_size=size(src),
-                    trg_size=size(trg),
-                    category=category_of(row[2], CATEGORIES, where),
-                    src_polygon=read_points(zip(x_src, y_src, strict=True), where),
-                    trg_polygon=read_points(zip(x_trg, y_trg, strict=True), where),
-                ),
+            record = Record(
+                src_path=src,
+                trg_path=trg,
+                src_kps=no_kps,
+                trg_kps=no_kps,
+                src_size=size(src),
+                trg_size=size(trg),
+                category=category_of(row[2], CATEGORIES, where),
+                src_polygon=read_points(zip(x_src, y_src, strict=True), where),
+                trg_polygon=read_points(zip(x_trg, y_trg, strict=True), where),
             )
+            yield where, record

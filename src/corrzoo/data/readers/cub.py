@@ -5,6 +5,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,10 @@ class CUB(FolderDataset):
 
     The dataset has no pairs. our choice: images are split by species, so that no species of the test split is seen in
     training (the official split is by image), and `draw_pairs` chooses the pairs. Images of images.txt that are not on
-    disk are left out. A pair's keypoints are the parts visible in both images; their ids are the part numbers.
+    disk are left out. A pair's keypoints are the parts visible in both images. Their ids are the part numbers.
 
     Args:
-        root: The folder that holds `CUB_200_2011/`.
-        split: See `PairDataset`, as all the others.
-        length: Number of pairs of the split, or of each split by its name; `LENGTHS` if not given.
+        length: Pairs of the split, or of each split by its name; `LENGTHS` by default.
     """
 
     name = "cub"
@@ -68,18 +67,15 @@ class CUB(FolderDataset):
     @property
     def length(self) -> int:
         """Number of pairs of the split."""
-        length = self._of_split("length", self._length, LENGTHS)
-        if not isinstance(length, int) or length < 1:
-            raise ZooError(f"{self.name}: length {length!r} of split {self.split!r}: expected at least one pair")
-        return length
+        return self._checked(self._of_split("length", self._length, LENGTHS))
 
     @property
     def title(self) -> str:
-        """The name, with the number of species and "crops" if the copy is not the whole dataset."""
+        """The name, with the number of species and "crops" if the copy is partial."""
         _, paths, species = self._images()
         found = {number for path, number in zip(paths, species.tolist(), strict=True) if os.path.isfile(path)}
         notes = [f"{len(found)} species"] if len(found) < SPECIES else []
-        notes += ["crops"] if (self._table.sizes == CROP).all() else []
+        notes += ["crops"] if (self._index.sizes == CROP).all() else []
         return f"{self.name} ({', '.join(notes)})" if notes else self.name
 
     def variant(self) -> str:
@@ -103,30 +99,26 @@ class CUB(FolderDataset):
                 f"{self.home}: split {self.split!r} has {possible} pairs of images with {COMMON} common parts, fewer "
                 f"than length {self.length}: choose a smaller length, or restore the missing images"
             )
-        sizes: dict[int, tuple[int, int]] = {}
+        size = cache(image_size)
         for pair in draw_pairs(self.split, visible[rows], self.length):
             a, b = rows[list(pair)].tolist()
-            for i in {a, b} - sizes.keys():
-                sizes[i] = image_size(paths[i])
             both = np.flatnonzero(visible[a] & visible[b])
-            yield (
-                f"{self.home}: images {ids[a]} and {ids[b]}",
-                Record(
-                    src_path=paths[a],
-                    trg_path=paths[b],
-                    src_kps=torch.from_numpy(parts[a, both, :2]),
-                    trg_kps=torch.from_numpy(parts[b, both, :2]),
-                    src_size=sizes[a],
-                    trg_size=sizes[b],
-                    category=CATEGORIES[0],
-                    src_box=torch.from_numpy(boxes[a]),
-                    trg_box=torch.from_numpy(boxes[b]),
-                    kps_ids=torch.from_numpy(both + 1),
-                ),
+            record = Record(
+                src_path=paths[a],
+                trg_path=paths[b],
+                src_kps=torch.from_numpy(parts[a, both, :2]),
+                trg_kps=torch.from_numpy(parts[b, both, :2]),
+                src_size=size(paths[a]),
+                trg_size=size(paths[b]),
+                category=CATEGORIES[0],
+                src_box=torch.from_numpy(boxes[a]),
+                trg_box=torch.from_numpy(boxes[b]),
+                kps_ids=torch.from_numpy(both + 1),
             )
+            yield f"{self.home}: images {ids[a]} and {ids[b]}", record
 
     def _images(self) -> tuple[NDArray, list[Path], NDArray]:
-        """Ids (N,) in order, files and class numbers (N,) of the images in images.txt."""
+        """The images in images.txt: ids (N,) in ascending order, files, and class numbers (N,)."""
         path = self.home / "images.txt"
         images = {}
         for number, line in enumerate(path.read_text("utf-8", "replace").split("\n"), 1):
@@ -134,7 +126,7 @@ class CUB(FolderDataset):
             if not line:
                 continue
             if not found or int(found[1]) in images:
-                raise ZooError(f"{path}:{number}: expected an id of its own and a file, found {line!r}: correct it")
+                raise ZooError(f"{path}:{number}: expected a unique id and a file, found {line!r}: correct it")
             images[int(found[1])] = self.home / "images" / found[2]
         ids = np.array(sorted(images), dtype=np.int64)
         species = self._rows("image_class_labels.txt", 2, ids)[:, 1]
@@ -145,7 +137,7 @@ class CUB(FolderDataset):
         return ids, [images[i] for i in ids.tolist()], species.astype(np.int64)
 
     def _parts(self, ids: NDArray) -> NDArray:
-        """(N, 15, 3) x, y, visible of each image's parts."""
+        """(N, 15, 3) x, y and visibility of the parts of each image."""
         rows = self._rows("parts/part_locs.txt", 5, np.repeat(ids, PARTS)).reshape(-1, PARTS, 5)
         wrong = (rows[..., 1] != np.arange(1, PARTS + 1)) | ~np.isin(rows[..., 4], (0, 1))
         for i in np.flatnonzero(wrong.any(1))[:1]:
@@ -156,10 +148,10 @@ class CUB(FolderDataset):
         return rows[..., 2:]
 
     def _rows(self, file: str, columns: int, ids: NDArray) -> NDArray:
-        """The rows of a file of numbers, sorted by their first two columns; the first column must then equal `ids`."""
+        """Rows of a file of numbers, sorted by the first two columns. The first column must then equal `ids`."""
         path = self.home / file
         try:
-            with warnings.catch_warnings(action="ignore"):  # of an empty file
+            with warnings.catch_warnings(action="ignore"):  # about an empty file
                 rows = np.loadtxt(path, comments=None, encoding="utf-8", ndmin=2)
         except ValueError as error:
             raise ZooError(f"{path}: {' '.join(str(error).split())}: correct it, or fetch the dataset again") from error
@@ -170,7 +162,7 @@ class CUB(FolderDataset):
         if not np.array_equal(rows[:, 0], ids):
             odd = np.setxor1d(rows[:, 0], ids)
             which = f"image {odd[0]:g} is only in one of them" if odd.size else "some have more rows than others"
-            raise ZooError(f"{path}: its images are not those of images.txt ({which}): fetch the dataset again")
+            raise ZooError(f"{path}: its images differ from images.txt ({which}): fetch the dataset again")
         return rows
 
 
@@ -182,9 +174,9 @@ def split_of(species: NDArray) -> NDArray:
 def draw_pairs(split: str, visible: NDArray, length: int) -> Iterator[tuple[int, int]]:
     """Choose pairs of images, the same on every machine.
 
-    our choice: number i of the sequence is h(i), the first 8 bytes of SHA-256("split:i") as a big-endian integer,
-    modulo the number of images. Pair k is (h(2k), h(2k + 1)). It is skipped if both are the same image, if fewer than 5
-    parts are visible in both, or if the two images are a pair already, in either order.
+    our choice: h(i) is the first 8 bytes of SHA-256("split:i") as a big-endian integer, modulo the number of images.
+    Candidate k is (h(2k), h(2k + 1)). It is skipped if both are the same image, if fewer than 5 parts are visible in
+    both, or if the two images are a pair already, in either order.
 
     Args:
         split: Name of the split.
@@ -198,13 +190,13 @@ def draw_pairs(split: str, visible: NDArray, length: int) -> Iterator[tuple[int,
     def h(i: int) -> int:
         return int.from_bytes(hashlib.sha256(f"{split}:{i}".encode("ascii")).digest()[:8], "big") % len(visible)
 
-    drawn: set[frozenset[int]] = set()
+    chosen: set[frozenset[int]] = set()
     for k in count():
-        if len(drawn) == length:
+        if len(chosen) == length:
             return
         a, b = h(2 * k), h(2 * k + 1)
-        if a != b and (visible[a] & visible[b]).sum() >= COMMON and frozenset((a, b)) not in drawn:
-            drawn.add(frozenset((a, b)))
+        if a != b and (visible[a] & visible[b]).sum() >= COMMON and frozenset((a, b)) not in chosen:
+            chosen.add(frozenset((a, b)))
             yield a, b
 
 

@@ -1,6 +1,6 @@
 """PF-PASCAL (Ham et al., 2017): 20 categories, 2,940 / 308 / 299 pairs of images of at most 300 pixels.
 
-A third of the test pairs stand in the training list too. Published numbers include them, and so does this reader.
+A third of the test pairs are also in the training list. Published numbers include them, and so does this reader.
 """
 
 from collections.abc import Iterator
@@ -21,9 +21,9 @@ CATEGORIES = [
 
 @DATASETS.register
 class PFPascal(FolderDataset):
-    """PF-PASCAL as HPF bundles it, or as the authors' archive with NCNet's lists beside it.
+    """PF-PASCAL, in the layout of HPF or as the authors' archive with the lists of NCNet beside it.
 
-    Where there are no .mat annotations, the keypoints in the test list serve, and there are no boxes.
+    Without .mat annotations the keypoints come from the test list, and there are no boxes.
     """
 
     name = "pfpascal"
@@ -62,9 +62,7 @@ class PFPascal(FolderDataset):
                 both = (src_kps + trg_kps).isfinite().all(1)
                 src_kps, trg_kps = src_kps[both], trg_kps[both]
                 src_box, trg_box = (read_box(mat(path, "bbox").ravel(), str(path)) for path in (src_mat, trg_mat))
-            # Column 3 is the flip of the training list, but XA of the test list; nobody mirrors what is evaluated.
+            # Column 3 is the flip in the training list, but XA in the test list.
             flip = self.split == "trn" and row[3:4] == ["1"]
-            yield (
-                where,
-                Record(src, trg, src_kps, trg_kps, size(src), size(trg), category, src_box, trg_box, flip=flip),
-            )
+            sizes = size(src), size(trg)
+            yield where, Record(src, trg, src_kps, trg_kps, *sizes, category, src_box, trg_box, flip=flip)

@@ -21,7 +21,7 @@ CATEGORIES = [
 
 @DATASETS.register
 class PFWillow(FolderDataset):
-    """PF-WILLOW: from its list of pairs, or without one from the .mat files, as all ordered pairs of each sub-class."""
+    """PF-WILLOW, from its list of pairs, or without a list from the .mat files: all ordered pairs of each sub-class."""
 
     name = "pfwillow"
     folder = "PF-WILLOW"
@@ -49,7 +49,7 @@ class PFWillow(FolderDataset):
             yield where, src, trg, src_kps, trg_kps
 
     def _read_mats(self) -> Iterator[tuple[str, Path, Path, Tensor, Tensor]]:
-        """All ordered pairs of different images of a sub-class, by name: 10 x 9 of them in each of 10."""
+        """All ordered pairs of different images of a sub-class, sorted by name: 90 in each of 10."""
         for category in CATEGORIES:
             kps = {}
             for image in sorted((self._images / category).glob("[!.]*.png")):

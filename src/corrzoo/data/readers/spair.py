@@ -19,11 +19,9 @@ CATEGORIES = [
 
 @DATASETS.register
 class SPair71k(FolderDataset):
-    """SPair-71k.
+    """SPair-71k, with boxes and difficulty flags.
 
     Args:
-        root: The folder that holds `SPair-71k/`.
-        split: See `PairDataset`, as all the others.
         layout: "large" for all pairs, "small" for the subset of 10,652 / 1,070 / 2,438.
     """
 
@@ -44,7 +42,7 @@ class SPair71k(FolderDataset):
     def sources(self) -> list[Path]:
         images = self.need(self.home / "JPEGImages")
         self._annotations = self.need(self.home / "PairAnnotation" / self.split)
-        self.pair_files = self._annotations
+        self.pair_folder = self._annotations
         self._list = self.need(self.home / "Layout" / self.layout / f"{self.split}.txt")
         return [self._list, self._annotations, *filter(Path.is_dir, (images / name for name in CATEGORIES))]
 
@@ -56,15 +54,16 @@ class SPair71k(FolderDataset):
                 yield str(path), self.read_pair(path)
 
     def _file_of(self, pair: str, files: set[str]) -> str:
-        """Name of a pair's annotation, whose colon some file systems and archivers replace."""
+        """Name of a pair's annotation file. Some file systems and archivers replace its colon."""
         for colon in (":", "_", "%3A"):
             if (name := pair.replace(":", colon) + ".json") in files:
                 return name
         raise ZooError(
-            f"no annotation {self._annotations / pair}.json, which {self._list} names: fetch the dataset again"
+            f"no annotation {self._annotations / pair}.json, listed in {self._list}: fetch the dataset again"
         )
 
     def read_pair(self, path: Path) -> Record:
+        """The pair in one annotation file."""
         where = str(path)
         try:
             pair = json.loads(path.read_bytes())
@@ -96,11 +95,11 @@ class SPair71k(FolderDataset):
 
 @DATASETS.register
 class SPairU(SPair71k):
-    """SPair-U (Mariotti et al., "Jamais Vu", 2025): SPair-71k's test pairs with keypoints that no training pair has.
+    """SPair-U (Mariotti et al., "Jamais Vu", 2025): SPair-71k's test pairs with keypoints that are in no training pair.
 
-    Its annotations are SPair-71k's in form and name images of SPair-71k. They are found beside `SPair-71k/`, in
-    `SPair-U/PairAnnotation/test`, or in `SPair-71k/ExtraPairAnnotation/test`, where the authors' code looks for them.
-    There is no list: all files count, by name. Pairs whose images share no keypoint have no PCK and are left out.
+    Annotations are as in SPair-71k and refer to its images. They are read from `SPair-U/PairAnnotation/test` beside
+    `SPair-71k/`, or from `SPair-71k/ExtraPairAnnotation/test` as in the authors' code: all files, sorted by name. Pairs
+    without a common keypoint have no PCK and are left out.
     """
 
     name = "spair71k_u"
@@ -115,7 +114,5 @@ class SPairU(SPair71k):
         return [self._annotations, *filter(Path.is_dir, (images / name for name in CATEGORIES))]
 
     def read(self) -> Iterator[tuple[str, Record]]:
-        for path in sorted(self._annotations.glob("*.json")):
-            record = self.read_pair(path)
-            if len(record.src_kps) or len(record.trg_kps):
-                yield str(path), record
+        pairs = ((str(path), self.read_pair(path)) for path in sorted(self._annotations.glob("*.json")))
+        return ((where, record) for where, record in pairs if len(record.src_kps) or len(record.trg_kps))

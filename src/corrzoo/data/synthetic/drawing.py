@@ -1,7 +1,7 @@
-"""Drawn objects with joints: their instances differ in proportion, pose and colour, and have ten keypoints each.
+"""Synthetic objects with joints. Instances differ in proportions, pose and colour, and have ten keypoints each.
 
-Parts that look alike (wheels, hooves, feet) or mirror each other (both sides of a bottle) have a keypoint each: only
-what surrounds them tells one from the other. All numbers here are our choice, made by eye.
+Repeated parts (wheels, hooves, feet) and mirrored parts (both sides of a bottle) have one keypoint each, so that only
+their context distinguishes them. All numbers here are our choice, made by eye.
 """
 
 # ruff: noqa: RUF005 - tuples are added to arrays here
@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw
 
 Points = NDArray[np.float64]
-"""(n, 2), (x, y), y downwards."""
+"""(n, 2) points (x, y), y downwards."""
 Colour = tuple[int, int, int]
 Sketch = tuple[list[tuple[Points, Colour]], list[ArrayLike]]
 """An object in its own frame, facing right: polygons from back to front, and ten keypoints."""
@@ -26,39 +26,32 @@ Sketch = tuple[list[tuple[Points, Colour]], list[ArrayLike]]
 DARK, GLASS, PALE = (45, 42, 48), (176, 212, 226), (244, 240, 228)
 HORN, RED, LAMP = (238, 158, 52), (214, 62, 54), (255, 232, 150)
 SHARP = 2
-"""Images are drawn this much larger, and shrunk."""
+"""Factor by which images are drawn larger and then reduced, for antialiasing."""
 
 
 class View(NamedTuple):
-    """An object placed in an image of its own; everything is in pixels of that image."""
+    """An object placed in an image. All coordinates are in pixels of that image."""
 
-    size: tuple[int, int]
-    """(w, h)."""
-    shapes: list[tuple[Points, Colour]]
-    """From back to front, without the occluder."""
+    size: tuple[int, int]  # (w, h)
+    shapes: list[tuple[Points, Colour]]  # from back to front, without the occluder
     occluder: tuple[Points, Colour] | None
-    kps: Points
-    """(10, 2)."""
-    visible: NDArray[np.bool_]
-    """(10,): inside the image and not behind the occluder."""
-    box: Points
-    """(4,) xyxy, cut at the image's border."""
+    kps: Points  # (10, 2)
+    visible: NDArray[np.bool_]  # (10,) inside the image and not covered by the occluder
+    box: Points  # (4,) xyxy, clipped to the image
     mirrored: bool
-    yaw: float
-    """Degrees out of the plane."""
+    yaw: float  # rotation out of the image plane, in degrees
     truncated: bool
-    seed: int
-    """Of the background."""
+    seed: int  # of the background, light and grain
 
 
 def hue(rng: Generator, saturation: tuple[float, float], value: tuple[float, float]) -> Colour:
-    """A random colour of limited saturation and value."""
+    """A random colour with saturation and value in the given ranges."""
     r, g, b = hsv_to_rgb(rng.uniform(), rng.uniform(*saturation), rng.uniform(*value))
     return int(255 * r), int(255 * g), int(255 * b)
 
 
 def shade(colour: Colour, factor: float) -> Colour:
-    """Darker (factor < 1) or lighter."""
+    """Make a colour darker (factor < 1) or lighter."""
     r, g, b = (min(255, int(c * factor)) for c in colour)
     return r, g, b
 
@@ -78,12 +71,12 @@ _HALF = ring(np.linspace(-np.pi / 2, np.pi / 2, 7))
 
 
 def ellipse(centre: Points | tuple[float, float], rx: float, ry: float, tilt: float = 0.0) -> Points:
-    """Turned by `tilt` radians."""
+    """A polygon that approximates an ellipse, rotated by `tilt` radians."""
     return _CIRCLE * (rx, ry) @ _rotation(tilt) + centre
 
 
 def limb(start: ArrayLike, end: ArrayLike, r: float, s: float) -> Points:
-    """A rounded stick from a start of radius r to an end of radius s."""
+    """A rounded stick from `start`, with radius r, to `end`, with radius s."""
     p, q = polygon(start, end)
     cap = _HALF @ _rotation(np.arctan2(*(q - p)[::-1]))
     return np.concatenate([q + s * cap, p - r * cap])
@@ -101,7 +94,7 @@ def smooth(*corners: ArrayLike) -> Points:
 
 
 def step(joint: Points, length: float, angle: float) -> Points:
-    """So far downwards from a joint, turned by `angle` radians."""
+    """The point at a distance `length` below a joint, rotated around it by `angle` radians."""
     return joint + (length * np.sin(angle), length * np.cos(angle))
 
 
@@ -188,7 +181,7 @@ def horse(rng: Generator) -> Sketch:
     tip = step(bend, u(0.25, 0.35), u(-0.5, 0.2))
     legs, feet, hooves = [], [], []
     for k, x in enumerate((long - 0.13, long - 0.26, 0.12 - long, 0.26 - long)):
-        swing, tone = u(-0.35, 0.35), shade(coat, 0.75 if k % 2 else 1)  # the far legs lie in the shade
+        swing, tone = u(-0.35, 0.35), shade(coat, 0.75 if k % 2 else 1)  # the far legs are darker
         hip = np.array([x, back + 0.26])
         knee = step(hip, leg + 0.02, swing)
         hoof = step(knee, leg, swing + u(-0.45, 0.05) * (1 if k > 1 else 0.4))
@@ -216,18 +209,18 @@ def horse(rng: Generator) -> Sketch:
 
 
 OBJECTS: dict[str, Callable[[Generator], Sketch]] = {"bird": bird, "bottle": bottle, "car": car, "horse": horse}
-"""By the names that SPair-71k has for them."""
+"""Objects by the names of SPair-71k's categories."""
 
 
 def view(category: str, side: int, rng: Generator) -> View:
-    """An object in an image of about side x side pixels, most of it to be seen.
+    """A random object in an image of about side x side pixels, with at least 7 visible keypoints.
 
-    0.45 to 1 of the size that fits, turned by up to 20 degrees in the plane and 45 out of it, mirrored with p = 0.3,
-    partly hidden with p = 0.3, cut by the border with p = 0.15.
+    It has 0.45 to 1 of the size that fits, is rotated by up to 20 degrees in the plane and 45 out of it, mirrored with
+    p = 0.3, partly occluded with p = 0.3, and cut by the border with p = 0.15.
     """
     while True:
         placed = _place(category, side, rng)
-        if placed.visible.sum() >= 7:  # any two views then share at least 4 of the 10 keypoints
+        if placed.visible.sum() >= 7:  # so any two views share at least 4 of the 10 keypoints
             return placed
 
 
@@ -239,8 +232,8 @@ def _place(category: str, side: int, rng: Generator) -> View:
     points = np.concatenate([*(points for points, _ in sketch), polygon(*keypoints)])
     low, high = points.min(0), points.max(0)
     points = (points - (low + high) / 2) / (np.max(high - low) / 2)
-    # Out of the plane: narrower, and larger at the nearer end. A bottle leans back instead of turning, and a mirrored
-    # one could not be told.
+    # A rotation out of the plane makes an object narrower, and larger at the nearer end. A bottle leans back instead of
+    # turning, and is never mirrored: one would look the same.
     along, across = (1, 0) if category == "bottle" else (0, 1)
     yaw, turn, mirrored = u(-45, 45), np.radians(u(-20, 20)), category != "bottle" and u() < 0.3
     points[:, across] *= 1 + 0.3 * np.sin(np.radians(yaw)) * points[:, along]
@@ -276,14 +269,14 @@ def _place(category: str, side: int, rng: Generator) -> View:
     )
 
 
-def render(drawn: View) -> Image.Image:
-    """The RGB image: clutter, the object with dark outlines, the occluder, light and grain."""
-    rng = np.random.default_rng(drawn.seed)
-    w, h = drawn.size
+def render(placed: View) -> Image.Image:
+    """Render the RGB image: clutter, the object with dark outlines, the occluder, light and grain."""
+    rng = np.random.default_rng(placed.seed)
+    w, h = placed.size
     image = _background(w, h, rng)
     draw, width = ImageDraw.Draw(image), max(2, round(0.02 * SHARP * min(w, h)))
-    # Neighbours of one colour share their outline: limbs grow out of the body.
-    for colour, group in groupby([*drawn.shapes, *filter(None, [drawn.occluder])], key=itemgetter(1)):
+    # Neighbours of one colour share their outline, so that limbs look joined to the body.
+    for colour, group in groupby([*placed.shapes, *filter(None, [placed.occluder])], key=itemgetter(1)):
         outlines = [(SHARP * points).ravel().tolist() for points, _ in group]
         for outline in outlines:
             draw.line([*outline, *outline[:4]], shade(colour, 0.5), width)
@@ -296,7 +289,7 @@ def render(drawn: View) -> Image.Image:
 
 
 def _background(w: int, h: int, rng: Generator) -> Image.Image:
-    """Clouds of a colour, half of the time over a ground, with shapes strewn about; SHARP times as large."""
+    """Clouds of one colour, with p = 0.5 over a ground, and random shapes; SHARP times as large."""
     W, H, n = SHARP * w, SHARP * h, int(rng.integers(3, 9))
     clouds = np.array(hue(rng, (0.05, 0.35), (0.6, 0.95))) + rng.normal(0, rng.uniform(5, 25), (n, n, 1))
     clouds = np.clip(clouds + rng.normal(0, rng.uniform(3, 12), (n, n, 3)), 0, 255).astype(np.uint8)
@@ -314,6 +307,6 @@ def _background(w: int, h: int, rng: Generator) -> Image.Image:
 
 
 def _rotation(angle: float) -> Points:
-    """For rows of points: `points @ _rotation(angle)`."""
+    """Rotation matrix for rows of points: `points @ _rotation(angle)`."""
     c, s = np.cos(angle), np.sin(angle)
     return np.array([[c, s], [-s, c]])

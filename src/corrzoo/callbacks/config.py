@@ -1,0 +1,42 @@
+"""The configuration of a run, saved beside its results."""
+
+import re
+import shutil
+from pathlib import Path
+
+from jsonargparse import Namespace
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+
+from corrzoo.callbacks.folder import run_folder
+
+ALWAYS = re.compile(r"(config|hparams)\.yaml|events\.")
+"""Names of the files that every run writes before it begins."""
+
+
+class SaveConfig(SaveConfigCallback):
+    """Save `config.yaml` into the run's folder.
+
+    Args:
+        parser: Writes the configuration.
+        config: The configuration of this run, which names its folder.
+        saved: The configuration to save, which does not: it may run again.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, saved: Namespace) -> None:
+        super().__init__(parser, saved, save_to_log_dir=False)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.folder = run_folder(trainer)
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, self.folder / "config.yaml", skip_unset=False, overwrite=True, multifile=False)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove the folder of a run that failed before it wrote any result."""
+        folder = getattr(trainer.logger, "log_dir", None)
+        if folder and trainer.is_global_zero and all(ALWAYS.match(path.name) for path in Path(folder).glob("*")):
+            trainer.loggers = []  # so that no logger writes into the folder afterwards
+            shutil.rmtree(folder, ignore_errors=True)

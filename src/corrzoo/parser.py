@@ -1,0 +1,109 @@
+"""The parser of the command line: `--plugins`, and errors in one line that say what was expected and what to type."""
+
+import re
+import sys
+from typing import NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from corrzoo import commands
+from corrzoo.heads import HEADS, list_heads
+from corrzoo.registry import import_plugins, nearest
+from corrzoo.types import ZooError
+
+TYPES = {"float": "a number", "int": "a whole number", "bool": "true or false", "NoneType": "null", "str": "text"}
+TYPES |= {"list": "a list such as [1, 2]", "dict": "a mapping"}
+
+
+class Modules:
+    """Type of `--plugins`. Modules from YAMLs and from the command line are combined."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, None] = {}
+
+    def __call__(self, names: str | list[str]) -> str:
+        self.names |= dict.fromkeys(import_plugins(names))
+        return ", ".join(self.names)
+
+    def __repr__(self) -> str:  # shown by --help
+        return "modules"
+
+
+class ZooParser(LightningArgumentParser):
+    """A parser whose errors are one line with the nearest valid name."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with status 2. argparse wraps a ZooError into an error of its own."""
+        sys.stderr.write(f"error: {_zoo_error(ex) or explain(message, self)}\n")
+        sys.exit(2)
+
+
+def explain(message: str, parser: LightningArgumentParser) -> str:
+    """A parser's message in one line, with the nearest valid name of an option, a head or a command.
+
+    A message that no pattern here fits is only joined to one line.
+
+    Args:
+        message: As argparse or jsonargparse has it.
+        parser: Whose message it is.
+    """
+    heads = list_heads()
+    if found := re.search(r"Option '(\S+?)' is not accepted|unrecognized arguments: (--[^\s=]+)", message):
+        name = found[1] or found[2]
+        options = [*parser.get_defaults().keys(branches=True), *(f"model.{o}" for h in heads for o in HEADS.options(h))]
+        known = [option.rpartition(".")[2] for option in options] if found[1] else [f"--{o}" for o in options]
+        return f"unknown option {name!r}{nearest(name, known) or '; --help lists the options'}"
+    if found := re.search(r"invalid choice: '(\S+)' \(choose from (.*)\)", message):
+        choices = [*re.findall(r"\w+", found[2]), *commands.COMMANDS]
+        return f"unknown command {found[1]!r}{nearest(found[1], choices) or ': choose from ' + ', '.join(choices)}"
+    if "arguments are required" in message and "model" in message:
+        return f"no head given: add --config zoo_configs/<head>.yaml, or --model <head>; heads: {', '.join(heads)}"
+    if found := re.search(r"(?:key \"(?:\w+\.)?model\"|--model\.help)(.*)", message, re.DOTALL):
+        named = re.search(r"'class_path': '([^']+)'|Given value: (\S+)|string: (\S+)", found[1])
+        name = str(next(filter(None, named.groups()))) if named else ""
+        others = f": choose one of {', '.join(heads)}, or give --plugins <your module> first"
+        return f"unknown head {name!r}{nearest(name, heads) or others}"
+    value = r'key "([\w.]+)":\s+(?:Expected a (.*?)\. Got value|.*?Subtypes: \[(.*?)\]\n.*Given value): (.*)'
+    if (found := re.search(value, message, re.DOTALL)) and (expected := _in_words(found[2] or found[3])):
+        owner = "model." if any(found[1] in HEADS.options(head) for head in heads) else ""
+        return f"{owner}{found[1]} {found[4].strip()!r}: expected {expected}"
+    return " ".join(message.split())
+
+
+def one_line(error: Exception) -> str:
+    """An error that a user can mend, in one line.
+
+    Raises:
+        Exception: the error itself if it is a fault of the code.
+    """
+    if cause := _zoo_error(error):
+        # A worker process wraps its error into a page of traceback; the last line is the error.
+        return str(cause).rsplit("ZooError: ", 1)[-1].strip()
+    if isinstance(error, MisconfigurationException):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError):  # a read-only folder, a full disk
+        return f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
+    if type(error).__module__.startswith("wandb"):
+        remedy = "--trainer.logger.offline true keeps the run on this machine"
+        return f"wandb: {' '.join(str(error).split()).rstrip('.')}; {remedy}"
+    if "DataLoader worker" in str(error):
+        remedy = "give fewer --data.num_workers, and resume with --ckpt_path last"
+        return f"{str(error).splitlines()[0]} The usual reason is too little memory: {remedy}"
+    raise error
+
+
+def _zoo_error(error: BaseException | None) -> ZooError | None:
+    """The ZooError in a chain of causes: jsonargparse wraps what a constructor raises."""
+    while error is not None and not isinstance(error, ZooError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _in_words(types: str) -> str:
+    """Python types as a user names values; empty if any is another class."""
+    found = re.findall(r"<class '([\w.]+)'>|Literal\[(.*?)\]|\b(list|dict)\[", types)
+    if any(cls and cls not in TYPES for cls, _, _ in found):
+        return ""
+    words = [TYPES[cls or kind] if cls or kind else literal.replace("'", "") for cls, literal, kind in found]
+    return " or ".join(dict.fromkeys(words))

@@ -1,0 +1,1 @@
+"""Files of trained matchers: checkpoints, saved folders with their model cards, and the authors' released weights."""

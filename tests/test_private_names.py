@@ -1,0 +1,129 @@
+"""Private names of other libraries that the sources use. A release may remove them: the list says what to do then."""
+
+import ast
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from lightning.pytorch.loops import _FitLoop
+from torch.nn.modules import batchnorm
+
+SRC = Path(__file__).resolve().parents[1] / "src" / "corrzoo"
+DOCUMENTED = {"_replace", "_fields", "_asdict", "_make", "_exit"}
+"""Public in spite of their underscore: a NamedTuple's, and os._exit."""
+
+
+class Private(NamedTuple):
+    """A private name in use."""
+
+    file: str
+    owner: Any
+    remedy: str
+    """What to do when the name is gone."""
+
+
+PRIVATE = {
+    "_iteration_based_training": Private(
+        "callbacks/resume.py",
+        _FitLoop,
+        "Delete the line in RandomState.setup if tests/callbacks/test_resume.py passes without it: Lightning then "
+        "resumes a run with max_steps in the epoch in which it stopped. Else find what decides in _FitLoop.restarting.",
+    ),
+    "_BatchNorm": Private(
+        "backbones/backbone.py",
+        batchnorm,
+        "List BatchNorm1d, BatchNorm2d, BatchNorm3d and SyncBatchNorm instead: frozen ones stay in eval mode.",
+    ),
+    "_version": Private(
+        "backbones/position.py",
+        torch.Tensor,
+        "Call ResizeOnce.forget wherever the embedding is written, or resize at every step.",
+    ),
+}
+
+TREES = {path: ast.parse(path.read_text()) for path in sorted(SRC.rglob("*.py"))}
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_" and name not in DOCUMENTED
+
+
+def own_names() -> set[str]:
+    """Private names that the package itself defines: functions, classes, variables, and attributes of `self`."""
+    found = set()
+    for tree in TREES.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                found.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and of_self(node):
+                found.add(node.attr)
+    return found
+
+
+def of_self(node: ast.Attribute) -> bool:
+    return isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+
+
+def foreign_names() -> Iterator[tuple[str, str]]:
+    """File and name of every private name that the package uses and does not define."""
+    own = own_names()
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            names: list[str] = []
+            if isinstance(node, ast.Attribute):
+                assigned_elsewhere = isinstance(node.ctx, ast.Store) and not of_self(node)
+                names = [node.attr] if node.attr not in own or assigned_elsewhere else []
+            elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("corrzoo"):
+                names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                names = [part for alias in node.names for part in alias.name.split(".")]
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr"):
+                names = [a.value for a in node.args[1:2] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            yield from ((str(path.relative_to(SRC)), name) for name in names if private(name))
+
+
+def test_every_private_name_in_use_is_listed() -> None:
+    listed = {(entry.file, name) for name, entry in PRIVATE.items()}
+    assert set(foreign_names()) == listed, "list it in PRIVATE, with what to do when it is gone; or do without it"
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_every_listed_name_is_there(name: str) -> None:
+    assert hasattr(PRIVATE[name].owner, name), PRIVATE[name].remedy
+
+
+def classes() -> list[type]:
+    """Classes of the package with a base of another library."""
+    found = []
+    for path in TREES:
+        parts = ["corrzoo", *path.relative_to(SRC).with_suffix("").parts]
+        if parts[-1] in ("__init__", "__main__"):
+            continue
+        module = importlib.import_module(".".join(parts))
+        found += [c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__]
+    return [cls for cls in found if any(others(cls))]
+
+
+def others(cls: type) -> list[type]:
+    """Its bases in libraries whose sources can be read."""
+    return [base for base in cls.__mro__ if base.__module__.split(".")[0] in ("torch", "lightning", "torchmetrics")]
+
+
+@pytest.mark.parametrize("cls", classes(), ids=lambda cls: cls.__name__)
+def test_no_private_name_of_a_base_class_is_taken(cls: type) -> None:
+    """Neither overridden on purpose nor by chance."""
+    tree = next(n for n in ast.walk(ast.parse(inspect.getsource(cls).lstrip())) if isinstance(n, ast.ClassDef))
+    taken = {name for name in vars(cls) if private(name)} - {"_abc_impl"}
+    stores = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store))
+    taken |= {node.attr for node in stores if of_self(node) and private(node.attr)}
+    for base in others(cls):
+        source = inspect.getsource(base)
+        clashes = {name for name in taken if hasattr(base, name) or re.search(rf"\bself\.{name}\b", source)}
+        assert not clashes, f"{cls.__name__} takes {clashes} of {base.__name__}"
