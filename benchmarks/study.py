@@ -154,7 +154,7 @@ def execute(run: Run, args: argparse.Namespace) -> None:
     options = ["--trainer.callbacks=corrzoo.callbacks.ResultsWriter", f"--trainer.callbacks.folder={results}"]
     options += [f"--trainer.callbacks.label={label}"] if label else []
     options += [f"--ckpt_path={folder / 'last.ckpt'}"] if run.pairs else []
-    lightning(folder, "test", run.stack(), [*run.options(args), *options])
+    lightning(folder, "test", run.stack(), [*run.options(args), *options, "--trainer.precision=32-true"])
     for path in sorted(results.glob("*.json")):
         result = json.loads(path.read_text())
         into = RESULTS / f"{run.study}_pfwillow" / run.result.name if path.stem == "pfwillow" else run.result
