@@ -3,14 +3,14 @@
     python benchmarks/study.py cub_frozen       photographs of birds, frozen ImageNet features
     python benchmarks/study.py cub_finetuned    photographs of birds, each head fine-tunes the backbone
     python benchmarks/study.py synthetic        synthetic pairs, each head fine-tunes the backbone
-    python benchmarks/study.py zero_shot        PF-WILLOW without training, by backbone
     python benchmarks/study.py leave_one_out    PF-WILLOW, trained on three kinds of objects, tested on the fourth
+    python benchmarks/study.py zero_shot        PF-WILLOW without training, by backbone
 
 A run is one `lightning fit` and one `lightning test` with the YAMLs that are printed, in a folder under runs/study/.
 Its result is one file, benchmarks/results/<study>/<run>.json, whose `curve` has the PCK of validation pairs by the
 number of pairs seen. The learning rate of each head and study is the best of three on validation pairs, each tried for
-12 % of the pairs: benchmarks/results/learning_rates.csv. Runs that have a result are skipped, and runs that were
-interrupted are resumed.
+12 % of the pairs: benchmarks/results/learning_rates.csv. `leave_one_out` takes the rates of `cub_frozen`, so that no
+pair of PF-WILLOW chooses them. Runs that have a result are skipped, and runs that were interrupted are resumed.
 """
 
 import argparse
@@ -19,8 +19,9 @@ import json
 import multiprocessing
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -52,6 +53,19 @@ BATCH = 16
 LOCK = multiprocessing.Lock()
 KINDS = ("car", "duck", "motorbike", "winebottle")
 """Of PF-WILLOW: `leave_one_out` tests each in turn."""
+LITE0 = ("baseline.yaml", "backbone/efficientnet_lite0.yaml", "data/pfwillow.yaml")
+ZERO_SHOT: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "same-position": ("same position, no features", LITE0, ("--model.readout=identity",)),
+    "gsf-lite0": ("", ("gsf.yaml", "ablation/gsf/zero_shot.yaml", "data/pfwillow.yaml"), ()),
+}
+"""Runs of `zero_shot` by name: label, files of zoo_configs, and options."""
+for _n in range(3):
+    _stack = (*LITE0, f"backbone/efficientnet_lite{_n}.yaml")
+    ZERO_SHOT |= {
+        f"random-weights-lite{_n}": ("random weights", _stack, ("--model.weights=random",)),
+        f"zero-shot-lite{_n}": ("", _stack, ()),
+        f"mutual-lite{_n}": ("mutual nearest neighbours", _stack, ("--model.mutual=true",)),
+    }
 
 
 @dataclass(frozen=True)
@@ -102,7 +116,8 @@ class Run:
         if self.left_out:
             others = [kind for kind in KINDS if kind != self.left_out]
             kinds = {"trn": others, "val": others, "test": [self.left_out]}
-            options.append("--data.options=" + json.dumps({"pfwillow_kinds": {"kinds": kinds}}))
+            split = {"pfwillow_kinds": {"kinds": kinds, "every": {"val": 9}}}
+            options += ["--plugins=pfwillow_kinds", "--data.options=" + json.dumps(split)]
         return options
 
 
@@ -127,10 +142,10 @@ def lightning(folder: Path, command: str, stack: Sequence[str], options: Sequenc
 
 
 def _lightning(folder: Path, words: list[str]) -> None:
-    with (folder / "log").open("a") as log:
-        os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
     os.chdir(folder)
-    run_command(words)
+    with (folder / "log").open("a", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
+        os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)  # what is not written by Python, too
+        run_command(words)
 
 
 def train(run: Run, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -147,19 +162,64 @@ def train(run: Run, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def execute(run: Run, args: argparse.Namespace) -> None:
     """Train and test a run, and write its results: on the dataset of the study, and on PF-WILLOW after `cub`."""
+    if run.study == "leave_one_out":
+        folds = [train_and_test(replace(run, left_out=kind), args)["pfwillow_kinds"] for kind in KINDS]
+        return write(run.result, merged(folds))
+    results = train_and_test(run, args)
+    if "pfwillow" in results:
+        write(RESULTS / f"{run.study}_pfwillow" / run.result.name, results.pop("pfwillow"))
+    (result,) = results.values()
+    write(run.result, result)
+
+
+def train_and_test(run: Run, args: argparse.Namespace) -> dict[str, Any]:
+    """Train a run, unless it has no pairs, and test it. Returns the results by dataset."""
     folder = RUNS / run.study / run.name
     curve = train(run, args, folder) if run.pairs else {}
-    results = folder / "results"
     label = run.ablation if run.pairs else "untrained"
-    options = ["--trainer.callbacks=corrzoo.callbacks.ResultsWriter", f"--trainer.callbacks.folder={results}"]
-    options += [f"--trainer.callbacks.label={label}"] if label else []
-    options += [f"--ckpt_path={folder / 'last.ckpt'}"] if run.pairs else []
-    lightning(folder, "test", run.stack(), [*run.options(args), *options, "--trainer.precision=32-true"])
+    checkpoint = [f"--ckpt_path={folder / 'last.ckpt'}"] if run.pairs else []
+    results = test(folder, label, run.stack(), [*run.options(args), *checkpoint, "--trainer.precision=32-true"])
+    # Runs share the machine with others, so their times mean nothing; benchmarks/step.py measures costs.
+    return {name: result | {"ms_per_pair": None, "checkpoint": None, "curve": curve} for name, result in results}
+
+
+def test(
+    folder: Path, label: str, stack: Sequence[str], options: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Run `lightning test`, and yield the results by dataset."""
+    results = folder / "results"
+    writer = ["--trainer.callbacks=corrzoo.callbacks.ResultsWriter", f"--trainer.callbacks.folder={results}"]
+    writer += [f"--trainer.callbacks.label={label}"] if label else []
+    lightning(folder, "test", stack, [*options, *writer])
     for path in sorted(results.glob("*.json")):
-        result = json.loads(path.read_text())
-        into = RESULTS / f"{run.study}_pfwillow" / run.result.name if path.stem == "pfwillow" else run.result
-        # Runs share the machine with others, so their times mean nothing; benchmarks/step.py measures costs.
-        write(into, result | {"ms_per_pair": None, "checkpoint": None, "curve": curve})
+        yield path.stem, json.loads(path.read_text())
+
+
+def merged(folds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One result of the folds' results. Scores are means over all pairs, each of which is tested in one fold."""
+    pairs = sum(fold["pairs"] for fold in folds)
+    # The mean over categories is left out: it is no mean over pairs.
+    names = [name for name in folds[0]["pck"] if "/" not in name or name.endswith("/image")]
+    pck = {name: sum(fold["pairs"] * fold["pck"][name] for fold in folds) / pairs for name in names}
+    breakdown = {"category": {name: row for fold in folds for name, row in fold["breakdown"]["category"].items()}}
+    rule = {"kinds": "each in turn is tested, the others are trained on"}
+    trained = folds[0]["trained"] and folds[0]["trained"] | {"options": rule}
+    memory = max(fold["peak_memory_mb"] for fold in folds)
+    same = {"dataset_options": rule, "fingerprint": [fold.get("fingerprint") for fold in folds], "trained": trained}
+    # The curves are of pairs that were trained on, and each fold has a checkpoint of its own.
+    changed = {"pairs": pairs, "pck": pck, "breakdown": breakdown, "peak_memory_mb": memory}
+    return folds[0] | same | changed | {"curve": {}, "checkpoint_sha256": None}
+
+
+def zero_shot(args: argparse.Namespace) -> None:
+    """Score PF-WILLOW without training: one run for each row of `ZERO_SHOT`."""
+    for name, (label, stack, options) in ZERO_SHOT.items():
+        path = RESULTS / "pfwillow" / f"{name}.json"
+        if not path.exists():
+            common = ["--seed_everything=0", "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
+            common += [f"--data.root={args.data_root}", f"--trainer.accelerator={args.device}"]
+            ((_, result),) = test(RUNS / "zero_shot" / name, label, stack, [*common, *options])
+            write(path, result)
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
@@ -175,9 +235,10 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 def learning_rate(run: Run) -> float:
     """The learning rate with the best PCK@.10 on validation pairs. Ablations take that of the whole head."""
-    tried = {float(row["lr"]): float(row["pck@0.1"]) for row in rates() if rate_key(row) == (run.study, run.head)}
+    study = "cub_frozen" if run.study == "leave_one_out" else run.study
+    tried = {float(row["lr"]): float(row["pck@0.1"]) for row in rates() if rate_key(row) == (study, run.head)}
     if set(tried) != set(LEARNING_RATES):
-        raise RuntimeError(f"{run.study}, {run.head}: learning rates tried {sorted(tried)}, expected {LEARNING_RATES}")
+        raise RuntimeError(f"{study}, {run.head}: learning rates tried {sorted(tried)}, expected {LEARNING_RATES}")
     return max(tried, key=lambda lr: tried[lr])
 
 
@@ -217,17 +278,14 @@ def runs_of(args: argparse.Namespace) -> list[Run]:
     base = [Run(args.study, head, seed, args.pairs) for seed in args.seeds for head in args.heads]
     untrained = [replace(run, pairs=0) for run in base if args.study != "cub_finetuned"]
     ablated = [replace(run, ablation=part) for run in base for part in ABLATIONS.get(run.head, ()) if args.ablations]
-    runs = [*untrained, *filter(trainable, base), *ablated]
-    if args.study == "leave_one_out":
-        return [replace(run, left_out=kind) for run in runs for kind in KINDS]
-    return runs
+    return [*untrained, *filter(trainable, base), *ablated]
 
 
 def study(args: argparse.Namespace) -> None:
     """Choose learning rates, then train and test; `--jobs` runs at a time."""
     missing = [run for run in runs_of(args) if not run.result.exists()]
-    heads = {run.head: run for run in missing if run.pairs}
-    tries = [replace(run, lr=lr, ablation="", left_out="", seed=0) for run in heads.values() for lr in LEARNING_RATES]
+    heads = {run.head: run for run in missing if run.pairs and run.study != "leave_one_out"}
+    tries = [replace(run, lr=lr, ablation="", seed=0) for run in heads.values() for lr in LEARNING_RATES]
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("fork")) as pool:
         list(pool.map(partial(sweep, args=args), filter(trainable, tries)))
         ready = [replace(run, lr=learning_rate(run)) if run.pairs else run for run in missing]
@@ -236,7 +294,7 @@ def study(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=list(DATASETS))
+    parser.add_argument("study", choices=[*DATASETS, "zero_shot"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=HEADS)
     parser.add_argument("--pairs", type=int, default=10000, help="training pairs that each run sees")
@@ -244,4 +302,5 @@ if __name__ == "__main__":
     parser.add_argument("--data_root", default=str(ROOT / "data"), help="folder of CUB_200_2011/ and PF-WILLOW/")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    study(parser.parse_args())
+    arguments = parser.parse_args()
+    zero_shot(arguments) if arguments.study == "zero_shot" else study(arguments)
