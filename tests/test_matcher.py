@@ -51,7 +51,7 @@ def test_groups_have_their_own_learning_rates_and_every_trained_parameter_once()
 
 def test_a_frozen_model_has_nothing_to_train(tmp_path):
     model = corrzoo.create_matcher("Baseline", **TINY, finetune="none", learn_temperature=False)
-    with pytest.raises(ZooError, match="no parameter to train"):
+    with pytest.raises(ZooError, match="nothing to train"):
         trainer(tmp_path).fit(model, data())
 
 

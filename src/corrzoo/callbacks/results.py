@@ -276,9 +276,8 @@ def _seed() -> int | None:
 
 
 def _pairs_seen(trainer: Trainer, batch_size: int | None) -> int | None:
-    """Training pairs, repetitions included."""
-    batches = trainer.global_step * trainer.accumulate_grad_batches * trainer.world_size
-    return batch_size and batches * batch_size
+    """Training pairs, repetitions included; `batch_size` is that of all processes together."""
+    return batch_size and trainer.global_step * trainer.accumulate_grad_batches * batch_size
 
 
 def _peak_memory_mb() -> float:
