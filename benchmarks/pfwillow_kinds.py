@@ -4,17 +4,13 @@ For learning from real images without a look at the category that is tested on. 
 PF-WILLOW has test pairs alone, and whoever learns from them cannot stand beside a paper's number.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
-
 from corrzoo.data.pairs import DATASETS
 from corrzoo.data.readers.pfwillow import CATEGORIES, PFWillow
 from corrzoo.geometry import Size
-from corrzoo.matcher import Matcher
 from corrzoo.types import Record, ZooError
 
 KINDS = list(dict.fromkeys(category.split("(")[0] for category in CATEGORIES))
@@ -65,25 +61,3 @@ class PFWillowKinds(PFWillow):
 
     def order(self) -> list[int]:
         return super().order()[:: self._every]
-
-
-class Curve(Callback):
-    """Writes, at each validation, the PCK of each kind of object: `{step: {kind: percent}}`.
-
-    Args:
-        path: The JSON file.
-        alpha: Of which PCK.
-    """
-
-    def __init__(self, path: str, alpha: float = 0.1) -> None:
-        self.path, self.alpha, self.curve = Path(path), alpha, dict[int, dict[str, float]]()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: Matcher) -> None:  # type: ignore[override]
-        ((_, metric),) = pl_module.evaluation.by_name()
-        sums: dict[str, list[float]] = {}
-        for category, found in metric.breakdown()["category"].items():
-            total = sums.setdefault(kind_of(category), [0.0, 0.0])
-            total[0] += found["pairs"] * found[f"pck@{self.alpha:g}/image"]
-            total[1] += found["pairs"]
-        self.curve[trainer.global_step] = {kind: score / pairs for kind, (score, pairs) in sums.items()}
-        self.path.write_text(json.dumps(self.curve, indent=1))

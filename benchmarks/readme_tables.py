@@ -1,4 +1,6 @@
-"""Write the tables of README.md and docs/study.md, docs/backbones.md and docs/protocols.md; --check compares.
+"""Write the tables of README.md and docs/study.md, the study's picture, docs/backbones.md and docs/protocols.md.
+
+--check compares the texts instead.
 
 python benchmarks/readme_tables.py [--check]
 """
@@ -109,12 +111,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="exit with 1 when a file is not what would be written")
     check = parser.parse_args().check
     written = {
-        ROOT / "README.md": {"protocols": presets(), "licences": licences(), "study": study_tables.digest()},
-        ROOT / "docs" / "study.md": {
-            "heads": study_tables.heads(),
-            "parts": study_tables.parts(),
-            "real": study_tables.real(),
-        },
+        ROOT / "README.md": {"protocols": presets(), "licences": licences()} | study_tables.both(),
+        ROOT / "docs" / "study.md": study_tables.both() | study_tables.page(),
     }
     docs = {"backbones.md": backbones(), "protocols.md": protocols()}
     texts = {path: marked(path.read_text(), tables) for path, tables in written.items()}
@@ -124,6 +122,7 @@ def main() -> None:
         sys.exit(f"{', '.join(stale)}: not what `python benchmarks/readme_tables.py` writes" if stale else 0)
     for path, new in texts.items():
         path.write_text(new)
+    study_tables.picture().savefig(ROOT / "docs" / "study.png", dpi=100)
 
 
 if __name__ == "__main__":

@@ -1,39 +1,41 @@
-"""The study: on equal terms, which head helps, and which part of it, with what.
+"""Train every head on the same pairs, for as many of them, and score it: the runs behind docs/study.md.
 
-    python benchmarks/study.py synthetic          every head and its main ablations, on drawn pairs
-    python benchmarks/study.py zero_shot          real weights without any training, on PF-WILLOW
-    python benchmarks/study.py leave_one_out      every head learns from three kinds of PF-WILLOW, and meets the fourth
-    python benchmarks/study.py costs              how long the runs of the first take for a pair, all in turn
+    python benchmarks/study.py cub_frozen       photographs of birds, frozen ImageNet features
+    python benchmarks/study.py cub_finetuned    photographs of birds, each head fine-tunes the backbone
+    python benchmarks/study.py synthetic        synthetic pairs, each head fine-tunes the backbone
+    python benchmarks/study.py leave_one_out    PF-WILLOW, trained on three kinds of objects, tested on the fourth
+    python benchmarks/study.py zero_shot        PF-WILLOW without training, by backbone
 
-Each run is one `lightning fit` and one `lightning test` with the YAMLs that this prints, in a folder under
-runs/study/; its result goes to benchmarks/results/<study>/<run>.json. What is there already is not run again.
+A run is one `lightning fit` and one `lightning test` with the YAMLs that are printed, in a folder under runs/study/.
+Its result is one file, benchmarks/results/<study>/<run>.json, whose `curve` has the PCK of validation pairs by the
+number of pairs seen. The learning rate of each head and study is the best of three on validation pairs, each tried for
+12 % of the pairs: benchmarks/results/learning_rates.csv. `leave_one_out` takes the rates of `cub_frozen`, so that no
+pair of PF-WILLOW chooses them. Runs that have a result are skipped, and runs that were interrupted are resumed.
 """
 
 import argparse
+import csv
 import json
 import multiprocessing
 import os
 import shlex
-import sys
-import time
-from collections import defaultdict
-from collections.abc import Iterable
-from itertools import chain, combinations
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from statistics import fmean, median
 from typing import Any
 
-import torch
-
-import corrzoo.cli  # before the first fork, so that no run imports it anew
+import corrzoo.cli  # noqa: F401  before the first fork, so that no run imports it again
 from corrzoo.__main__ import main as run_command
-from corrzoo.scoring.evaluation import predict_points
+from corrzoo.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, CONFIGS, RUNS = ROOT / "benchmarks" / "results", ROOT / "zoo_configs", ROOT / "runs" / "study"
-HEADS = ("baseline", "actr", "vitsc", "gsf", "lpmflow")
+RATES = RESULTS / "learning_rates.csv"
 
-SIZES = {head: (f"demo/{head}.yaml", "study/synthetic.yaml") for head in HEADS}
+HEADS = ("baseline", "gsf", "vitsc", "lpmflow", "actr")
 ABLATIONS = {
     "actr": ("no_cross_attention", "no_reweighting", "no_multi_path", "no_super_resolution"),
     "lpmflow": ("no_larl", "no_contrastive_loss", "no_pfsr", "no_mmfi"),
@@ -41,275 +43,264 @@ ABLATIONS = {
     "gsf": ("no_pruning", "no_mls", "no_matching"),
 }
 """By head, the files of zoo_configs/ablation that the study runs."""
-BACKBONES = {"efficientnet_lite0": (), "efficientnet_lite2": ("study/efficientnet_lite2.yaml",)}
-WIDTHS = ("--model.c_p=4.2", "--model.c_m=3.0")
-"""On 12 cells instead of 20."""
-FEATURES = "features.safetensors"
-PAIRS = {"features": 2400, "head": 800}
-"""How many drawn pairs, or warps, each learns from."""
+DATASETS = {"cub_frozen": "cub", "cub_finetuned": "cub", "synthetic": "synthetic", "leave_one_out": "leave_one_out"}
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+SWEEP = 0.12
+"""Share of the pairs that each learning rate is tried for."""
+MARKS = (0, 800, 2500, 5000, 10000, 20000)
+"""Pairs seen at which validation pairs are scored."""
+BATCH = 16
+LOCK = multiprocessing.Lock()
+KINDS = ("car", "duck", "motorbike", "winebottle")
+"""Of PF-WILLOW: `leave_one_out` tests each in turn."""
+LITE0 = ("baseline.yaml", "backbone/efficientnet_lite0.yaml", "data/pfwillow.yaml")
+ZERO_SHOT: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "same-position": ("same position, no features", LITE0, ("--model.readout=identity",)),
+    "gsf-lite0": ("", ("gsf.yaml", "ablation/gsf/zero_shot.yaml", "data/pfwillow.yaml"), ()),
+}
+"""Runs of `zero_shot` by name: label, files of zoo_configs, and options."""
+for _n in range(3):
+    _stack = (*LITE0, f"backbone/efficientnet_lite{_n}.yaml")
+    ZERO_SHOT |= {
+        f"random-weights-lite{_n}": ("random weights", _stack, ("--model.weights=random",)),
+        f"zero-shot-lite{_n}": ("", _stack, ()),
+        f"mutual-lite{_n}": ("mutual nearest neighbours", _stack, ("--model.mutual=true",)),
+    }
 
 
-def lightning(folder: Path, command: str, stack: Iterable[str], *options: str) -> None:
-    """Run `lightning <command>` in a folder and a process of its own. `stack` names files of zoo_configs, and options.
+@dataclass(frozen=True)
+class Run:
+    """One training: a head on the pairs of a study.
+
+    Attributes:
+        pairs: How many training pairs are seen; 0 scores the untrained head.
+        lr: Learning rate of head and backbone.
+        left_out: PF-WILLOW's kind of objects that `leave_one_out` tests.
+    """
+
+    study: str
+    head: str
+    seed: int
+    pairs: int
+    ablation: str = ""
+    lr: float = 0.0
+    left_out: str = ""
+
+    @property
+    def name(self) -> str:
+        parts = [self.head, self.ablation, "" if self.pairs else "untrained", self.left_out]
+        return "_".join(filter(None, parts)) + f"-{self.seed}"
+
+    @property
+    def result(self) -> Path:
+        return RESULTS / self.study / f"{self.name}.json"
+
+    @property
+    def steps(self) -> int:
+        return self.pairs // BATCH
+
+    def stack(self) -> list[str]:
+        """Files of zoo_configs, from the first to the last."""
+        ablation = [f"ablation/{self.head}/{self.ablation}.yaml"] * bool(self.ablation)
+        return [f"demo/{self.head}.yaml", "study/recipe.yaml", f"study/{DATASETS[self.study]}.yaml", *ablation]
+
+    def options(self, args: argparse.Namespace) -> list[str]:
+        """Options of the command line beside the files."""
+        finetune = self.study in ("cub_finetuned", "synthetic")
+        options = [f"--seed_everything={self.seed}", f"--data.root={args.data_root}"]
+        options += [f"--trainer.accelerator={args.device}", f"--model.finetune={'all' if finetune else 'none'}"]
+        if self.pairs:
+            options += [f"--model.lr={self.lr}", f"--model.backbone_lr={self.lr}", f"--trainer.max_steps={self.steps}"]
+        if self.head == "gsf" and self.study == "synthetic":
+            options.append("--data.train=synthetic_warps")
+        if self.left_out:
+            others = [kind for kind in KINDS if kind != self.left_out]
+            kinds = {"trn": others, "val": others, "test": [self.left_out]}
+            split = {"pfwillow_kinds": {"kinds": kinds, "every": {"val": 9}}}
+            options += ["--plugins=pfwillow_kinds", "--data.options=" + json.dumps(split)]
+        return options
+
+
+# ---------------------------------------------------------------------- one run
+
+
+def lightning(folder: Path, command: str, stack: Sequence[str], options: Sequence[str]) -> None:
+    """Run `lightning <command>` in a folder and a process of its own.
 
     Raises:
-        SystemExit: when it fails.
+        RuntimeError: if it fails.
     """
-    args = [item if item.startswith("--") else f"--config={CONFIGS / item}" for item in stack]
-    shown = [[item] if item.startswith("--") else ["--config", f"zoo_configs/{item}"] for item in stack]
-    print("+ lightning", command, shlex.join([*chain(*shown), *options]), flush=True)
+    shown = [word for file in stack for word in ("--config", f"zoo_configs/{file}")]
+    print("+ lightning", command, shlex.join([*shown, *options]), flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    process = multiprocessing.get_context("fork").Process(target=_run, args=(folder, [command, *args, *options]))
+    words = [command, *(f"--config={CONFIGS / file}" for file in stack), *options]
+    process = multiprocessing.get_context("fork").Process(target=_lightning, args=(folder, words))
     process.start()
     process.join()
     if process.exitcode:
-        sys.exit(f"failed: {folder / 'log'} says why")
+        raise RuntimeError(f"failed: see {folder / 'log'}")
 
 
-def _run(folder: Path, args: list[str]) -> None:
-    with (folder / "log").open("a") as log:
-        os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+def _lightning(folder: Path, words: list[str]) -> None:
     os.chdir(folder)
-    run_command(args)
+    with (folder / "log").open("a", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
+        os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)  # what is not written by Python, too
+        run_command(words)
 
 
-def run(into: Path, folder: Path, name: str, label: str, stack: Iterable[str], seed: int, *, fit: bool = True) -> None:
-    """Train, unless `fit` is false, and test; the result goes `into` a file, unless that is there."""
-    if into.exists():
-        return
-    options = common(name, seed, label)
-    if fit:
-        lightning(folder, "fit", stack, *options, f"--checkpoint.dirpath={name}")
-    lightning(folder, "test", stack, *options, *([f"--ckpt_path={name}/last.ckpt"] if fit else []))
-    (result,) = (folder / name).glob("*.json")
-    write(into, json.loads(result.read_text()))
+def train(run: Run, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Train in `folder`, from the last checkpoint if there is one. Returns the curve: PCK by number of pairs seen."""
+    curve, last = folder / "curve.json", folder / "last.ckpt"
+    marks = sorted({min(mark // BATCH, run.steps) for mark in MARKS} | {run.steps})
+    if not curve.exists() or str(run.steps * BATCH) not in json.loads(curve.read_text()):
+        options = ["--trainer.callbacks=study_curve.Curve", f"--trainer.callbacks.path={curve}"]
+        options += [f"--trainer.callbacks.steps={marks}", f"--checkpoint.dirpath={folder}"]
+        resume = [f"--ckpt_path={last}"] if last.exists() else []
+        lightning(folder, "fit", run.stack(), [*run.options(args), *options, *resume])
+    return json.loads(curve.read_text())
 
 
-def common(name: str, seed: int, label: str) -> tuple[str, ...]:
-    """The options that all runs have in common: what is written goes into the folder `name`."""
-    callback = "--trainer.callbacks=corrzoo.callbacks.ResultsWriter"
-    labelled = (callback, f"--trainer.callbacks.folder={name}", f"--trainer.callbacks.label={label}")
-    return ("--trainer.logger=false", f"--seed_everything={seed}", "--trainer.enable_progress_bar=false", *labelled)
+def execute(run: Run, args: argparse.Namespace) -> None:
+    """Train and test a run, and write its results: on the dataset of the study, and on PF-WILLOW after `cub`."""
+    if run.study == "leave_one_out":
+        folds = [train_and_test(replace(run, left_out=kind), args)["pfwillow_kinds"] for kind in KINDS]
+        return write(run.result, merged(folds))
+    results = train_and_test(run, args)
+    if "pfwillow" in results:
+        write(RESULTS / f"{run.study}_pfwillow" / run.result.name, results.pop("pfwillow"))
+    (result,) = results.values()
+    write(run.result, result)
 
 
-def told(path: Path) -> None:
-    """Print what a result file says."""
-    scores = json.loads(path.read_text())["pck"]
-    values = " / ".join(f"{scores[f'pck@{alpha}']:.1f}" for alpha in (0.05, 0.1, 0.15))
-    print(f"{path.stem}: PCK@.05/.10/.15 {values}", flush=True)
+def train_and_test(run: Run, args: argparse.Namespace) -> dict[str, Any]:
+    """Train a run, unless it has no pairs, and test it. Returns the results by dataset."""
+    folder = RUNS / run.study / run.name
+    curve = train(run, args, folder) if run.pairs else {}
+    label = run.ablation if run.pairs else "untrained"
+    checkpoint = [f"--ckpt_path={folder / 'last.ckpt'}"] if run.pairs else []
+    results = test(folder, label, run.stack(), [*run.options(args), *checkpoint, "--trainer.precision=32-true"])
+    # Runs share the machine with others, so their times mean nothing; benchmarks/step.py measures costs.
+    return {name: result | {"ms_per_pair": None, "checkpoint": None, "curve": curve} for name, result in results}
 
 
-def synthetic(seeds: list[int], backbones: list[str], ablations: bool) -> None:
-    """Every head on the features that the Baseline's recipe leaves; ablations on the first backbone."""
-    results = RESULTS / "synthetic"
-    for backbone in backbones:
-        for seed in seeds:
-            folder, extra = RUNS / "synthetic" / backbone / str(seed), BACKBONES[backbone]
-            mine = (*extra, drawings("head", seed))
-
-            def one(name: str, label: str, stack: Iterable[str], fit: bool = True) -> None:
-                run(results / f"{name}-{backbone}-{seed}.json", folder, name, label, stack, seed, fit=fit)  # noqa: B023
-
-            tuned = (*SIZES["baseline"], *extra, "study/features.yaml", drawings("features", seed))
-            one("features", "whole backbone fine-tuned", tuned)
-            save_features(folder / "features" / "last.ckpt", folder / FEATURES)
-            untouched = (*SIZES["baseline"], *mine, "--model.weights=pretrained")
-            one("imagenet", "ImageNet features, untrained", untouched, fit=False)
-            for head, stack in SIZES.items():
-                one(head, "", (*stack, *mine))
-                for ablation in ABLATIONS.get(head, ()) if ablations else ():
-                    name = f"{head}_{ablation}"
-                    one(name, name, (*stack, *mine, f"ablation/{head}/{ablation}.yaml"))
-            if ablations:
-                one("gsf_widths", "5.1's 7 and 5 read as widths", (*SIZES["gsf"], *mine, *WIDTHS))
+def test(
+    folder: Path, label: str, stack: Sequence[str], options: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Run `lightning test`, and yield the results by dataset."""
+    results = folder / "results"
+    writer = ["--trainer.callbacks=corrzoo.callbacks.ResultsWriter", f"--trainer.callbacks.folder={results}"]
+    writer += [f"--trainer.callbacks.label={label}"] if label else []
+    lightning(folder, "test", stack, [*options, *writer])
+    for path in sorted(results.glob("*.json")):
+        yield path.stem, json.loads(path.read_text())
 
 
-def drawings(learns: str, seed: int) -> str:
-    """The option that draws what the features or a head learn from: new for each of the two and for each seed.
-
-    The pairs of validation and test are the same for all.
-    """
-    length, drawn = PAIRS[learns], 2 * seed + list(PAIRS).index(learns)
-    pairs = {"length": {"trn": length, "val": 200, "test": 400}, "seed": {"trn": drawn}}
-    return "--data.options=" + json.dumps({"synthetic": pairs, "synthetic_warps": {"length": length, "seed": drawn}})
-
-
-def costs(rounds: int = 5, size: int = 8) -> None:
-    """Measure ms_per_pair of the first seed's synthetic runs anew, and write it into the result files of all seeds.
-
-    The tests of the study run when they run, beside whatever else the machine does. Here all models answer the same
-    pairs in turn, several times over, each image through the backbone once; the median of the processor's time counts.
-    """
-    torch.set_num_threads(1)
-    dataset = corrzoo.create_dataset("synthetic", "", "test", size=96)
-    batch = dataset.collate([dataset[i] for i in range(size)])
-    stems = sorted({path.stem.rpartition("-")[0] for path in (RESULTS / "synthetic").glob("*-0.json")})
-    models, times = {}, defaultdict[str, list[float]](list)
-    for stem in stems:
-        name, _, backbone = stem.partition("-")
-        # the untrained one costs what the trained one does
-        run = "features" if name == "imagenet" else name
-        models[stem] = corrzoo.load(RUNS / "synthetic" / backbone / "0" / run / "last.ckpt").eval()
-    with torch.no_grad():
-        for _ in range(rounds + 1):
-            for stem, model in models.items():
-                began = time.process_time()
-                predict_points(model, batch)
-                times[stem].append(1000 * (time.process_time() - began) / size)
-    for stem in stems:
-        measured = median(times[stem][1:])  # the first round warms up
-        print(f"{stem}: {measured:.1f} ms a pair ({min(times[stem][1:]):.1f} to {max(times[stem][1:]):.1f})")
-        for path in (RESULTS / "synthetic").glob(f"{stem}-*.json"):
-            path.write_text(json.dumps(json.loads(path.read_text()) | {"ms_per_pair": measured}, indent=1) + "\n")
+def merged(folds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One result of the folds' results. Scores are means over all pairs, each of which is tested in one fold."""
+    pairs = sum(fold["pairs"] for fold in folds)
+    # The mean over categories is left out: it is no mean over pairs.
+    names = [name for name in folds[0]["pck"] if "/" not in name or name.endswith("/image")]
+    pck = {name: sum(fold["pairs"] * fold["pck"][name] for fold in folds) / pairs for name in names}
+    breakdown = {"category": {name: row for fold in folds for name, row in fold["breakdown"]["category"].items()}}
+    rule = {"kinds": "each in turn is tested, the others are trained on"}
+    trained = folds[0]["trained"] and folds[0]["trained"] | {"options": rule}
+    memory = max(fold["peak_memory_mb"] for fold in folds)
+    same = {"dataset_options": rule, "fingerprint": [fold.get("fingerprint") for fold in folds], "trained": trained}
+    # The curves are of pairs that were trained on, and each fold has a checkpoint of its own.
+    changed = {"pairs": pairs, "pck": pck, "breakdown": breakdown, "peak_memory_mb": memory}
+    return folds[0] | same | changed | {"curve": {}, "checkpoint_sha256": None}
 
 
-def save_features(checkpoint: Path, path: Path) -> None:
-    """What a run's backbone has learnt, as a file for --model.weights."""
-    from safetensors.torch import save_file
-
-    if not path.exists():
-        network = corrzoo.load(checkpoint).backbone.trunk.model
-        save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, path)
-
-
-def zero_shot(root: str) -> None:
-    """Without any training: each backbone whose weights a package carries, and both floors."""
-    results, folder = RESULTS / "pfwillow", RUNS / "zero_shot"
-
-    def one(name: str, label: str, *stack: str) -> None:
-        base = ("baseline.yaml", "data/pfwillow.yaml", "backbone/efficientnet_lite0.yaml", f"--data.root={root}")
-        run(results / f"{name}.json", folder, name, label, (*base, *stack), 0, fit=False)
-
-    one("same-position", "same position, no features", "--model.readout=identity")
-    for n in range(3):
-        extra = [f"backbone/efficientnet_lite{n}.yaml"]
-        one(f"random-weights-lite{n}", "random weights", *extra, "--model.weights=random")
-        one(f"zero-shot-lite{n}", "", *extra)
-        one(f"mutual-lite{n}", "mutual nearest neighbours", *extra, "--model.mutual=true")
-
-
-FOLDS = ("car", "duck", "motorbike", "winebottle")
-REAL = {
-    "baseline": (),
-    "actr": ("--model.grid=6",),
-    "vitsc": (),
-    "gsf": ("--model.grid=10", "--model.c_p=0.75", "--model.c_m=3.5"),
-    "lpmflow": (),
-}
-"""By head, what is not as in its file: grids for images of 160 pixels."""
-FLOORS = (
-    ("same-position", "same position, no features", "--model.readout=identity"),
-    ("untrained", "untrained", "--model.finetune=none"),
-)
-"""What is scored beside the heads: a file's name, a label, an option."""
-STEPS = (10, 20)
-"""Of 8 pairs: what inner folds choose from."""
-
-
-def leave_one_out(root: str, seeds: list[int], heads: list[str]) -> None:
-    """Every head learns from three kinds of objects, and is scored on the fourth; so each pair is scored once.
-
-    How long it learns is chosen without a look at that fourth: among the three, by training on two, scoring the third.
-    """
-    results, folder = RESULTS / "pfwillow_leave_one_out", RUNS / "leave_one_out"
-    for name, label, option in FLOORS:
-        stack = ("--plugins=pfwillow_kinds", "demo/baseline.yaml", "study/pfwillow.yaml", option, f"--data.root={root}")
-        path = folder / f"{name}.json"
-        run(path, folder, name, label, (*stack, _options({"test": list(FOLDS)})), 0, fit=False)
-        write(results / f"{name}.json", merged([json.loads(path.read_text())], {}))
-    for head in heads:
-        stack = ("--plugins=pfwillow_kinds", f"demo/{head}.yaml", "study/pfwillow.yaml", *REAL[head])
-        stack = (*stack, f"--data.root={root}")
-        if all((results / f"{head}-{seed}.json").exists() for seed in seeds):
-            continue
-        curves = {}
-        for pair in combinations(FOLDS, 2):
-            name, others = f"{head}-inner-{'-'.join(pair)}", [kind for kind in FOLDS if kind not in pair]
-            path = folder / name / "curve.json"
-            if not path.exists():
-                kinds = _options({"trn": list(pair), "val": others}, every={"val": 7})
-                options = (*common(name, 0, "")[:3], "--trainer.callbacks=pfwillow_kinds.Curve", kinds)
-                options += (f"--trainer.callbacks.path={name}/curve.json", f"--checkpoint.dirpath={name}")
-                steps = (f"--trainer.max_steps={STEPS[-1]}", f"--trainer.val_check_interval={STEPS[0]}")
-                (folder / name).mkdir(parents=True, exist_ok=True)
-                lightning(folder, "fit", stack, *options, *steps, "--trainer.num_sanity_val_steps=0")
-            curves[pair] = json.loads(path.read_text())
-        chosen = {kind: best_steps(curves, kind) for kind in FOLDS}
-        print(f"{head}: steps {chosen}", flush=True)
-        for seed in seeds:
-            parts = []
-            for kind in FOLDS:
-                name, learnt = f"{head}-{seed}-{kind}", [other for other in FOLDS if other != kind]
-                options = (
-                    _options({"trn": learnt, "val": learnt, "test": [kind]}),
-                    f"--trainer.max_steps={chosen[kind]}",
-                )
-                path = folder / f"{name}.json"
-                run(path, folder, name, "", (*stack, *options, "--trainer.limit_val_batches=0"), seed)
-                parts.append(json.loads(path.read_text()))
-            write(results / f"{head}-{seed}.json", merged(parts, chosen))
+def zero_shot(args: argparse.Namespace) -> None:
+    """Score PF-WILLOW without training: one run for each row of `ZERO_SHOT`."""
+    for name, (label, stack, options) in ZERO_SHOT.items():
+        path = RESULTS / "pfwillow" / f"{name}.json"
+        if not path.exists():
+            common = ["--seed_everything=0", "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
+            common += [f"--data.root={args.data_root}", f"--trainer.accelerator={args.device}"]
+            ((_, result),) = test(RUNS / "zero_shot" / name, label, stack, [*common, *options])
+            write(path, result)
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """A result file, and what it says."""
+    """Write a result file, and print its scores."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    told(path)
+    write_text(path, json.dumps(result, indent=1) + "\n")
+    scores = " / ".join(f"{result['pck'][f'pck@{alpha}']:.1f}" for alpha in (0.05, 0.1, 0.15))
+    print(f"{path.relative_to(RESULTS)}: PCK@.05/.10/.15 {scores}", flush=True)
 
 
-def _options(kinds: dict[str, list[str]], **others: dict[str, int]) -> str:
-    return "--data.options=" + json.dumps({"pfwillow_kinds": {"kinds": kinds, **others}})
+# ---------------------------------------------------------------------- learning rates
 
 
-def best_steps(curves: dict[tuple[str, ...], dict[str, dict[str, float]]], tested: str) -> int:
-    """The steps with the best mean PCK over the inner folds that never saw the tested kind.
-
-    Args:
-        curves: By the two kinds that were learnt from, the PCK of the others at each number of steps.
-        tested: The kind that is left out.
-    """
-
-    def mean(steps: int) -> float:
-        inner = [pair for pair in curves if tested not in pair]
-        scored = [next(kind for kind in FOLDS if kind != tested and kind not in pair) for pair in inner]
-        return fmean(curves[pair][str(steps)][kind] for pair, kind in zip(inner, scored, strict=True))
-
-    return max(STEPS, key=mean)
+def learning_rate(run: Run) -> float:
+    """The learning rate with the best PCK@.10 on validation pairs. Ablations take that of the whole head."""
+    study = "cub_frozen" if run.study == "leave_one_out" else run.study
+    tried = {float(row["lr"]): float(row["pck@0.1"]) for row in rates() if rate_key(row) == (study, run.head)}
+    if set(tried) != set(LEARNING_RATES):
+        raise RuntimeError(f"{study}, {run.head}: learning rates tried {sorted(tried)}, expected {LEARNING_RATES}")
+    return max(tried, key=lambda lr: tried[lr])
 
 
-def merged(folds: list[dict[str, Any]], chosen: dict[str, int]) -> dict[str, Any]:
-    """One result of the four folds' results: scores are means over all pairs, each counted once."""
-    first, pairs = folds[0], sum(fold["pairs"] for fold in folds)
-    kept = {key for key in first["pck"] if key.count("/") == 0 or key.endswith("/image")}
-    pck = {key: sum(fold["pairs"] * fold["pck"][key] for fold in folds) / pairs for key in sorted(kept)}
-    breakdown = {"category": {name: row for fold in folds for name, row in fold["breakdown"]["category"].items()}}
-    rule = {"kinds": "each in turn is tested, the others are learnt from"}
-    trained = first["trained"] and first["trained"] | {"options": rule, "max_steps": chosen, "steps": chosen}
-    # these runs share the machine with others: their times are none
-    costs = {"ms_per_pair": None, "peak_memory_mb": max(fold["peak_memory_mb"] for fold in folds)}
-    checkpoints = {"checkpoint": trained and "one a fold", "checkpoint_sha256": None}
-    same = {"dataset_options": rule, "trained": trained, "pairs": pairs, "pck": pck, "breakdown": breakdown}
-    return first | same | costs | checkpoints
+def rates() -> list[dict[str, str]]:
+    """The rows of benchmarks/results/learning_rates.csv."""
+    return list(csv.DictReader(RATES.open())) if RATES.exists() else []
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=["synthetic", "zero_shot", "leave_one_out", "costs"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--backbones", nargs="+", choices=list(BACKBONES), default=list(BACKBONES))
-    parser.add_argument("--ablations", choices=["yes", "no"], default="yes")
-    parser.add_argument("--heads", nargs="+", choices=list(REAL), default=list(REAL), help="of leave_one_out")
-    parser.add_argument("--data_root", default=str(ROOT / "data"), help="the absolute folder that holds PF-WILLOW/")
-    args = parser.parse_args()
-    if args.study == "synthetic":
-        synthetic(args.seeds, args.backbones, args.ablations == "yes")
-    elif args.study == "zero_shot":
-        zero_shot(args.data_root)
-    elif args.study == "costs":
-        costs()
-    else:
-        leave_one_out(args.data_root, args.seeds, args.heads)
+def rate_key(row: dict[str, str]) -> tuple[str, str]:
+    return row["study"], row["head"]
+
+
+def sweep(run: Run, args: argparse.Namespace) -> None:
+    """Try one learning rate for a share of the pairs, and add a row to the table of learning rates."""
+    if any(rate_key(row) == (run.study, run.head) and float(row["lr"]) == run.lr for row in rates()):
+        return
+    short = replace(run, pairs=int(SWEEP * run.pairs) // BATCH * BATCH)
+    curve = train(short, args, RUNS / run.study / f"{run.head}_lr{run.lr:g}")
+    row = {"study": run.study, "head": run.head, "lr": run.lr, "pairs": short.pairs} | curve[str(short.pairs)]
+    with LOCK, RATES.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        if not file.tell():
+            writer.writeheader()
+        writer.writerow({key: f"{value:.2f}" if key.startswith("pck") else value for key, value in row.items()})
+
+
+# ---------------------------------------------------------------------- all runs
+
+
+def trainable(run: Run) -> bool:
+    """Whether anything trains: the Baseline has no parameter of its own."""
+    return run.head != "baseline" or run.study in ("cub_finetuned", "synthetic")
+
+
+def runs_of(args: argparse.Namespace) -> list[Run]:
+    """The runs of a study, in the order in which they are run: seeds, heads, then ablations."""
+    base = [Run(args.study, head, seed, args.pairs) for seed in args.seeds for head in args.heads]
+    untrained = [replace(run, pairs=0) for run in base if args.study != "cub_finetuned"]
+    ablated = [replace(run, ablation=part) for run in base for part in ABLATIONS.get(run.head, ()) if args.ablations]
+    return [*untrained, *filter(trainable, base), *ablated]
+
+
+def study(args: argparse.Namespace) -> None:
+    """Choose learning rates, then train and test; `--jobs` runs at a time."""
+    missing = [run for run in runs_of(args) if not run.result.exists()]
+    heads = {run.head: run for run in missing if run.pairs and run.study != "leave_one_out"}
+    tries = [replace(run, lr=lr, ablation="", seed=0) for run in heads.values() for lr in LEARNING_RATES]
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("fork")) as pool:
+        list(pool.map(partial(sweep, args=args), filter(trainable, tries)))
+        ready = [replace(run, lr=learning_rate(run)) if run.pairs else run for run in missing]
+        list(pool.map(partial(execute, args=args), ready))
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=[*DATASETS, "zero_shot"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--heads", nargs="+", choices=HEADS, default=HEADS)
+    parser.add_argument("--pairs", type=int, default=10000, help="training pairs that each run sees")
+    parser.add_argument("--ablations", action="store_true", help="also train each head without one of its parts")
+    parser.add_argument("--data_root", default=str(ROOT / "data"), help="folder of CUB_200_2011/ and PF-WILLOW/")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    arguments = parser.parse_args()
+    zero_shot(arguments) if arguments.study == "zero_shot" else study(arguments)

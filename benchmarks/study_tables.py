@@ -1,113 +1,227 @@
-"""The study's tables, from the result files of `benchmarks/study.py`; `readme_tables.py` puts them in place."""
+"""Tables and the picture of the study, from the result files of `study.py`; `readme_tables.py` puts them in place."""
 
+import csv
+import json
 from collections import defaultdict
-from collections.abc import Callable
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from corrzoo.errors import ZooError
+import study
 from corrzoo.files import table
-from corrzoo.leaderboard.results import find_results, read_results
 from corrzoo.leaderboard.rows import Spread
 
-RESULTS, ABLATIONS = Path(__file__).parent / "results", Path(__file__).parents[1] / "zoo_configs" / "ablation"
-Result = dict[str, Any]
-COLUMNS: dict[str, tuple[str, str, str]] = {
-    "@.05": ("", "", "0.05"),
-    "@.10": ("", "", "0.1"),
-    "@.15": ("", "", "0.15"),
-    **{name: ("category", name, "0.1") for name in ("bird", "bottle", "car", "horse")},
-    "same scale": ("scale", "0", "0.1"),
-    "other scale": ("scale", "2", "0.1"),
-    "turned": ("viewpoint", "2", "0.1"),
+PAIRS = 10_000
+"""Training pairs that a run must have seen to be shown."""
+ALPHAS = (0.05, 0.1, 0.15)
+NAMES = {"vitsc": "ViTSC", "lpmflow": "LPMFlow", "actr": "ACTR", "baseline": "Baseline", "gsf": "GSF (no keypoints)"}
+"""Heads in the order of the rows: that of their published SPair-71k scores, and GSF, which needs no keypoints, last."""
+SEEDS = {"cub_frozen": (0, 1, 2), "cub_finetuned": (0,), "synthetic": (0,), "leave_one_out": (0,)}
+"""Seeds that a complete study has."""
+TITLES = {
+    "cub_frozen": "photographs (CUB), frozen features",
+    "cub_finetuned": "photographs (CUB), fine-tuned backbone",
+    "synthetic": "synthetic pairs, fine-tuned backbone",
+    "leave_one_out": "PF-WILLOW, leave one category out",
 }
-"""Of the synthetic study, by title: the group of pairs, and alpha."""
+MISSING, NOTHING = "not run yet", "nothing to train"
+SCORES = "PCK @.05 / .10 / .15"
+Result = dict[str, Any]
+Seeds = dict[int, Result]
 
 
-def heads() -> str:
-    """Every head on both backbones, whole."""
-    runs = by_run("synthetic")
-    rows = [[*who, *cells(runs[who], scores)] for who in ranked(runs) if not ablates(who[2])]
-    return table(["backbone", "head", "", *COLUMNS], rows, range(3, 3 + len(COLUMNS)))
+def read(name: str) -> dict[str, Seeds]:
+    """Results of a study by run, such as `actr`, `actr_no_multi_path` or `actr_untrained`, then by seed."""
+    runs: dict[str, Seeds] = defaultdict(dict)
+    for path in sorted((study.RESULTS / name).glob("*.json")):
+        result = json.loads(path.read_text())
+        if not result["trained"] or result["trained"]["pairs_seen"] >= PAIRS:
+            run, _, seed = path.stem.rpartition("-")
+            runs[run][int(seed)] = result
+    return runs
+
+
+# ---------------------------------------------------------------------- tables
+
+
+def both() -> dict[str, str]:
+    """The tables of README.md and of docs/study.md, by marker."""
+    return {"photographs": photographs(), "synthetic": synthetic()}
+
+
+def page() -> dict[str, str]:
+    """The other tables of docs/study.md, by marker."""
+    made = (missing, transfer, curves, parts, left_out, rates)
+    return {function.__name__: function() for function in made}
+
+
+def photographs() -> str:
+    """CUB: every head untrained, trained on frozen features, and trained with the backbone."""
+    frozen, finetuned = read("cub_frozen"), read("cub_finetuned")
+    rows = [
+        [title, scores(frozen, f"{head}_untrained"), trained("cub_frozen", head, frozen), scores(finetuned, head)]
+        for head, title in NAMES.items()
+    ]
+    return table([SCORES, "untrained", "frozen features", "fine-tuned backbone"], rows, (1, 2, 3))
+
+
+def synthetic() -> str:
+    """Synthetic pairs: every head untrained, and trained with the backbone."""
+    runs = read("synthetic")
+    rows = [[title, scores(runs, f"{head}_untrained"), scores(runs, head)] for head, title in NAMES.items()]
+    return table([SCORES, "untrained", "fine-tuned backbone"], rows, (1, 2))
+
+
+def transfer() -> str:
+    """PF-WILLOW, PCK @.10 of all pairs and of the ducks: every head untrained, and after training on CUB."""
+    frozen, finetuned = read("cub_frozen_pfwillow"), read("cub_finetuned_pfwillow")
+    rows = []
+    for head, title in NAMES.items():
+        cells = [title]
+        for group in ("", "duck"):
+            untrained, after = scores(frozen, f"{head}_untrained", group), trained("cub_frozen", head, frozen, group)
+            cells += [untrained, after, scores(finetuned, head, group)]
+        rows.append(cells)
+    columns = [f"{group}{state}" for group in ("", "ducks, ") for state in ("zero-shot", "frozen", "fine-tuned")]
+    return table(["PCK @.10", *columns], rows, range(1, 7))
+
+
+def curves() -> str:
+    """PCK @.10 of validation pairs by the number of training pairs seen, the mean over seeds."""
+    rows = []
+    for name in ("cub_frozen", "cub_finetuned", "synthetic"):
+        runs = read(name)
+        for head, title in NAMES.items():
+            if found := runs.get(head):
+                points = curve(found)
+                rows.append([TITLES[name], title, *(f"{points[m]:.1f}" if m in points else "" for m in study.MARKS)])
+    return table(["study", "head", *(f"{mark:,}" for mark in study.MARKS)], rows, range(2, 2 + len(study.MARKS)))
 
 
 def parts() -> str:
-    """What each part of a head brings: the PCK of the whole head less that of the head without it."""
-    runs, rows = by_run("synthetic"), []
-    for who in runs:
-        backbone, head, label = who
-        if ablates(label):
-            whole, without = runs[backbone, head, ""], runs[who]
-            pairs = [(whole[seed], without[seed]) for seed in sorted(whole.keys() & without.keys())]
-            gained = [{key: scores(a)[key] - scores(b)[key] for key in scores(a)} for a, b in pairs]
-            rows.append([f"{head}, `{label}`", *cells(dict(enumerate(gained)), dict, signed=True)])
-    return table(["without", *COLUMNS], rows, range(1, 1 + len(COLUMNS)))
+    """CUB, frozen features: PCK of the whole head less that of the head without a part, paired by seed."""
+    runs, rows = read("cub_frozen"), []
+    for head, ablations in study.ABLATIONS.items():
+        for part in ablations:
+            whole, without = runs.get(head, {}), runs.get(f"{head}_{part}", {})
+            gains = [[pck(whole[s], a) - pck(without[s], a) for a in ALPHAS] for s in sorted(whole.keys() & without)]
+            spreads = map(Spread.of, zip(*gains, strict=True))
+            shown = [f"{'' if spread.mean < 0 else '+'}{spread}" for spread in spreads] or [MISSING] * len(ALPHAS)
+            rows.append([NAMES[head].split()[0], f"`{part}`", *shown])
+    return table(["head", "without", "@.05", "@.10", "@.15"], rows, (2, 3, 4))
 
 
-def real() -> str:
-    """PF-WILLOW: without training, and learning from three kinds of objects to meet the fourth."""
-    runs, columns = by_run("pfwillow_leave_one_out"), ["@.05", "@.10", "@.15", "car", "duck", "motorbike", "winebottle"]
-    rows = [[who[1] if not who[2] else "", who[2], *cells(runs[who], by_kind)] for who in ranked(runs)]
-    return table(["head", "", *columns], rows, range(2, 2 + len(columns)))
+def left_out() -> str:
+    """PF-WILLOW, each kind of object tested by a head that was trained on the other three."""
+    runs, rows = read("leave_one_out"), []
+    for head, title in NAMES.items():
+        for state, run in {"untrained": f"{head}_untrained", "trained": head}.items():
+            if state == "trained" and not trains("leave_one_out", head):
+                continue
+            kinds = [scores(runs, run, kind) for kind in study.KINDS]
+            rows.append([title, state, scores(runs, run), *kinds])
+    return table(["head", "", SCORES, *study.KINDS], rows, range(2, 3 + len(study.KINDS)))
 
 
-def digest() -> str:
-    """The synthetic study in short, for the README."""
-    runs, measures = by_run("synthetic"), ("0.05", "0.1", "0.15")
-    backbones, rows = sorted({backbone for backbone, _, _ in runs}), []
-    for backbone, head, label in ranked(runs):
-        if backbone != backbones[0] or (label and head != "Baseline"):
-            continue
-        found = [runs.get((each, head, label), {}) for each in backbones]
-        scored = [" / ".join(cells(seeds, lambda r: {a: r["pck"][f"pck@{a}"] for a in measures})) for seeds in found]
-        rows.append([f"{head}{', ' * bool(label)}{label}", *scored])
-    return table(["PCK @.05 / .10 / .15", *backbones], rows, range(1, 1 + len(backbones)))
+def rates() -> str:
+    """Learning rates tried: PCK @.10 of validation pairs after 12 % of the pairs, the best in bold."""
+    tried: dict[tuple[str, str], dict[float, float]] = defaultdict(dict)
+    for row in csv.DictReader(study.RATES.open()) if study.RATES.exists() else ():
+        tried[row["study"], row["head"]][float(row["lr"])] = float(row["pck@0.1"])
+    rows = []
+    for name in ("cub_frozen", "cub_finetuned", "synthetic"):
+        for head, title in NAMES.items():
+            if found := tried.get((name, head)):
+                best = max(found, key=lambda lr: found[lr])
+                cells = [f"{found[lr]:.1f}" if lr in found else "" for lr in study.LEARNING_RATES]
+                bold = [f"**{c}**" if lr == best else c for lr, c in zip(study.LEARNING_RATES, cells, strict=True)]
+                rows.append([TITLES[name], title, *bold])
+    return table(["study", "head", *(f"{lr:g}" for lr in study.LEARNING_RATES)], rows, (2, 3, 4))
 
 
-def by_run(study: str) -> dict[tuple[str, str, str], dict[int, Result]]:
-    """The results of a study by backbone, head and label, and then by seed."""
-
-    def refuse(message: str) -> None:
-        raise ZooError(message)
-
-    runs: dict[tuple[str, str, str], dict[int, Result]] = defaultdict(dict)
-    for result in read_results(find_results([RESULTS / study]), refuse):
-        runs[result["backbone"], result["head"], result["label"]][result["seed"]] = result
-    return dict(runs)
-
-
-def ranked(runs: dict[tuple[str, str, str], dict[int, Result]]) -> list[tuple[str, str, str]]:
-    """The runs of each backbone, the best PCK@.10 first."""
-    return sorted(runs, key=lambda who: (who[0], -fmean(r["pck"]["pck@0.1"] for r in runs[who].values())))
+def missing() -> str:
+    """How many runs of a complete study are there, and which are not."""
+    rows = []
+    for name, seeds in SEEDS.items():
+        runs = read(name)
+        wanted = {head: seeds for head in NAMES if trains(name, head)}
+        if name == "cub_frozen":
+            wanted |= {f"{head}_{part}": (0,) for head, parts_of in study.ABLATIONS.items() for part in parts_of}
+        absent = {run: [seed for seed in wanted[run] if seed not in runs.get(run, {})] for run in wanted}
+        shown = [f"`{run}` ({', '.join(map(str, without))})" for run, without in absent.items() if without]
+        total, left = (sum(map(len, each.values())) for each in (wanted, absent))
+        rows.append([TITLES[name], f"{total - left} of {total}", ", ".join(shown) or "nothing"])
+    return table(["study", "runs", f"{MISSING} (seeds)"], rows)
 
 
-def ablates(label: str) -> bool:
-    """Whether a label names a file of zoo_configs/ablation: `<head>_<name>` is <head>/<name>.yaml."""
-    head, _, name = label.partition("_")
-    return (ABLATIONS / head / f"{name}.yaml").is_file()
+# ---------------------------------------------------------------------- cells
 
 
-def scores(result: Result) -> dict[str, float]:
-    """The columns of the synthetic study, in percent."""
-    found = {}
-    for title, (kind, group, alpha) in COLUMNS.items():
-        one = result["breakdown"][kind][group] if kind else result["pck"]
-        found[title] = one[f"pck@{alpha}/image"]
-    return found
+def trains(name: str, head: str) -> bool:
+    """Whether a study has something to train in a head."""
+    return study.trainable(study.Run(name, head, seed=0, pairs=PAIRS))
 
 
-def by_kind(result: Result) -> dict[str, float]:
-    """PCK of all pairs, and at .10 of each kind of object: its sub-classes have as many pairs each."""
-    kinds: dict[str, list[float]] = defaultdict(list)
-    for category, row in result["breakdown"]["category"].items():
-        kinds[category.split("(")[0]].append(row["pck@0.1/image"])
-    of_all = {f"@{alpha}": result["pck"][f"pck@{alpha}"] for alpha in (0.05, 0.1, 0.15)}
-    return of_all | {kind: fmean(kinds[kind]) for kind in sorted(kinds)}
+def trained(name: str, head: str, runs: dict[str, Seeds], group: str = "") -> str:
+    """The scores of a trained head, or that it has nothing to train."""
+    return scores(runs, head, group) if trains(name, head) else NOTHING
 
 
-def cells(seeds: dict[int, Any], values: Callable[[Any], dict[str, float]], signed: bool = False) -> list[str]:
-    """Mean and sample standard deviation of each value over the seeds."""
-    found = [values(result) for result in seeds.values()]
-    spreads = [Spread.of([one[key] for one in found]) for key in next(iter(found), {})]
-    return [f"{'+' if signed and not str(spread).startswith('-') else ''}{spread}" for spread in spreads]
+def scores(runs: dict[str, Seeds], run: str, group: str = "") -> str:
+    """PCK of a run at all thresholds, or @.10 of one group of categories: mean and deviation over the seeds."""
+    if not (found := runs.get(run)):
+        return MISSING
+    if group:
+        return str(Spread.of([of_group(result, group) for result in found.values()]))
+    return " / ".join(str(Spread.of([pck(result, alpha) for result in found.values()])) for alpha in ALPHAS)
+
+
+def pck(result: Result, alpha: float) -> float:
+    return result["pck"][f"pck@{alpha}"]
+
+
+def of_group(result: Result, group: str) -> float:
+    """PCK @.10 over the pairs of some categories: `duck` has duck(M) and duck(S)."""
+    rows = [row for name, row in result["breakdown"]["category"].items() if name.split("(")[0] == group]
+    return sum(row["pairs"] * row["pck@0.1/image"] for row in rows) / sum(row["pairs"] for row in rows)
+
+
+def curve(seeds: Seeds, alpha: float = 0.1) -> dict[int, float]:
+    """PCK by number of pairs seen, the mean over the seeds that were scored there."""
+    values: dict[int, list[float]] = defaultdict(list)
+    for result in seeds.values():
+        for seen, found in result["curve"].items():
+            values[int(seen)].append(found[f"pck@{alpha}"])
+    return {seen: fmean(values[seen]) for seen in sorted(values)}
+
+
+# ---------------------------------------------------------------------- picture
+
+
+def picture() -> Any:
+    """A figure of PCK @.10 of validation pairs over pairs seen: a panel for each study that has a run."""
+    import matplotlib.pyplot as plt
+
+    shown = {name: runs for name in ("cub_frozen", "cub_finetuned", "synthetic") if (runs := read(name)).keys() & NAMES}
+    panels = max(len(shown), 1)
+    figure, axes = plt.subplots(
+        1, panels, figsize=(4.6 * panels, 3.8), squeeze=False, sharey=True, layout="constrained"
+    )
+    start = study.MARKS[1] / 2  # the place of 0 on a logarithmic axis
+    for (name, runs), ax in zip(shown.items(), axes[0], strict=False):
+        for k, (head, title) in enumerate(NAMES.items()):
+            style: dict[str, Any] = {"color": f"C{k}", "marker": "o^sDP"[k], "ms": 5, "label": title}
+            if found := runs.get(head):
+                points = curve(found)
+                ax.plot([seen or start for seen in points], list(points.values()), **style)
+            elif not trains(name, head) and (found := read("cub_finetuned").get(head)):
+                ax.axhline(curve(found)[0], ls="--", **style | {"marker": None})  # before training
+        marks = [mark for mark in study.MARKS if mark <= PAIRS]
+        ax.set_xscale("log")
+        ax.set_xticks([mark or start for mark in marks], [f"{mark:,}" for mark in marks])
+        ax.minorticks_off()
+        ax.set_title(TITLES[name], fontsize=10)
+        ax.set_xlabel("training pairs seen")
+        ax.grid(alpha=0.4)
+    axes[0, 0].set_ylabel("PCK @.10, validation pairs")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(NAMES), fontsize=8)
+    return figure

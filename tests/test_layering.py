@@ -10,7 +10,7 @@ import pytest
 SRC = Path(__file__).resolve().parents[1] / "src" / "corrzoo"
 
 LAYERS = [
-    {"errors", "precision", "losses", "files"},
+    {"errors", "precision", "losses", "optimizers", "files"},
     {"types", "geometry"},
     {"registry", "images", "commands"},
     {"ops", "backbones", "data", "visualize", "leaderboard", "recipes"},

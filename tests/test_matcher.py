@@ -62,28 +62,6 @@ def test_a_precision_that_annotations_do_not_survive_is_refused(tmp_path, precis
         trainer(tmp_path, precision=precision).test(model, data())
 
 
-@pytest.mark.parametrize(
-    "schedule, expected",
-    [
-        (dict(schedule="constant"), [1.0, 1.0, 1.0]),
-        (dict(schedule="step", milestones=[1, 2], gamma=0.1), [1.0, 0.1, 0.01]),
-        (dict(schedule="cosine"), [1.0, 0.75, 0.25]),
-    ],
-)
-def test_schedules(schedule, expected):
-    model = corrzoo.create_matcher("Baseline", **TINY, lr=1.0, finetune="none", **schedule)
-    model._trainer = Trainer(max_epochs=3, logger=False, accelerator="cpu", barebones=True)
-    made = model.configure_optimizers()
-    optimizer, scheduler = (made[0][0], made[1][0]) if isinstance(made, tuple) else (made, None)
-    rates = []
-    for _ in range(3):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        if scheduler:
-            scheduler.step()
-    assert rates == pytest.approx(expected)
-
-
 def test_reused_features_change_no_score_and_are_gone_afterwards(tmp_path):
     scores = []
     for megabytes in (0, 1024):

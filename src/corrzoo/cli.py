@@ -38,7 +38,8 @@ class ZooCLI(LightningCLI):
     """
 
     training_options: ClassVar[frozenset[str]] = frozenset(
-        "weights low_weights finetune lr backbone_lr optimizer weight_decay schedule milestones gamma".split()
+        "weights low_weights finetune lr backbone_lr optimizer weight_decay".split()
+        + "schedule warmup_steps milestones gamma".split()
     )
     """Options without a meaning for a model that is only evaluated."""
 

@@ -20,6 +20,7 @@ from corrzoo.callbacks import default_callbacks
 from corrzoo.geometry import Size, cosine_maps, pseudo_flow, sample, size_of, transfer
 from corrzoo.images import ImageSource
 from corrzoo.losses import Term, endpoint_errors, mean_where, over_processes, processes
+from corrzoo.optimizers import create_optimizer, create_schedule
 from corrzoo.registry import Registry
 from corrzoo.scoring.evaluation import Evaluation
 from corrzoo.scoring.protocols import check_protocol
@@ -46,7 +47,8 @@ class Matcher(LightningModule, ABC):
         backbone_lr: Learning rate of the backbone (ViTSC 5.2: 3e-6).
         optimizer: Which optimiser (ViTSC 5.2: Adam).
         weight_decay: Decay of every parameter.
-        schedule: Learning rate over the epochs: `constant`, `cosine` (to zero at the last epoch), or `step`.
+        schedule: Learning rate: `constant`, `cosine` (to zero at the last step), or `step` (after some epochs).
+        warmup_steps: Optimiser steps over which the rate rises linearly, for `constant` and `cosine`.
         milestones: Epochs at which `step` multiplies the rate by `gamma`.
         gamma: The factor of `step`.
         protocol: How PCK is scored, a name of `list_protocols()`; without a threshold kind (`default`,
@@ -78,6 +80,7 @@ class Matcher(LightningModule, ABC):
         optimizer: Literal["adam", "adamw"] = "adam",
         weight_decay: float = 0.0,
         schedule: Literal["constant", "cosine", "step"] = "constant",
+        warmup_steps: int = 0,
         milestones: list[int] | None = None,
         gamma: float = 0.5,
         protocol: str = "default",
@@ -236,13 +239,10 @@ class Matcher(LightningModule, ABC):
         groups = self.param_groups()
         if not groups:
             raise ZooError("nothing to train: every parameter is frozen; set --model.finetune to `all` or a number")
-        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.hparams.optimizer]
-        optimizer, schedule = kind(groups, weight_decay=self.hparams.weight_decay), torch.optim.lr_scheduler
-        if self.hparams.schedule == "cosine":
-            return [optimizer], [schedule.CosineAnnealingLR(optimizer, T_max=self.trainer.max_epochs or 1)]
-        if self.hparams.schedule == "step":
-            return [optimizer], [schedule.MultiStepLR(optimizer, self.hparams.milestones or [], self.hparams.gamma)]
-        return optimizer
+        h = self.hparams
+        optimizer = create_optimizer(h.optimizer, groups, h.weight_decay)
+        schedule = create_schedule(h, optimizer, self.trainer)
+        return {"optimizer": optimizer, "lr_scheduler": schedule} if schedule else optimizer
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["head"], checkpoint["module"] = type(self).__name__, type(self).__module__

@@ -1,10 +1,14 @@
-"""The study: what is chosen and put together from runs, its budgets, its split of PF-WILLOW, and its tables."""
+"""The study: its runs, recipes, learning rates, folds and tables; a small study from beginning to end."""
 
+import argparse
+import csv
 import importlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import yaml
@@ -14,20 +18,36 @@ from scipy.io import savemat
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import corrzoo  # noqa: E402
 import study  # noqa: E402
 import study_tables  # noqa: E402
 from corrzoo.cli import main  # noqa: E402
 from corrzoo.data.pairs import DATASETS  # noqa: E402
 from corrzoo.data.readers.pfwillow import CATEGORIES  # noqa: E402
-from corrzoo.data.synthetic.pairs import SyntheticPairs  # noqa: E402
-from corrzoo.data.synthetic.warps import SyntheticWarps  # noqa: E402
 from corrzoo.types import ZooError  # noqa: E402
+
+STUDIES = list(study.DATASETS)
+
+
+def arguments(name, **changed):
+    given = {"seeds": [0], "heads": list(study.HEADS), "pairs": 10_000, "ablations": False, "data_root": "data"}
+    return argparse.Namespace(study=name, device="cpu", jobs=1, **given | changed)
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Results, runs and learning rates in an empty folder."""
+    for name, value in {"RESULTS": "results", "RUNS": "runs", "RATES": "results/learning_rates.csv"}.items():
+        monkeypatch.setattr(study, name, tmp_path / value)
+    (tmp_path / "results").mkdir()
+    return tmp_path
+
+
+# ---------------------------------------------------------------- PF-WILLOW by kinds
 
 
 @pytest.fixture(scope="module")
 def kinds():
-    """The module of PF-WILLOW's kinds, and no trace of its dataset behind it."""
+    """The module of PF-WILLOW's kinds, whose dataset is removed afterwards."""
     yield importlib.import_module("pfwillow_kinds")
     del sys.modules["pfwillow_kinds"], DATASETS._things["pfwillow_kinds"]
 
@@ -64,125 +84,228 @@ def test_a_split_has_the_pairs_of_its_kinds_alone(willow, kinds, tmp_path, monke
             kinds.PFWillowKinds(willow, "trn", 16, kinds=wrong)
 
 
-def test_the_tested_kind_has_no_say_in_its_steps():
-    few, many = map(str, study.STEPS)
-    curves = {
-        pair: {
-            few: {kind: 50.0 for kind in study.FOLDS if kind not in pair},
-            many: {kind: 99.0 if kind == "duck" else 40.0 for kind in study.FOLDS if kind not in pair},
-        }
-        for pair in study.combinations(study.FOLDS, 2)
-    }
-    assert study.best_steps(curves, "duck") == study.STEPS[0]
-    assert study.best_steps(curves, "car") == study.STEPS[1]  # 99, 40, 40 on average
+def test_a_fold_does_not_train_on_what_it_tests(kinds):
+    assert set(study.KINDS) == set(kinds.KINDS)
+    for left_out in study.KINDS:
+        options = study.Run("leave_one_out", "gsf", 0, 160, left_out=left_out).options(arguments("leave_one_out"))
+        (given,) = [o.partition("=")[2] for o in options if o.startswith("--data.options=")]
+        split = json.loads(given)["pfwillow_kinds"]["kinds"]
+        assert split["test"] == [left_out] and split["trn"] == split["val"]
+        assert {left_out, *split["trn"]} == set(study.KINDS) and left_out not in split["trn"]
+        assert options.index("--plugins=pfwillow_kinds") < options.index(f"--data.options={given}")
 
 
 def test_folds_become_one_result_in_which_each_pair_counts_once():
     def fold(kind, pairs, score):
         row = {"pairs": pairs, "points": 10 * pairs, "pck@0.1/image": score, "pck@0.1/point": score}
         pck = {"pck@0.1": score, "pck@0.1/image": score, "pck@0.1/category": score}
-        costs = {"ms_per_pair": score, "peak_memory_mb": pairs, "trained": {"dataset": "x", "steps": 3}}
-        return {"head": "A", "pairs": pairs, "pck": pck, "breakdown": {"category": {kind: row}}} | costs
+        rest = {"peak_memory_mb": pairs, "trained": {"dataset": "x", "options": kind}, "curve": {"0": {}}}
+        return {"head": "A", "pairs": pairs, "pck": pck, "breakdown": {"category": {kind: row}}} | rest
 
-    whole = study.merged([fold("duck(S)", 90, 40.0), fold("car(G)", 270, 80.0)], {"duck": 10, "car": 20})
+    whole = study.merged([fold("duck(S)", 90, 40.0), fold("car(G)", 270, 80.0)])
     assert whole["pairs"] == 360 and whole["pck"] == {"pck@0.1": 70.0, "pck@0.1/image": 70.0}
-    assert whole["ms_per_pair"] is None and whole["peak_memory_mb"] == 270
+    assert whole["peak_memory_mb"] == 270 and whole["curve"] == {} and "duck" not in str(whole["trained"])
     assert whole["breakdown"]["category"]["duck(S)"]["pck@0.1/image"] == 40.0
-    assert whole["trained"]["steps"] == {"duck": 10, "car": 20}
 
 
-@pytest.mark.parametrize("head", study.SIZES)
-def test_every_head_reads_the_same_frozen_features_and_learns_as_long(head, capsys):
-    for stack in (study.SIZES[head], (*study.SIZES[head], "study/efficientnet_lite2.yaml")):
-        with pytest.raises(SystemExit) as leaving:
-            main(["fit", *(f"--config={study.CONFIGS / item}" for item in stack), "--print_config"])
-        assert leaving.value.code in (0, None)
-        config = yaml.safe_load(capsys.readouterr().out)
-        model, data = config["model"]["init_args"], config["data"]
-        assert (model["finetune"], model["weights"], model["lr"]) == ("none", study.FEATURES, 1e-3)
-        assert data["batch_size"] * config["trainer"]["max_epochs"] == 8 and data["image_size"] == 96
-        assert "options" not in data or not data["options"]  # `drawings` has them
+# ---------------------------------------------------------------- runs and recipes
 
 
-def test_nothing_learns_from_what_something_else_has_learnt_from():
-    drawn = {}
-    for seed in range(3):
-        for learns in ("features", "head"):
-            option, _, said = study.drawings(learns, seed).partition("=")
-            data = json.loads(said)
-            assert option == "--data.options" and data["synthetic"]["length"]["trn"] == study.PAIRS[learns]
-            sets = {split: SyntheticPairs("", split, 16, **data["synthetic"]) for split in ("trn", "val", "test")} | {
-                "warps": SyntheticWarps("", "trn", 16, **data["synthetic_warps"])
-            }
-            drawn[learns, seed] = {name: dataset[0].src_img.numpy().tobytes() for name, dataset in sets.items()}
-            assert len(sets["warps"]) == study.PAIRS[learns] and len(sets["test"]) == 400
-    for split in ("val", "test"):
-        assert len({found[split] for found in drawn.values()}) == 1
-    learnt = [found[name] for found in drawn.values() for name in ("trn", "warps")]
-    assert len(set(learnt)) == len(learnt) == 12
+def test_the_runs_of_a_study_are_seeds_by_heads_and_ablations():
+    runs = study.runs_of(arguments("cub_frozen", seeds=[0, 1], heads=["baseline", "gsf"], ablations=True))
+    names = [run.name for run in runs]
+    assert names[:4] == ["baseline_untrained-0", "gsf_untrained-0", "baseline_untrained-1", "gsf_untrained-1"]
+    assert names[4:6] == ["gsf-0", "gsf-1"]  # frozen, the Baseline has nothing to train
+    assert names[6:] == [f"gsf_{part}-{seed}" for seed in (0, 1) for part in study.ABLATIONS["gsf"]]
+    finetuned = study.runs_of(arguments("cub_finetuned"))
+    assert [run.name for run in finetuned] == [f"{head}-0" for head in study.HEADS]  # untrained is as in cub_frozen
 
 
-def test_every_ablation_of_the_study_has_its_file():
+@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("head", study.HEADS)
+def test_all_heads_have_the_same_recipe(name, head, capsys):
+    run = study.Run(name, head, 2, 9_600, lr=3e-3, left_out="duck" if name == "leave_one_out" else "")
+    words = [f"--config={study.CONFIGS / file}" for file in run.stack()]
+    options = [word for word in run.options(arguments(name)) if not word.startswith("--plugins")]
+    with pytest.raises(SystemExit) as leaving:
+        main(["fit", *words, *options, "--print_config"])
+    assert leaving.value.code in (0, None)
+    config = yaml.safe_load(capsys.readouterr().out)
+    model, data, trainer = config["model"]["init_args"], config["data"], config["trainer"]
+    assert config["seed_everything"] == 2
+    assert (model["lr"], model["backbone_lr"], model["optimizer"], model["schedule"]) == (3e-3, 3e-3, "adamw", "cosine")
+    assert (model["backbone"], model["levels"]) == ("efficientnet_lite0", ["blocks.2.1", "blocks.4.2"])
+    assert model["finetune"] == ("none" if name in ("cub_frozen", "leave_one_out") else "all")
+    assert (data["image_size"], data["augment"]) == (96, "none")
+    assert trainer["max_steps"] * data["batch_size"] == 9_600 and trainer["max_epochs"] == -1
+    assert trainer["gradient_clip_val"] == 1.0 and trainer["accelerator"] == "cpu"
+    warps = name == "synthetic" and head == "gsf"  # GSF learns without keypoints
+    assert (
+        data["train"]
+        == {"synthetic": "synthetic", "leave_one_out": "pfwillow_kinds"}.get(name, "cub") + "_warps" * warps
+    )
+
+
+def test_every_head_matches_on_the_same_grid():
+    """12 x 12 cells; LPMFlow has a second level, twice as fine as its first."""
+    read = {
+        h: yaml.safe_load((study.CONFIGS / f"demo/{h}.yaml").read_text())["model"]["init_args"] for h in study.HEADS
+    }
+    assert (read["baseline"]["stride"], read["vitsc"]["attend_at"]) == (8, "stride8")
+    assert (read["actr"]["grid"], read["gsf"]["grid"], 2 * read["lpmflow"]["grid"]) == (12, 12, 12)
+
+
+def test_every_ablation_and_zero_shot_run_has_its_files():
     for head, names in study.ABLATIONS.items():
         assert all((study.CONFIGS / "ablation" / head / f"{name}.yaml").exists() for name in names)
+    for _, stack, _ in study.ZERO_SHOT.values():
+        assert all((study.CONFIGS / name).exists() for name in stack)
 
 
-def test_the_study_runs_and_does_not_run_again(tmp_path, monkeypatch, capsys):
-    tiny = ("--data.image_size=64", "--data.batch_size=4", "--model.levels=[blocks.2.1]")
-    short = ("--trainer.max_steps=1", "--trainer.limit_test_batches=1")
-    drawn = {"test": 400, "val": 200}
-    for name, value in {"RESULTS": tmp_path / "results", "RUNS": tmp_path / "runs"}.items():
-        monkeypatch.setattr(study, name, value)
-    monkeypatch.setattr(study, "SIZES", {"baseline": (*study.SIZES["baseline"], *tiny, *short)})
-    study.synthetic([3], ["efficientnet_lite0"], ablations=False)
-    first = capsys.readouterr().out
-    assert "+ lightning fit --config zoo_configs/demo/baseline.yaml --config zoo_configs/study/synthetic.yaml" in first
-    files = sorted((tmp_path / "results").rglob("*.json"))
-    assert [path.stem for path in files] == [
-        f"{name}-efficientnet_lite0-3" for name in ("baseline", "features", "imagenet")
-    ]
-    baseline, features, imagenet = (json.loads(path.read_text()) for path in files)
-    assert {r["pairs"] for r in (baseline, features, imagenet)} == {4} and baseline["seed"] == 3
-    assert baseline["trained"]["steps"] == 1 and imagenet["trained"] is None
-    assert (features["weights"], baseline["weights"]) == ("pretrained", study.FEATURES)
-    assert features["trained"]["options"] == {"length": {"trn": 2400, **drawn}, "seed": {"trn": 6}}
-    assert baseline["trained"]["options"] == {"length": {"trn": 800, **drawn}, "seed": {"trn": 7}}
-    study.synthetic([3], ["efficientnet_lite0"], ablations=False)
-    assert "lightning" not in capsys.readouterr().out
+def test_zero_shot_runs_what_has_no_result(folders, monkeypatch):
+    ran = []
+
+    def test(folder, label, stack, options):
+        ran.append((folder.name, label))
+        yield "pfwillow", {"pck": dict.fromkeys(("pck@0.05", "pck@0.1", "pck@0.15"), 1.0), "label": label}
+
+    monkeypatch.setattr(study, "test", test)
+    path = folders / "results" / "pfwillow" / "same-position.json"
+    path.parent.mkdir()
+    path.write_text("{}")
+    study.zero_shot(arguments("zero_shot"))
+    assert path.read_text() == "{}" and "same-position" not in dict(ran)
+    assert len(ran) == len(study.ZERO_SHOT) - 1 and ("mutual-lite2", "mutual nearest neighbours") in ran
+    study.zero_shot(arguments("zero_shot"))
+    assert len(ran) == len(study.ZERO_SHOT) - 1
 
 
-def test_costs_are_measured_for_the_first_seed_and_written_for_all(tmp_path, monkeypatch):
-    for name, value in {"RESULTS": tmp_path / "results", "RUNS": tmp_path / "runs"}.items():
-        monkeypatch.setattr(study, name, value)
-    (tmp_path / "results" / "synthetic").mkdir(parents=True)
-    paths = [tmp_path / "results" / "synthetic" / f"imagenet-efficientnet_lite0-{seed}.json" for seed in range(2)]
-    for path in paths:
-        path.write_text('{"ms_per_pair": -1, "kept": true}')
-    model = corrzoo.create_matcher("Baseline", backbone="efficientnet_lite0", weights="random", levels=["blocks.2.1"])
-    asked = []
-    monkeypatch.setattr(corrzoo, "load", lambda path: asked.append(path) or model)
-    study.costs(rounds=1, size=2)
-    assert asked == [tmp_path / "runs" / "synthetic" / "efficientnet_lite0" / "0" / "features" / "last.ckpt"]
-    first, second = (json.loads(path.read_text()) for path in paths)
-    assert first == second and first["kept"] and first["ms_per_pair"] > 0
+# ---------------------------------------------------------------- learning rates
 
 
-def test_tables_are_means_over_seeds_and_paired_differences(tmp_path, monkeypatch):
-    def result(head, label, seed, score):
-        groups = {"bird": 1, "bottle": 2, "car": 3, "horse": 4}
-        one = {f"pck@{a}{end}": score for a in (0.05, 0.1, 0.15) for end in ("", "/image")}
-        breakdown = {"category": {g: {k: v + n for k, v in one.items()} for g, n in groups.items()}}
-        breakdown |= {kind: {k: one for k in "012"} for kind in ("scale", "viewpoint")}
-        said = {"head": head, "label": label, "seed": seed, "backbone": "b", "dataset": "synthetic", "split": "test"}
-        return said | {"protocol": "default:bbox", "alphas": [0.05, 0.1, 0.15], "pck": one, "breakdown": breakdown}
+def test_the_learning_rate_is_the_best_on_validation_pairs(folders):
+    run = study.Run("cub_frozen", "actr", 1, 10_000, "no_multi_path")
+    scored = {3e-4: 20.0, 1e-3: 31.5, 3e-3: 8.0}
+    with pytest.raises(RuntimeError, match=r"cub_frozen, actr: learning rates tried \[\]"):
+        study.learning_rate(run)
+    with study.RATES.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["study", "head", "lr", "pck@0.1"])
+        writer.writeheader()
+        for lr, score in scored.items():
+            writer.writerow({"study": "cub_frozen", "head": "actr", "lr": lr, "pck@0.1": score})
+            writer.writerow({"study": "synthetic", "head": "actr", "lr": lr, "pck@0.1": 50 - score})
+    assert study.learning_rate(run) == study.learning_rate(replace(run, study="leave_one_out")) == 1e-3
+    assert study.learning_rate(replace(run, study="synthetic")) == 3e-3
+    assert "| photographs (CUB), frozen features | ACTR | 20.0 | **31.5** | 8.0 |" in study_tables.rates()
 
-    (tmp_path / "synthetic").mkdir()
+
+# ---------------------------------------------------------------- from beginning to end
+
+
+def test_a_small_study_runs_is_resumed_and_does_not_run_again(folders, monkeypatch, capfd):
+    lengths = json.dumps({"synthetic": {"length": {"trn": 64, "val": 4, "test": 5}}})
+    few = [f"--data.options={lengths}", "--data.image_size=64", "--checkpoint.last_every_n_steps=1"]
+    whole = study.Run.options
+    monkeypatch.setattr(study.Run, "options", lambda run, args: [*whole(run, args), *few])
+    monkeypatch.setattr(study, "MARKS", (0, 16, 10_000))
+    monkeypatch.setattr(study, "LEARNING_RATES", (1e-3,))
+    monkeypatch.setattr(study, "SWEEP", 0.5)
+    args = arguments("synthetic", seeds=[3], heads=["baseline"], pairs=32)
+
+    study.study(args)
+    said = capfd.readouterr().out
+    assert said.count("+ lightning fit") == 2 and said.count("+ lightning test") == 2
+    assert "--config zoo_configs/demo/baseline.yaml --config zoo_configs/study/recipe.yaml" in said
+    untrained, trained = (
+        json.loads((study.RESULTS / f"synthetic/{n}-3.json").read_text()) for n in ("baseline_untrained", "baseline")
+    )
+    assert (untrained["label"], untrained["trained"], untrained["curve"]) == ("untrained", None, {})
+    assert (trained["label"], trained["seed"], trained["pairs"], trained["precision"]) == ("", 3, 5, "32-true")
+    assert trained["trained"]["pairs_seen"] == 32 and trained["trained"]["steps"] == 2
+    assert list(trained["curve"]) == ["0", "16", "32"]
+    (row,) = study.rates()
+    assert (row["study"], row["head"], row["lr"], row["pairs"]) == ("synthetic", "baseline", "0.001", "16")
+
+    study.study(args)
+    assert "lightning" not in capfd.readouterr().out
+
+    (study.RESULTS / "synthetic/baseline-3.json").unlink()  # interrupted after training, before the test
+    study.study(args)
+    said = capfd.readouterr().out
+    assert said.count("+ lightning test") == 1 and "+ lightning fit" not in said
+
+    (study.RESULTS / "synthetic/baseline-3.json").unlink()  # interrupted before the last score of the curve
+    path = study.RUNS / "synthetic" / "baseline-3" / "curve.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "32"}))
+    study.study(args)
+    assert f"--ckpt_path={path.with_name('last.ckpt')}" in capfd.readouterr().out
+
+
+def test_a_failed_run_is_an_error_that_names_its_log(folders):
+    with pytest.raises(RuntimeError, match=r"failed: see .*log"):
+        study.lightning(folders / "broken", "fit", ["demo/baseline.yaml"], ["--data.image_size=nothing"])
+    assert "image_size" in (folders / "broken" / "log").read_text()
+
+
+# ---------------------------------------------------------------- tables and picture
+
+
+def put(folder, name, run, score, curve=None, pairs_seen=10_000):
+    """Write a result with one score everywhere, 10 points more for ducks."""
+    row = {"pairs": 2, "pck@0.1/image": score}
+    category = {"duck(S)": row | {"pck@0.1/image": score + 10}, "car(G)": row}
+    trained = None if "untrained" in run else {"pairs_seen": pairs_seen}
+    pck = {f"pck@{alpha}": score for alpha in (0.05, 0.1, 0.15)}
+    result = {"trained": trained, "pck": pck, "breakdown": {"category": category}}
+    found = {seen: {"pck@0.1": value} for seen, value in (curve or {}).items()}
+    path = folder / "results" / name / f"{run}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result | {"curve": found}))
+
+
+def test_tables_are_means_over_seeds_and_say_what_is_missing(folders):
+    put(folders, "cub_frozen", "actr_untrained-0", 2.0)
     for seed, (whole, without) in enumerate([(50.0, 44.0), (52.0, 48.0), (54.0, 46.0)]):
-        for label, score in (("", whole), ("actr_no_multi_path", without)):
-            path = tmp_path / "synthetic" / f"{label}{seed}.json"
-            path.write_text(json.dumps(result("ACTR", label, seed, score)))
-    monkeypatch.setattr(study_tables, "RESULTS", tmp_path)
-    assert "| b | ACTR |  | 52.0 ± 2.0 | 52.0 ± 2.0 | 52.0 ± 2.0 | 53.0 ± 2.0 |" in study_tables.heads()
-    assert "multi_path" not in study_tables.heads()
-    assert "| ACTR, `actr_no_multi_path` | +6.0 ± 2.0 |" in study_tables.parts()
-    assert "| ACTR | 52.0 ± 2.0 / 52.0 ± 2.0 / 52.0 ± 2.0 |" in study_tables.digest()
+        put(folders, "cub_frozen", f"actr-{seed}", whole, {0: 2.0, 800: 10.0 + seed})
+        put(folders, "cub_frozen", f"actr_no_multi_path-{seed}", without)
+    put(folders, "cub_frozen", "vitsc-0", 90.0, pairs_seen=800)  # too short to be shown
+    actr = "| ACTR | 2.0 / 2.0 / 2.0 | 52.0 ± 2.0 / 52.0 ± 2.0 / 52.0 ± 2.0 | not run yet |"
+    assert actr in study_tables.photographs()
+    assert "| ViTSC | not run yet | not run yet | not run yet |" in study_tables.photographs()
+    assert "| Baseline | not run yet | nothing to train | not run yet |" in study_tables.photographs()
+    assert "| ACTR | `no_multi_path` | +6.0 ± 2.0 | +6.0 ± 2.0 | +6.0 ± 2.0 |" in study_tables.parts()
+    assert "| ViTSC | `table4_none` | not run yet |" in study_tables.parts()
+    assert "| photographs (CUB), frozen features | ACTR | 2.0 | 11.0 |" in study_tables.curves()
+    (frozen,) = [line for line in study_tables.missing().splitlines() if "frozen" in line]
+    assert "| 4 of 27 |" in frozen and "`vitsc` (0, 1, 2)" in frozen and "`actr_no_reweighting` (0)" in frozen
+    assert "`actr` " not in frozen and "`actr_no_multi_path`" not in frozen
+
+
+def test_transfer_and_left_out_kinds_are_read_by_kind(folders):
+    put(folders, "cub_frozen_pfwillow", "gsf_untrained-0", 40.0)
+    put(folders, "cub_finetuned_pfwillow", "gsf-0", 30.0)
+    (gsf,) = [line for line in study_tables.transfer().splitlines() if "GSF" in line]
+    missing = study_tables.MISSING
+    values = ["40.0 / 40.0 / 40.0", missing, "30.0 / 30.0 / 30.0", "50.0", missing, "40.0"]
+    assert gsf == f"| GSF (no keypoints) | {' | '.join(values)} |"
+    put(folders, "leave_one_out", "gsf-0", 20.0)
+    path = folders / "results" / "leave_one_out" / "gsf-0.json"
+    result = json.loads(path.read_text())
+    row = result["breakdown"]["category"]["car(G)"]
+    result["breakdown"]["category"] |= {"motorbike(M)": row, "winebottle(M)": row}
+    path.write_text(json.dumps(result))
+    assert "| trained | 20.0 / 20.0 / 20.0 | 20.0 | 30.0 | 20.0 | 20.0 |" in study_tables.left_out()
+
+
+def test_the_picture_has_the_curves_of_the_results(folders):
+    matplotlib.use("Agg")
+    put(folders, "cub_frozen", "actr-0", 50.0, {0: 2.0, 800: 10.0, 10_000: 50.0})
+    put(folders, "cub_finetuned", "baseline-0", 60.0, {0: 32.0, 10_000: 60.0})
+    frozen, finetuned = study_tables.picture().axes
+    assert frozen.get_xscale() == "log" and frozen.get_title() == study_tables.TITLES["cub_frozen"]
+    lines = {line.get_label(): line for line in frozen.lines}
+    assert lines["ACTR"].get_xdata().tolist() == [400, 800, 10_000]  # 0 is drawn at 400
+    assert lines["ACTR"].get_ydata().tolist() == [2.0, 10.0, 50.0]
+    assert set(lines["Baseline"].get_ydata()) == {32.0}  # untrained
+    (baseline,) = finetuned.lines
+    assert baseline.get_ydata().tolist() == [32.0, 60.0]

@@ -214,6 +214,7 @@ def describe_training(trainer: Trainer) -> dict[str, Any] | None:
         "max_epochs": trainer.max_epochs,
         "max_steps": trainer.max_steps,
         "steps": trainer.global_step,
+        "pairs_seen": _pairs_seen(trainer, options.get("batch_size")),
         "seed": _seed(),
     }
 
@@ -272,6 +273,11 @@ def _now() -> float:
 
 def _seed() -> int | None:
     return int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None
+
+
+def _pairs_seen(trainer: Trainer, batch_size: int | None) -> int | None:
+    """Training pairs, repetitions included; `batch_size` is that of all processes together."""
+    return batch_size and trainer.global_step * trainer.accumulate_grad_batches * batch_size
 
 
 def _peak_memory_mb() -> float:

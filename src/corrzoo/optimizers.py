@@ -1,0 +1,50 @@
+"""Optimisers and learning-rate schedules, by the options of `Matcher`."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.types import LRSchedulerConfigType
+from torch.optim import Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, MultiStepLR
+
+
+def create_optimizer(name: str, groups: list[dict[str, Any]], weight_decay: float) -> Optimizer:
+    """Adam or AdamW; the fused kernel where all parameters are on a GPU."""
+    on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])
+    kind = {"adam": Adam, "adamw": AdamW}[name]
+    return kind(groups, weight_decay=weight_decay, fused=True if on_gpu else None)
+
+
+def create_schedule(options: Any, optimizer: Optimizer, trainer: Trainer) -> LRSchedulerConfigType | None:
+    """The schedule of the options `schedule`, `warmup_steps`, `milestones` and `gamma`; None if the rate is constant.
+
+    `cosine` and the warm-up change the rate at every step, `step` after an epoch.
+    """
+    if options.schedule == "step":
+        by_epoch = MultiStepLR(optimizer, options.milestones or [], options.gamma)
+        return {"scheduler": by_epoch, "interval": "epoch"}
+    if options.schedule == "constant" and not options.warmup_steps:
+        return None
+    # Asked for at a step: asked for here, Lightning would make the loaders before it has read a checkpoint to resume.
+    total = (lambda: int(trainer.estimated_stepping_batches)) if options.schedule == "cosine" else None
+    return {"scheduler": LambdaLR(optimizer, warmup_cosine(options.warmup_steps, total)), "interval": "step"}
+
+
+def warmup_cosine(warmup: int, total: Callable[[], int] | None) -> Callable[[int], float]:
+    """Factor of the learning rate by step: a linear rise over `warmup` steps, then half a cosine down to zero.
+
+    Args:
+        warmup: Steps before the full rate.
+        total: Steps of the training; constant after the warm-up if None.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if step == warmup or total is None:
+            return 1.0
+        return 0.5 + 0.5 * math.cos(math.pi * min((step - warmup) / max(total() - warmup, 1), 1.0))
+
+    return factor

@@ -1,0 +1,55 @@
+"""Learning rates by step, as training applies them, and after a resume."""
+
+import math
+
+import pytest
+import torch
+
+import corrzoo
+from corrzoo.optimizers import create_optimizer, warmup_cosine
+from test_matcher import TINY, data, trainer
+
+STEPS_PER_EPOCH = 3
+
+
+def rates(tmp_path, epochs=3, **options):
+    """The head's learning rate at each step of a training of three steps an epoch."""
+    model = corrzoo.create_matcher("Baseline", **TINY, lr=1.0, backbone_lr=1.0, **options)
+    seen = []
+
+    def note(*_):
+        seen.append(model.optimizers().param_groups[0]["lr"])
+
+    model.on_train_batch_start = note
+    trainer(tmp_path, max_epochs=epochs, limit_val_batches=0).fit(model, data(trn=4 * STEPS_PER_EPOCH))
+    return seen
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (dict(schedule="constant"), [1.0] * 9),
+        (dict(schedule="step", milestones=[1, 2], gamma=0.1), [1.0] * 3 + [0.1] * 3 + [0.01] * 3),
+        (dict(schedule="cosine"), [0.5 + 0.5 * math.cos(math.pi * k / 9) for k in range(9)]),
+        (dict(schedule="constant", warmup_steps=3), [0.25, 0.5, 0.75] + [1.0] * 6),
+        (
+            dict(schedule="cosine", warmup_steps=3),
+            [0.25, 0.5, 0.75] + [0.5 + 0.5 * math.cos(math.pi * k / 6) for k in range(6)],
+        ),
+    ],
+)
+def test_schedule_sets_the_rate_of_every_step(tmp_path, options, expected):
+    assert rates(tmp_path, **options) == pytest.approx(expected)
+
+
+def test_warmup_longer_than_training_stays_below_the_full_rate():
+    factor = warmup_cosine(10, lambda: 5)
+    assert [factor(k) for k in (0, 4)] == pytest.approx([1 / 11, 5 / 11])
+    assert factor(10) == 1.0 and factor(11) == 0.0
+
+
+def test_optimiser_is_not_fused_on_a_cpu():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    optimizer = create_optimizer("adamw", [{"params": [parameter], "lr": 0.1}], 0.01)
+    assert isinstance(optimizer, torch.optim.AdamW) and not optimizer.defaults["fused"]
+    assert optimizer.defaults["weight_decay"] == 0.01
