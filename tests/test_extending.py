@@ -151,9 +151,9 @@ def test_the_checkpoint_loads_back_and_matches_images(ran, folder):
     ("command", "words"),
     {
         # no file makes anyone import anything
-        "match without import": f"{CHECKPOINT} holds a Projection of 'projection': import that module first (--plugins "
-        "projection)",
-        "match a folder without import": "saved holds a Projection of 'projection': import that module first",
+        "match without import": f"{CHECKPOINT} is a Projection model of 'projection': import that module first "
+        "(--plugins projection)",
+        "match a folder without import": "saved is a Projection model of 'projection': import that module first",
         "no such plugin": "there is no plugin 'tow': expected the name of a module in the working folder",
         "no such plugin in a YAML": "there is no plugin 'projectoin'",
         "plugins below the model": "unknown head 'Projection': choose one of ACTR, Baseline, GSF, LPMFlow, ViTSC, or "

@@ -36,7 +36,7 @@ def test_an_image_matches_its_own_enlargement(images):
     found = imagepair.match_images(model, *images, [[30, 40], [90.5, 60.25]], size=128)
     expected = found.src_points * torch.tensor([200 / 120, 180 / 90])
     assert (found.trg_points - expected).abs().max() < 5
-    assert found.src_points.tolist() == [[30, 40], [90.5, 60.25]] and found.round_trip.max() < 3
+    assert found.src_points.tolist() == [[30, 40], [90.5, 60.25]] and found.cycle_error.max() < 3
     assert not model.training
 
 
@@ -61,7 +61,7 @@ def test_without_points_those_of_a_grid_that_hold_both_ways_are_answered(images)
             kept.append(point)
     assert 0 < len(kept) < len(points)
     assert found.src_points.tolist() == [list(point) for point in kept]
-    assert (found.round_trip <= 3).all()
+    assert (found.cycle_error <= 3).all()
     assert torch.equal(pair.match(found.src_points), found.trg_points)
 
 

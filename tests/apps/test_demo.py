@@ -24,7 +24,7 @@ def parts():
     torch.manual_seed(0)
     matcher = corrzoo.create_matcher("Baseline", "timm/test_vit.r160_in1k", "random", stride=8, point_query="features")
     matcher.image_size = 96
-    return matcher, demo.drawn_pair()[0]
+    return matcher, demo.synthetic_pair()[0]
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_the_page_needs_nothing_from_elsewhere(server):
 @pytest.mark.parametrize(
     "args, said",
     [
-        (["a.png"], "1 image given: expected two"),
+        (["a.png"], "1 images given: expected two"),
         (["--port", "99999"], "--port 99999: expected 0 to 65535"),
         (["a.png", "b.png"], "no image file a.png"),
     ],
@@ -139,7 +139,7 @@ def test_a_click_and_the_keyboard_find_the_match_in_a_real_browser(server, brows
     from selenium.webdriver.support.ui import WebDriverWait
 
     def said(unlike=""):
-        WebDriverWait(browser, 20).until(lambda b: "matched back" in text() and text() != unlike)
+        WebDriverWait(browser, 20).until(lambda b: "cycle error" in text() and text() != unlike)
         return text()
 
     def text():
@@ -159,7 +159,7 @@ def test_a_click_and_the_keyboard_find_the_match_in_a_real_browser(server, brows
     ActionChains(browser).move_to_element_with_offset(stage, 0, 0).click().perform()  # its middle
     first = said()
     x, y = (float(number) for number in first.split("(")[1].split(")")[0].split(","))
-    assert abs(x - w / 2) < 2 and abs(y - h / 2) < 2 and "in the first image is at" in first
+    assert abs(x - w / 2) < 2 and abs(y - h / 2) < 2 and "in the first image matches" in first
     u, v = (float(number) for number in first.split("(")[2].split(")")[0].split(","))
     answer = server.match(0, [x, y])
     assert abs(u - answer["x"]) < 0.5 and abs(v - answer["y"]) < 0.5
@@ -171,7 +171,7 @@ def test_a_click_and_the_keyboard_find_the_match_in_a_real_browser(server, brows
         Keys.ARROW_LEFT, Keys.ARROW_LEFT, Keys.SHIFT + Keys.ARROW_UP, Keys.ENTER
     )
     second = said(unlike=first)
-    assert second.startswith(f"({120 - 2 * 240 / 50:.1f}, 99.0) in the second image is at")
+    assert second.startswith(f"({120 - 2 * 240 / 50:.1f}, 99.0) in the second image matches")
 
     Image.new("RGB", (64, 48), "green").save(tmp_path / "own.png")
     browser.find_element("id", "file-src").send_keys(str(tmp_path / "own.png"))

@@ -225,7 +225,10 @@ def kill_a_worker() -> None:
 @pytest.mark.parametrize(
     "happening, said",
     [
-        (fill_the_disk, "error: cannot write the checkpoint .*last.ckpt \\(File too large; .*of before is whole"),
+        (
+            fill_the_disk,
+            "error: cannot write the checkpoint .*last.ckpt \\(File too large; the previous checkpoint is",
+        ),
         (take_the_images_away, "error: no image .*jpg: restore the file"),
         (kill_a_worker, "error: DataLoader worker .* killed by signal.*fewer --data.num_workers"),
     ],
@@ -289,7 +292,7 @@ def test_a_folder_that_cannot_be_written_is_said_at_the_start(fresh: Path, comma
         ("runs/*/*", "error: Permission denied: .*metrics.csv"),
         (
             "runs/*/*/checkpoints",
-            "error: cannot write the checkpoint .*(best|last).ckpt \\(Permission denied; .*of before is whole.*",
+            "error: cannot write the checkpoint .*(best|last).ckpt \\(Permission denied; the previous checkpoint is.*",
         ),
     ],
 )

@@ -115,7 +115,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(
-        ZooError, match=r"cannot write .*last\.ckpt \(No space left.*of before is whole.*ckpt_path last"
+        ZooError, match=r"cannot write .*last\.ckpt \(No space left.*previous checkpoint is intact.*ckpt_path last"
     ):
         WholeFiles().save_checkpoint({"step": 2}, path)
     assert torch.load(path) == {"step": 1} and [p.name for p in path.parent.iterdir()] == ["last.ckpt"]

@@ -41,7 +41,7 @@ def test_it_needs_none_of_the_original_weights(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "content, expected",
     [
-        ({"state_dict": {}}, "does not say which head"),
+        ({"state_dict": {}}, "not a corrzoo checkpoint: it names no head"),
         ([1, 2], "holds a list"),
         *(
             (content, "a.ckpt is damaged, or refused")
@@ -96,7 +96,7 @@ def test_a_missing_file_says_where_checkpoints_are(tmp_path):
 def test_a_strangers_checkpoint_is_refused_in_one_line_that_names_it(tmp_path, change):
     path = checkpoint(tmp_path / "a.ckpt", corrzoo.create_matcher("Baseline", **TINY))
     torch.save(torch.load(path, weights_only=True) | change, path)
-    with pytest.raises(ZooError, match=r"a\.ckpt: its options or its weights do not fit Baseline") as error:
+    with pytest.raises(ZooError, match=r"a\.ckpt: its options or weights do not fit Baseline") as error:
         corrzoo.load(path)
     assert "\n" not in str(error.value)
 
@@ -161,15 +161,15 @@ def test_the_card_says_what_the_model_is_and_reaches(tmp_path):
     params = sum(p.numel() for p in model.parameters()) / 1e6
     assert f"| parameters | {params:.1f} M in all |" in body
     front, body = front_matter(corrzoo.save(model, tmp_path / "model"))
-    assert front["model-index"][0]["results"] == [] and "## PCK" not in body
+    assert "model-index" not in front and "## PCK" not in body
 
 
 @pytest.mark.parametrize(
     "content, expected",
     [
-        ("{", "is no result file"),
-        ("[1]", "is no result file"),
-        (json.dumps({"head": "Baseline"}), "no result file of `lightning test` .*'backbone'"),
+        ("{", "is not a result file"),
+        ("[1]", "is not a result file"),
+        (json.dumps({"head": "Baseline"}), "not a result file of `corrzoo test` .*'backbone'"),
         (json.dumps(RESULT | {"head": "ACTR"}), "is of ACTR on timm/test_vit.r160_in1k, but the model is Baseline"),
         (
             json.dumps(RESULT | {"options": {"stride": 16, "protocol": "x"}}),
@@ -191,7 +191,7 @@ def test_a_folder_without_weights_or_with_foreign_options_is_an_error(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["options"]["strde"] = 4
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ZooError, match="option 'strde' that Baseline does not know: did you mean 'stride'"):
+    with pytest.raises(ZooError, match="unknown option 'strde' of Baseline: did you mean 'stride'"):
         corrzoo.load(folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ZooError, match=r"model\.safetensors"):

@@ -57,5 +57,5 @@ def test_an_old_gsf_with_a_removed_option_is_refused(written, tmp_path, name, va
     config = json.loads((folder / "config.json").read_text())
     config["options"][name] = value
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ZooError, match=f"needs GSF's {name}='{value}', which is gone: load it with corrzoo 0.1.0"):
+    with pytest.raises(ZooError, match=f"needs GSF's {name}='{value}', which was removed: load it with corrzoo 0.1.0"):
         corrzoo.load(folder)

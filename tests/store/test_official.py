@@ -77,7 +77,7 @@ def test_as_the_test_script_loads_it(released):
     """LPMFlow's embeddings share their memory then, and what is loaded last stays (the order is the manifest's)."""
     name, state, _ = released
     if name == "actr":
-        with pytest.raises(ZooError, match="LPMFlow"):
+        with pytest.raises(ZooError, match="expected 'lpmflow'"):
             corrzoo.load_official(name, state, as_tested=True)
         return
     encoder = corrzoo.load_official(name, state, as_tested=True).encoder

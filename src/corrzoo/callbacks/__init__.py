@@ -1,4 +1,4 @@
-"""Lightning callbacks: result files, tables, pictures, and resuming to the bit."""
+"""Lightning callbacks: result files, score tables, pictures, and exact resume."""
 
 from lightning.pytorch import Callback
 
@@ -10,5 +10,5 @@ __all__ = ["PICTURES", "MatchImages", "ResultsWriter", "ScoreTable", "default_ca
 
 
 def default_callbacks() -> list[Callback]:
-    """What every run has: result files, pictures of predictions, and a clean end on signals."""
+    """Callbacks of every run: result files, pictures of predictions, stop signals and the random state."""
     return [ResultsWriter(), MatchImages(kinds=list(PICTURES), stages=["predict"]), StopSignals(), RandomState()]
