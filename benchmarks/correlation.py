@@ -1,4 +1,4 @@
-"""The correlation op against what a user would take instead, as ratios to the GEMM that none can avoid.
+"""The correlation op against alternatives, as ratios to the GEMM that all of them need.
 
 Every round times every method once, one after the other, and divides by that round's GEMM: a machine that others use
 too slows both. Forward is held against one GEMM, forward+backward against three. Memory is the peak beyond inputs and
@@ -117,14 +117,14 @@ METHODS: dict[str, dict[str, Method]] = {
 
 
 def gemms(src: Tensor, trg: Tensor, backward: bool) -> None:
-    """One GEMM, or the three that a forward and a backward cannot do without."""
+    """One GEMM, or the three that forward and backward need."""
     s = src @ trg.mT
     if backward:
         _ = s @ trg, s.mT @ src
 
 
 def once(method: Method, src: Tensor, trg: Tensor, side: int, backward: bool) -> list[Tensor]:
-    """One call; returns its results, to be kept until memory is read."""
+    """Call a method once. Its results must be kept until memory is read."""
     if not backward:
         with torch.no_grad():
             return [method(src, trg, side)]
@@ -133,7 +133,7 @@ def once(method: Method, src: Tensor, trg: Tensor, side: int, backward: bool) ->
 
 
 def seconds(call: Callable[[], object], device: str) -> float:
-    """Wall time on a GPU; on a CPU the process's own time, which waiting for other users of the machine is not in."""
+    """Seconds of a call: wall time on a GPU, CPU time of the process on a CPU."""
     if device == "cpu":
         start = time.process_time()
         call()
@@ -146,7 +146,7 @@ def seconds(call: Callable[[], object], device: str) -> float:
 
 
 def peak_bytes(call: Callable[[], list[Tensor]], device: str) -> int:
-    """Most bytes that a call held at any time, beyond what was there before and what it returns."""
+    """Peak memory of a call in bytes, without memory in use before and without its results."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -216,11 +216,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--grids", type=int, nargs="+", default=[16, 32, 64, 128])
-    parser.add_argument("--rounds", type=int, default=8, help="a quarter of them at 128²")
+    parser.add_argument("--rounds", type=int, default=8, help="rounds; a quarter of them at 128²")
     parser.add_argument("--methods", nargs="*", help="only these")
-    parser.add_argument("--out", type=Path, help="folder of the CSV and the plot")
+    parser.add_argument("--out", type=Path, help="output folder of the CSV and the plot")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
