@@ -68,7 +68,7 @@ def test_every_cell_was_executed_once_from_top_to_bottom_and_says_nothing_but_it
 
 def test_every_figure_is_there_and_shows_something(notebook):
     figures = [cell for cell in code_cells(notebook) if "figure" in cell.metadata.get("tags", [])]
-    assert len(figures) == 7
+    assert len(figures) == 6
     for cell in code_cells(notebook):
         assert len(pictures(cell)) == (cell in figures), cell.id
     for cell in figures:
