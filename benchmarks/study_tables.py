@@ -81,7 +81,7 @@ def synthetic() -> str:
 
 
 def transfer() -> str:
-    """PF-WILLOW, PCK @.10 of all pairs and of the ducks: every head untrained, and after training on CUB."""
+    """PF-WILLOW, all pairs, and PCK @.10 of the ducks: every head untrained, and after training on CUB."""
     frozen, finetuned = read("cub_frozen_pfwillow"), read("cub_finetuned_pfwillow")
     rows = []
     for head, title in NAMES.items():
@@ -91,18 +91,19 @@ def transfer() -> str:
             cells += [untrained, after, scores(finetuned, head, group)]
         rows.append(cells)
     columns = [f"{group}{state}" for group in ("", "ducks, ") for state in ("zero-shot", "frozen", "fine-tuned")]
-    return table(["PCK @.10", *columns], rows, range(1, 7))
+    return table([f"{SCORES}; ducks @.10", *columns], rows, range(1, 7))
 
 
 def curves() -> str:
     """PCK @.10 of validation pairs by the number of training pairs seen, the mean over seeds."""
     rows = []
+    steps = [mark // study.BATCH * study.BATCH for mark in study.MARKS]  # scored after whole batches
     for name in ("cub_frozen", "cub_finetuned", "synthetic"):
         runs = read(name)
         for head, title in NAMES.items():
             if found := runs.get(head):
                 points = curve(found)
-                rows.append([TITLES[name], title, *(f"{points[m]:.1f}" if m in points else "" for m in study.MARKS)])
+                rows.append([TITLES[name], title, *(f"{points[seen]:.1f}" if seen in points else "" for seen in steps)])
     return table(["study", "head", *(f"{mark:,}" for mark in study.MARKS)], rows, range(2, 2 + len(study.MARKS)))
 
 

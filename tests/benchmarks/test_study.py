@@ -266,7 +266,7 @@ def put(folder, name, run, score, curve=None, pairs_seen=10_000):
 def test_tables_are_means_over_seeds_and_say_what_is_missing(folders):
     put(folders, "cub_frozen", "actr_untrained-0", 2.0)
     for seed, (whole, without) in enumerate([(50.0, 44.0), (52.0, 48.0), (54.0, 46.0)]):
-        put(folders, "cub_frozen", f"actr-{seed}", whole, {0: 2.0, 800: 10.0 + seed})
+        put(folders, "cub_frozen", f"actr-{seed}", whole, {0: 2.0, 800: 10.0 + seed, 2496: 20.0})
         put(folders, "cub_frozen", f"actr_no_multi_path-{seed}", without)
     put(folders, "cub_frozen", "vitsc-0", 90.0, pairs_seen=800)  # too short to be shown
     actr = "| ACTR | keypoints | 2.0 / 2.0 / 2.0 | 52.0 ± 2.0 / 52.0 ± 2.0 / 52.0 ± 2.0 | not run yet |"
@@ -275,7 +275,7 @@ def test_tables_are_means_over_seeds_and_say_what_is_missing(folders):
     assert "| Baseline | keypoints | not run yet | nothing to train | not run yet |" in study_tables.photographs()
     assert "| ACTR | `no_multi_path` | +6.0 ± 2.0 | +6.0 ± 2.0 | +6.0 ± 2.0 |" in study_tables.parts()
     assert "| ViTSC | `table4_none` | not run yet |" in study_tables.parts()
-    assert "| photographs (CUB), frozen features | ACTR | 2.0 | 11.0 |" in study_tables.curves()
+    assert "| photographs (CUB), frozen features | ACTR | 2.0 | 11.0 | 20.0 |  |" in study_tables.curves()
     (frozen,) = [line for line in study_tables.missing().splitlines() if "frozen" in line]
     assert "| 4 of 27 |" in frozen and "`vitsc` (0, 1, 2)" in frozen and "`actr_no_reweighting` (0)" in frozen
     assert "`actr` " not in frozen and "`actr_no_multi_path`" not in frozen
