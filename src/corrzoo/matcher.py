@@ -35,8 +35,8 @@ class Matcher(LightningModule, ABC):
     Args:
         backbone: A name of `list_backbones()`, or any timm model as `timm/<name>`.
         weights: `pretrained`, `random`, or the path of a local file.
-        levels: Feature levels: block numbers (negative from the end), or CNN modules such as `layer3.22`.
-            The last level when not given.
+        levels: Feature levels: block numbers (negative from the end), or CNN modules such as `layer3.22`, and
+            `layer3.22:pre` for the map before that block's last ReLU. The last level when not given.
         finetune: What of the backbone trains: `all`, `none`, or the number of its last blocks.
         pos_interp: How a ViT's position embedding is resized: `official` as its authors do, `timm`, or the
             backbone's own default when not given.

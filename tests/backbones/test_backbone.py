@@ -100,7 +100,7 @@ class TestForward:
 
     @pytest.mark.parametrize(
         ("name", "options"),
-        [(VIT, {"pos_interp": "official"}), (VIT, {"finetune": "none"}), (RESNET, {"levels": ["layer2.0", 2]})],
+        [(VIT, {"pos_interp": "official"}), (VIT, {"finetune": "none"}), (RESNET, {"levels": ["layer2.0:pre", 2]})],
     )
     def test_compiles_without_graph_breaks(self, name, options):
         """At the first size and at others, as PyTorch makes the size symbolic the second time."""
@@ -201,8 +201,30 @@ class TestLevels:
         assert not any(p.requires_grad for p in backbone.trunk.model.layer3.parameters())
         assert all(p.requires_grad for p in backbone.trunk.model.layer2.parameters())
 
+    @pytest.mark.parametrize(
+        ("name", "block", "count"), [(RESNET, "layer2.0", 2), (RESNET, "layer3.0", 3), ("timm/regnetx_002", "s3.b1", 0)]
+    )
+    def test_the_level_before_the_last_relu_is_the_residual_sum(self, name, block, count):
+        backbone, seen = tiny(name, levels=[f"{block}:pre", block]).eval(), {}
+        module = backbone.trunk.model.get_submodule(block)
+        module.register_forward_pre_hook(lambda _, args: seen.update(x=args[0].clone()))
+        before, after = backbone(torch.randn(1, 3, 64, 96)).maps
+        assert (before < 0).any() and torch.equal(before.relu(), after)
+        if count:
+            x = shortcut = seen["x"]
+            for i in range(1, count + 1):
+                x = getattr(module, f"bn{i}")(getattr(module, f"conv{i}")(x.relu() if i > 1 else x))
+            torch.testing.assert_close(before, x + module.downsample(shortcut))
+
+    def test_the_level_before_the_last_relu_trains_its_block(self):
+        backbone = tiny(RESNET, levels=["layer2.0:pre"])
+        assert all(p.requires_grad for p in backbone.trunk.model.layer2.parameters())
+        assert not any(p.requires_grad for p in backbone.trunk.model.layer3.parameters())
+        backbone(torch.randn(1, 3, 64, 64)).maps[0].square().sum().backward()
+        assert all(p.grad is not None for p in backbone.parameters() if p.requires_grad)
+
     def test_a_copy_reads_its_own_features(self):
-        backbone = tiny(RESNET, levels=["layer2.0"])
+        backbone = tiny(RESNET, levels=["layer2.0:pre"])
         other = copy.deepcopy(backbone)
         with torch.no_grad():
             other.trunk.model.conv1[0].weight.mul_(-2)
@@ -215,6 +237,9 @@ class TestLevels:
             (VIT, 6, "level 6 of .*expected -6 to 5"),
             (RESNET, -6, "level -6"),
             (RESNET, "layer3.9", "no module 'layer3.9'.*did you mean 'layer3"),
+            (RESNET, "layer3.9:pre", "no module 'layer3.9'.*did you mean 'layer3"),
+            (RESNET, "layer3:pre", "level 'layer3:pre' .*no ReLU"),
+            (EFFNET, "blocks.2.0:pre", "no ReLU"),
             (RESNET, "global_pool", "gives no .*map"),
             (VIT, "blocks.2", "gives no .*map"),
         ],
