@@ -1,7 +1,7 @@
-"""Released checkpoints of ACTR and LPMFlow as matchers of the zoo. Only tensors and plain values are ever read."""
+"""Checkpoints of the authors' code as matchers of the zoo. Only tensors and plain values are ever read."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -26,8 +26,13 @@ class Layout(NamedTuple):
     names: Names
     unused: str
     """Pattern of the keys of theirs that no output depends on, and of index tables that we compute."""
+    options: "Callable[[dict[str, Tensor]], dict[str, Any]]" = lambda state: _IBOT
+    """The head's options, some of them read off the shapes of the authors' state dict."""
+    convert: "Callable[[dict[str, Tensor]], dict[str, Tensor]]" = lambda state: state
+    """The authors' state dict, in which one tensor of theirs is one of ours."""
 
 
+_IBOT: dict[str, Any] = {"backbone": "ibot_b16", "weights": "random", "backbone_size": 256}
 _COMMON: Names = {"backbone.trunk.model.": "feature_extraction.backbone.", "soft_argmax.": ""}
 _SWIN = "0.transformer.layers.0.blocks.0."
 _REFINEMENT: Names = {
@@ -58,6 +63,34 @@ _ENCODER: Names = {
     f"blocks.{i}.": (f"blocks.{i}.", {"bias.table": "attn.relative_position_bias_table", "attention.": "attn."})
     for i in range(6)
 }
+
+_HYPERPIXELS = ["maxpool", *(f"layer3.{i}:pre" for i in (0, 12, 13, 18, 20, 21, 22))]
+"""CATs' levels for SPair-71k."""
+_INTRA: Names = {"norm1.": "norm1.", "attention.": "attn.", "norm2.": "norm4.", "mlp.": "mlp2."}
+_INTER: Names = {"norm1.": "norm3.", "attention.": "attn_multiscale.", "norm2.": "norm2.", "mlp.": "mlp."}
+
+
+def _cats_options(state: dict[str, Tensor]) -> dict[str, Any]:
+    """What the shapes tell of a CATs: neither which levels it reads nor its number of heads."""
+    *_, grid, half = _cats_embedding(state)
+    blocks = {key.split(".")[2] for key in state if key.startswith("decoder.blocks.")}
+    sizes = {"grid": grid, "width": 2 * half - grid**2, "depth": len(blocks) or 1}
+    return {"backbone": "resnet101", "weights": "random", "levels": _HYPERPIXELS, **sizes}
+
+
+def _cats_convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With one level, the released block has its only MLP where others have the one of the attention across levels."""
+    if _cats_embedding(state)[1] > 1:
+        return state
+    across = r"\.(attn_multiscale|norm3|norm4|mlp2)\."
+    kept = {key: value for key, value in state.items() if not re.search(across, key)}
+    return {key.replace(".norm2.", ".norm4.").replace(".mlp.", ".mlp2."): value for key, value in kept.items()}
+
+
+def _cats_embedding(state: dict[str, Tensor]) -> torch.Size:
+    """(1, levels, 1, grid, channels / 2); the published one's if it is missing, which is told later."""
+    return state.get("decoder.pos_embed_x", torch.empty(1, len(_HYPERPIXELS), 1, 16, 192)).shape
+
 
 LAYOUTS = {
     "actr": Layout(
@@ -99,32 +132,45 @@ LAYOUTS = {
         r"|.*\.norm[34]\..*|decoder_s1\..*\.pos_embed_(src|trg)_up|decoder_s3\..*\.pos_embed_(src|trg)"
         r"|.*\.relative_position_index",
     ),
+    "cats": Layout(
+        "CATs",
+        _COMMON
+        | {
+            "pos_embed_": "decoder.pos_embed_",
+            "to_scores.": "decoder.proj.",
+            "project.": "proj.",
+            "blocks.": ("decoder.blocks.", {"intra.": ("", _INTRA), "inter.": ("", _INTER)}),
+        },
+        r"decoder\.norm\..*|feature_extraction\.backbone\.fc\..*",
+        _cats_options,
+        _cats_convert,
+    ),
 }
 
 
 def load_official(
     name: str, source: str | Path | Mapping[str, Any], as_tested: bool = False, **options: Any
 ) -> Matcher:
-    """The matcher of a checkpoint that the authors of ACTR or LPMFlow released, in evaluation mode, on the CPU.
+    """The matcher of a checkpoint of the authors' code, in evaluation mode, on the CPU.
 
     Args:
-        name: `actr` or `lpmflow`.
+        name: `actr`, `lpmflow` or `cats`.
         source: The path of `model_best.pth` or the like, or what such a file holds: the state dict, with or without
             the training dictionary around it and `module.` before its keys. The `args.pkl` beside it is not needed.
         as_tested: LPMFlow's own test script loads a checkpoint other than it was trained: two embeddings overwrite two
             others, which share their memory until the model is moved to a GPU. With this option that is done here
             too; else the checkpoint is loaded as it was trained.
-        **options: Of the head and of `Matcher`, such as `finetune`.
+        **options: Of the head and of `Matcher`, such as `finetune`. CATs' checkpoints do not tell their `levels`
+            (default: those for SPair-71k) and `attention_heads`.
 
     Raises:
         ZooError: for an unknown name, a file that cannot be read safely, a state dict that does not fit, naming keys.
     """
     if name not in LAYOUTS:
-        raise ZooError(f"no released checkpoint {name!r}{nearest(name, LAYOUTS)}: choose {' or '.join(LAYOUTS)}")
+        raise ZooError(f"no released checkpoint {name!r}{nearest(name, LAYOUTS)}: choose one of {', '.join(LAYOUTS)}")
     layout = LAYOUTS[name]
-    theirs = _state_of(source)
-    papers: dict[str, Any] = {"backbone": "ibot_b16", "weights": "random", "backbone_size": 256}
-    matcher = HEADS[layout.head](**papers | options)
+    theirs = layout.convert(_state_of(source))
+    matcher = HEADS[layout.head](**layout.options(theirs) | options)
     ours = {key: official_key(key, layout.names) for key in matcher.state_dict()}
     expected = {ours[key]: value for key, value in matcher.state_dict().items()}
     used = {k: v for k, v in theirs.items() if k in expected or not re.fullmatch(layout.unused, k)}
@@ -138,6 +184,8 @@ def load_official(
 
 def official_key(key: str, names: Names) -> str:
     """The authors' name for a key of ours."""
+    if index := re.match(r"\d+\.", key):  # of a list of blocks
+        return index[0] + official_key(key.removeprefix(index[0]), names)
     for ours, theirs in names.items():
         if key.startswith(ours):
             prefix, following = theirs if isinstance(theirs, tuple) else (theirs, {})
@@ -172,7 +220,7 @@ def _state_of(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
 def _as_tested(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     """What the released test script evaluates: of two embeddings in one memory, the one loaded last."""
     if name != "lpmflow":
-        raise ZooError("as_tested is about LPMFlow's embeddings: leave it out for actr")
+        raise ZooError(f"as_tested is about LPMFlow's embeddings: leave it out for {name}")
     return state | {
         "encoder.pos_embed_trg": state["encoder.pos_embed_src"],
         "encoder.cls_pos_embed_src": state["encoder.cls_pos_embed_trg"],
