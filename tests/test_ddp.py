@@ -25,6 +25,7 @@ CASES = {
     "ACTR": {"grid": 4, "depth": 2},
     "ViTSC": {"head_resolution": 0.125, "low_stages": 1},
     "LPMFlow": {"grid": 4, "depth": 2, "foreground": "mean"},
+    "CATs": {"backbone": CNN, "levels": ["layer2.0:pre", 2], "grid": 4, "width": 32},
     "GSF, stage 1": {"grid": 8},
     "GSF, stage 2": {"grid": 8},
 }

@@ -15,8 +15,9 @@ SMALL = {
     "ViTSC": {"head_resolution": 0.125, "low_stages": 1},  # its CNNs at every pixel are for GPUs
     "ACTR": {"grid": 8, "depth": 2},
     "LPMFlow": {"grid": 4, "depth": 2},
+    "CATs": {"grid": 8, "width": 32},
 }
-OVERFIT = {"ACTR": {"lr": 3e-4}, "LPMFlow": {"lr": 3e-4, "steps": 480, "dropout": 0.0}}
+OVERFIT = {"ACTR": {"lr": 3e-4}, "CATs": {"lr": 3e-4}, "LPMFlow": {"lr": 3e-4, "steps": 480, "dropout": 0.0}}
 """Transformers from nothing want smaller steps."""
 
 

@@ -12,6 +12,7 @@ SMALL = {
     "ViTSC": {"head_resolution": 0.125, "low_stages": 1},
     "ACTR": {"grid": 8, "depth": 2},
     "LPMFlow": {"grid": 4, "depth": 2},
+    "CATs": {"grid": 8, "width": 32},
 }
 VARIANTS = {
     "ACTR": [{}, {"checkpointing": True}, {"read": "pixel"}],

@@ -143,15 +143,11 @@ def correlate(src: list[Tensor], trg: list[Tensor]) -> Tensor:
 def mutual_filter(scores: Tensor) -> Tensor:
     """Multiply each score (B, L, N, M) by its ratios to the best of its row and of its column.
 
-    As in the released code, a maximum below zero turns the signs of its row or column.
+    As in the released code, a maximum below zero turns the signs of its row or column, and one of zero is 1e-30.
     """
     row, column = (scores.amax(dim, keepdim=True) for dim in (-1, -2))
-    return scores * (scores / avoid_zero(row)) * (scores / avoid_zero(column))
-
-
-def avoid_zero(x: Tensor) -> Tensor:
-    """The same, but 1e-30 where x is exactly 0 (released code)."""
-    return x + 1e-30 * (x == 0)
+    row, column = (best.masked_fill(best == 0, 1e-30) for best in (row, column))
+    return scores * (scores / row) * (scores / column)
 
 
 # ---------------------------------------------------------------------- transformer aggregator
