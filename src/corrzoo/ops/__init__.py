@@ -2,8 +2,10 @@
 
 `functional` holds the public functions, `reference` the equations in plain torch. `library` makes torch operators of
 the two fast implementations: `streaming` (any device) and `launch` with its `kernels` (Triton, imported when used).
+`convolution` convolves whole volumes.
 """
 
+from corrzoo.ops.convolution import conv4d
 from corrzoo.ops.functional import (
     Backend,
     Window,
@@ -17,6 +19,6 @@ from corrzoo.ops.functional import (
 from corrzoo.ops.reference import Matches, Mutual
 
 __all__ = [
-    "Backend", "Matches", "Mutual", "Window", "correlation", "local_correlation", "match", "mutual", "readout",
+    "Backend", "Matches", "Mutual", "Window", "conv4d", "correlation", "local_correlation", "match", "mutual", "readout",
     "resolve_backend",
 ]  # fmt: skip

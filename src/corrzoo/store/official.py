@@ -30,6 +30,8 @@ class Layout(NamedTuple):
     """The head's options, some of them read off the shapes of the authors' state dict."""
     convert: "Callable[[dict[str, Tensor]], dict[str, Tensor]]" = lambda state: state
     """The authors' state dict, in which one tensor of theirs is one of ours."""
+    absent: str = ""
+    """Pattern of the keys of ours that the authors' file lacks, such as stages that no level depends on."""
 
 
 _IBOT: dict[str, Any] = {"backbone": "ibot_b16", "weights": "random", "backbone_size": 256}
@@ -92,6 +94,31 @@ def _cats_embedding(state: dict[str, Tensor]) -> torch.Size:
     return state.get("decoder.pos_embed_x", torch.empty(1, len(_HYPERPIXELS), 1, 16, 192)).shape
 
 
+_RESNET: Names = {
+    f"backbone.trunk.model.{ours}.": f"FeatureExtraction.model.{theirs}."
+    for ours, theirs in {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6}.items()
+}
+
+
+def _ncnet_options(state: dict[str, Tensor]) -> dict[str, Any]:
+    """What the shapes tell of an NCNet."""
+    keys = sorted((key for key in state if re.fullmatch(r"NeighConsensus\.conv\.\d+\.weight", key)), key=len)
+    shapes = [state[key].shape for key in keys if state[key].ndim == 6]  # (D, C, k, k, k, k) each
+    sizes = {"kernel_sizes": [shape[2] for shape in shapes], "channels": [shape[0] for shape in shapes]}
+    return {"backbone": "resnet101", "weights": "random", "levels": [3]} | (sizes if shapes else {})
+
+
+def _ncnet_convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The released kernels have their first axis in front; older files say `vgg` and may lack counts of batches."""
+    out = {key.replace("FeatureExtraction.vgg.", "FeatureExtraction.model."): value for key, value in state.items()}
+    for key, value in list(out.items()):
+        if key.startswith("NeighConsensus.") and value.ndim == 6:
+            out[key] = value.movedim(0, 2)  # (k, D, C, k, k, k) -> (D, C, k, k, k, k)
+        if key.endswith(".running_var"):
+            out.setdefault(key.replace("running_var", "num_batches_tracked"), torch.zeros((), dtype=torch.int64))
+    return out
+
+
 LAYOUTS = {
     "actr": Layout(
         "ACTR",
@@ -145,6 +172,14 @@ LAYOUTS = {
         _cats_options,
         _cats_convert,
     ),
+    "ncnet": Layout(
+        "NCNet",
+        _RESNET | {"consensus.": "NeighConsensus.conv."},
+        r"FeatureExtraction\.model\.7\..*",  # layer4, if it was kept
+        _ncnet_options,
+        _ncnet_convert,
+        r"backbone\.trunk\.model\.layer4\..*",
+    ),
 }
 
 
@@ -154,7 +189,7 @@ def load_official(
     """The matcher of a checkpoint of the authors' code, in evaluation mode, on the CPU.
 
     Args:
-        name: `actr`, `lpmflow` or `cats`.
+        name: `actr`, `cats`, `lpmflow` or `ncnet`.
         source: The path of `model_best.pth` or the like, or what such a file holds: the state dict, with or without
             the training dictionary around it and `module.` before its keys. The `args.pkl` beside it is not needed.
         as_tested: LPMFlow's own test script loads a checkpoint other than it was trained: two embeddings overwrite two
@@ -171,14 +206,15 @@ def load_official(
     layout = LAYOUTS[name]
     theirs = layout.convert(_state_of(source))
     matcher = HEADS[layout.head](**layout.options(theirs) | options)
-    ours = {key: official_key(key, layout.names) for key in matcher.state_dict()}
-    expected = {ours[key]: value for key, value in matcher.state_dict().items()}
+    keys = [key for key in matcher.state_dict() if not re.fullmatch(layout.absent, key)]
+    ours = {key: official_key(key, layout.names) for key in keys}
+    expected = {ours[key]: matcher.state_dict()[key] for key in keys}
     used = {k: v for k, v in theirs.items() if k in expected or not re.fullmatch(layout.unused, k)}
     if faults := key_faults(used, expected):
         raise ZooError(f"the checkpoint does not fit the released {layout.head}: {faults}")
     if as_tested:
         theirs = _as_tested(theirs, name)
-    matcher.load_state_dict({key: theirs[official] for key, official in ours.items()})
+    matcher.load_state_dict({key: theirs[official] for key, official in ours.items()}, strict=not layout.absent)
     return matcher.eval()
 
 
