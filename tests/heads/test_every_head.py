@@ -10,7 +10,9 @@ from corrzoo.types import ZooError
 
 VIT, CNN = "timm/test_vit.r160_in1k", "timm/test_resnet.r160_in1k"
 HEADS = corrzoo.list_heads()
-SUPERVISED = [head for head in HEADS if head != "GSF"]  # which learns from no keypoint: tests/heads/test_gsf.py
+WEAK = ("GSF", "NCNet")
+"""Heads that learn from no keypoint, see their own tests."""
+SUPERVISED = [head for head in HEADS if head not in WEAK]
 SMALL = {
     "ViTSC": {"head_resolution": 0.125, "low_stages": 1},  # its CNNs at every pixel are for GPUs
     "ACTR": {"grid": 8, "depth": 2},

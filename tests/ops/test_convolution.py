@@ -4,11 +4,11 @@ from itertools import product
 
 import pytest
 import torch
+from problems import assert_close, run
 
 from corrzoo import ops
 from corrzoo.ops.convolution import conv4d_reference
 from corrzoo.types import ZooError
-from problems import assert_close, run
 
 SHAPE = (2, 3, 4, 2)
 """h, w, H, W: all different, and narrower than a kernel of 5."""

@@ -88,14 +88,14 @@ class NCNet(Matcher):
         volume, offsets = self.volume(src.maps[0], trg.maps[0])
         scores = self.filter(volume).flatten(4).flatten(1, 3)  # (B, h*w, h'*w')
         best, k = scores.argmax(2), self.relocalization  # (B, h*w), the first of equal ones
-        cells = cells_of(best, size_of(volume)) * k  # (B, h*w, 2)
-        own = cell_centres(volume.shape[2:4], volume.shape[2:4], scores.device, scores.dtype) - 0.5  # (h*w, 2)
-        own = own * k
+        grid = volume.shape[2], volume.shape[3]
+        cells = k * cells_of(best, size_of(volume))  # (B, h*w, 2)
+        own = k * (cell_centres(grid, grid, scores.device) - 0.5)  # (h*w, 2)
         if k > 1:
             at = offsets.flatten(3).flatten(1, 2).gather(2, best.unsqueeze(2)).squeeze(2)  # (B, h*w), of k^4
             own, cells = own + cells_of(at // k**2, (k, k)), cells + cells_of(at % k**2, (k, k))
         moved = cells_to_pixels(cells - own, size_of(src.maps[0]), size_of(src.image))
-        flow = rearrange(moved, "b (h w) xy -> b xy h w", h=volume.shape[2])
+        flow = rearrange(moved, "b (h w) xy -> b xy h w", h=grid[0])
         return Match(flow, scores, {"cells": cells, "src": src.maps[0], "trg": trg.maps[0]})
 
     def volume(self, src: Tensor, trg: Tensor) -> tuple[Tensor, Tensor]:

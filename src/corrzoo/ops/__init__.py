@@ -19,6 +19,6 @@ from corrzoo.ops.functional import (
 from corrzoo.ops.reference import Matches, Mutual
 
 __all__ = [
-    "Backend", "Matches", "Mutual", "Window", "conv4d", "correlation", "local_correlation", "match", "mutual", "readout",
-    "resolve_backend",
+    "Backend", "Matches", "Mutual", "Window", "conv4d", "correlation", "local_correlation", "match", "mutual",
+    "readout", "resolve_backend",
 ]  # fmt: skip
