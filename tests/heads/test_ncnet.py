@@ -322,13 +322,13 @@ def test_training_separates_pairs_from_others():
     model, pair = small(finetune="none", lr=1e-2), batch(4, 96)
     optimizer = torch.optim.Adam(model.param_groups())
     losses = []
-    for _ in range(30):
+    for _ in range(40):
         loss = model.loss(model(pair.src_img, pair.trg_img), pair)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < min(losses[0], -0.01)
+    assert losses[-1] < losses[0] - 0.02
 
 
 IMAGES = torch.randn(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0))

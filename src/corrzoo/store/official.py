@@ -180,6 +180,13 @@ LAYOUTS = {
         _ncnet_convert,
         r"backbone\.trunk\.model\.layer4\..*",
     ),
+    "geoaware": Layout(
+        "GeoAware",
+        {"bottlenecks.": ("bottleneck_layers.", {name: f"0.{name}" for name in ("conv", "shortcut")})},
+        r"self_logit_scale",
+        lambda state: {"width": len(state.get("bottleneck_layers.0.0.conv3.norm.bias", range(768)))},
+        absent=r"backbone\..*|[xy]_normal",
+    ),
 }
 
 
@@ -189,14 +196,15 @@ def load_official(
     """The matcher of a checkpoint of the authors' code, in evaluation mode, on the CPU.
 
     Args:
-        name: `actr`, `cats`, `lpmflow` or `ncnet`.
+        name: `actr`, `cats`, `geoaware`, `lpmflow` or `ncnet`.
         source: The path of `model_best.pth` or the like, or what such a file holds: the state dict, with or without
             the training dictionary around it and `module.` before its keys. The `args.pkl` beside it is not needed.
         as_tested: LPMFlow's own test script loads a checkpoint other than it was trained: two embeddings overwrite two
             others, which share their memory until the model is moved to a GPU. With this option that is done here
             too; else the checkpoint is loaded as it was trained.
         **options: Of the head and of `Matcher`, such as `finetune`. CATs' checkpoints do not tell their `levels`
-            (default: those for SPair-71k) and `attention_heads`.
+            (default: those for SPair-71k) and `attention_heads`, those of GeoAware their `backbone` and `levels`, whose
+            weights they lack: call `load_weights()`.
 
     Raises:
         ZooError: for an unknown name, a file that cannot be read safely, a state dict that does not fit, naming keys.
