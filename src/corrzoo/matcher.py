@@ -46,7 +46,8 @@ class Matcher(LightningModule, ABC):
         backbone_lr: Learning rate of the backbone (ViTSC 5.2: 3e-6).
         optimizer: Which optimiser (ViTSC 5.2: Adam).
         weight_decay: Decay of every parameter.
-        schedule: Learning rate over the epochs: `constant`, `cosine` (to zero at the last epoch), or `step`.
+        schedule: Learning rate over the epochs: `constant`, `cosine` (to zero at the last epoch), or `step`; or over
+            the steps: `one-cycle` (rises to the rate for 0.3 of them, then falls to nothing).
         milestones: Epochs at which `step` multiplies the rate by `gamma`.
         gamma: The factor of `step`.
         protocol: How PCK is scored, a name of `list_protocols()`; without a threshold kind (`default`,
@@ -77,7 +78,7 @@ class Matcher(LightningModule, ABC):
         backbone_lr: float = 3e-6,
         optimizer: Literal["adam", "adamw"] = "adam",
         weight_decay: float = 0.0,
-        schedule: Literal["constant", "cosine", "step"] = "constant",
+        schedule: Literal["constant", "cosine", "step", "one-cycle"] = "constant",
         milestones: list[int] | None = None,
         gamma: float = 0.5,
         protocol: str = "default",
@@ -126,6 +127,10 @@ class Matcher(LightningModule, ABC):
     def match_points(self, src: Features, trg: Features, points: Tensor) -> Tensor:
         """(B, n, 2) source points -> (B, n, 2) matches, in network pixels; by default read from the dense flow."""
         return transfer(points, self.match(src, trg).flow, size_of(src.image))
+
+    def match_keypoints(self, src: Features, trg: Features, pair: Pair) -> Tensor:
+        """(B, K, 2) matches of a batch's source keypoints, by `match_points`. A head may ask which parts they mark."""
+        return self.match_points(src, trg, pair.src_kps)
 
     def heat_maps(self, src: Features, trg: Features, points: Tensor) -> Tensor:
         """(B, n, h, w) scores of target cells for (B, n, 2) source points: the correlation, else feature cosines."""
@@ -244,6 +249,12 @@ class Matcher(LightningModule, ABC):
             return [optimizer], [schedule.CosineAnnealingLR(optimizer, T_max=self.trainer.max_epochs or 1)]
         if self.hparams.schedule == "step":
             return [optimizer], [schedule.MultiStepLR(optimizer, self.hparams.milestones or [], self.hparams.gamma)]
+        if self.hparams.schedule == "one-cycle":
+            rates, steps = [group["lr"] for group in groups], self.trainer.estimated_stepping_batches
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": schedule.OneCycleLR(optimizer, rates, int(steps)), "interval": "step"},
+            }
         return optimizer
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -16,16 +16,18 @@ SUPERVISED = [head for head in HEADS if head not in WEAK]
 SMALL = {
     "ViTSC": {"head_resolution": 0.125, "low_stages": 1},  # its CNNs at every pixel are for GPUs
     "ACTR": {"grid": 8, "depth": 2},
+    "GeoAware": {"grid": 8, "width": 128},
     "LPMFlow": {"grid": 4, "depth": 2},
     "CATs": {"grid": 8, "width": 32},
 }
 OVERFIT = {"ACTR": {"lr": 3e-4}, "CATs": {"lr": 3e-4}, "LPMFlow": {"lr": 3e-4, "steps": 480, "dropout": 0.0}}
+OVERFIT["GeoAware"] = {"lr": 1e-3, "grid": 32, "dropout": 0.0, "noise": 0.0}  # which reads whole cells in training
 """Transformers from nothing want smaller steps."""
 
 
 def build(head, backbone=VIT, **options):
     torch.manual_seed(0)
-    return corrzoo.create_matcher(head, backbone=backbone, weights="random", **SMALL.get(head, {}), **options)
+    return corrzoo.create_matcher(head, backbone=backbone, weights="random", **SMALL.get(head, {}) | options)
 
 
 def batch(size=64, count=2):

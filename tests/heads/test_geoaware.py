@@ -14,7 +14,7 @@ from corrzoo.backbones import register_backbone
 from corrzoo.backbones.specs import BACKBONES
 from corrzoo.data import PairDataset
 from corrzoo.geometry import pixels_to_cells
-from corrzoo.heads.geoaware import GeoAware, Points, combine, mirror_images, self_flip
+from corrzoo.heads.geoaware import GeoAware, combine, mirror_images, mutual_distance, self_flip
 from corrzoo.losses import mean_where
 from corrzoo.store.official import LAYOUTS, load_official, official_key
 from corrzoo.types import Features, Pair, ZooError
@@ -127,6 +127,16 @@ def test_golden_readouts(further, model, maps):
     assert not compared
 
 
+def test_golden_distances_of_mutual_neighbours(further, model, maps):
+    """What adaptive pose alignment compares: of the source and of its mirror image."""
+    theirs, (src, trg) = further.arrays("f64"), maps
+    with torch.no_grad():
+        columns = rows(prepared(further, model, trg))
+        for name, levels in (("", src), ("_flip", [level.flip(-1) for level in src])):
+            found = mutual_distance(rows(prepared(further, model, levels)), columns)
+            assert_close(found[0], theirs[f"mutual_nn_distance{name}"], EXACT)
+
+
 def test_golden_keypoints_lie_in_their_cells(further, model):
     theirs, side = further.arrays("f64"), further.config["anno_size"]
     cells = pixels_to_cells(theirs["kps1"][:, :2], model.grid, (side, side)).floor().long()
@@ -136,7 +146,9 @@ def test_golden_keypoints_lie_in_their_cells(further, model):
 def annotated(further):
     """The stored keypoints as a batch of one pair; also the source's own, as the released self flip takes them."""
     theirs, side = further.arrays("f64"), further.config["anno_size"]
-    (src, seen), (trg, seen_too) = ((theirs[name][None, :, :2], theirs[name][None, :, 2] > 0) for name in ("kps1", "kps2"))
+    (src, seen), (trg, seen_too) = (
+        (theirs[name][None, :, :2], theirs[name][None, :, 2] > 0) for name in ("kps1", "kps2")
+    )
     image, size = torch.zeros(1, 3, 1, 1).expand(1, 3, side, side), torch.tensor([[float(side)] * 2])
     number, ids = torch.zeros(1, dtype=torch.int64), torch.arange(src.shape[1])[None]
     box = torch.tensor([[0.0, 0.0, 300.0, 300.0]])
@@ -166,16 +178,16 @@ def test_golden_losses_and_gradients(further, model, maps, augmented):
         sparse = model.sparse_loss(*descriptors, model.points(pair))
         assert_close(sparse[0], theirs["loss_sparse"], EXACT)
     stored = further.read("grads_pair_augment_f64" if augmented else "grads_plain_f64")
+    for name in ("x_normal", "y_normal"):  # their coordinates are float32, and so are the gradients of these
+        gradient, (norm, *numbers) = model.get_parameter(name).grad, stored.pop(f"corr.{name}")
+        assert [gradient.norm(), gradient.sum(), gradient[0]] == pytest.approx([norm, *numbers], rel=0, abs=1e-6 * norm)
     assert_gradients(model, stored, keys(model), 1e-7)
 
 
 def keys(model):
-    """The authors' key of each parameter; the trained coordinates are outside of their state dict."""
-    names = [name for name, _ in model.named_parameters() if not name.startswith("backbone.")]
-    return {
-        name: f"corr.{name}" if name.endswith("_normal") else official_key(name, LAYOUTS["geoaware"].names)
-        for name in names
-    }
+    """The authors' key of each parameter of the network."""
+    names = [name for name, _ in model.named_parameters() if not name.startswith(("backbone.", "x_", "y_"))]
+    return {name: official_key(name, LAYOUTS["geoaware"].names) for name in names}
 
 
 def test_golden_every_array_is_compared(further):

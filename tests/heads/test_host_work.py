@@ -11,6 +11,7 @@ VIT = "timm/test_vit.r160_in1k"
 SMALL = {
     "ViTSC": {"head_resolution": 0.125, "low_stages": 1},
     "ACTR": {"grid": 8, "depth": 2},
+    "GeoAware": {"grid": 8, "width": 128},
     "LPMFlow": {"grid": 4, "depth": 2},
     "CATs": {"grid": 8, "width": 32},
 }

@@ -28,7 +28,8 @@ class Backbone(nn.Module):
         levels: Which maps to return: numbers of timm's `forward_intermediates` (ViT: blocks; ResNet: stem and four
             stages; negative from the end), or module names such as `layer3.22` (CNN hyperpixels). Default: the last.
             `layer3.22:pre` is what the last ReLU of that block gets, the residual sum of a ResNet.
-            A ViT's final norm is applied to every numbered level, and not to a block by its name: `blocks.11`. Later stages than the deepest level are not computed.
+            A ViT's final norm is applied to every level by number, and to none by name, such as `blocks.11`.
+            Later stages than the deepest level are not computed.
         finetune: `all`; `none` (frozen, and in evaluation mode even under `train()`); or n, the last n transformer
             blocks up to the deepest level, with the final norm (our choice: their outputs pass through it).
             BatchNorm always keeps its pretrained statistics, as a batch of a few pairs estimates none worth having.

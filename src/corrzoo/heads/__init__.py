@@ -12,7 +12,19 @@ from corrzoo.heads.ncnet import NCNet
 from corrzoo.heads.vitsc import ViTSC
 from corrzoo.matcher import HEADS, Matcher
 
-__all__ = ["ACTR", "GSF", "HEADS", "Baseline", "CATs", "GeoAware", "LPMFlow", "NCNet", "ViTSC", "create_matcher", "list_heads"]
+__all__ = [
+    "ACTR",
+    "GSF",
+    "HEADS",
+    "Baseline",
+    "CATs",
+    "GeoAware",
+    "LPMFlow",
+    "NCNet",
+    "ViTSC",
+    "create_matcher",
+    "list_heads",
+]
 
 
 def list_heads() -> list[str]:

@@ -8,7 +8,6 @@ import math
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -43,14 +42,14 @@ class Points(NamedTuple):
 
 @HEADS.register
 class GeoAware(Matcher):
-    """An aggregation network of one bottleneck for each level, trained by a sparse and a dense loss with mirrored pairs.
+    """An aggregation network of one bottleneck for each level, and a sparse and a dense loss on mirrored pairs, too.
 
-    For the released features, three levels of Stable Diffusion and DINOv2-B's block 11 before the final norm, it has
-    5,150,214 parameters and equals the released network. `self_logit_scale` (1 of them) never has a gradient and is left
-    out; the coordinates that the dense loss reads are trained as well, but not used in evaluation.
+    On the released features, three levels of Stable Diffusion and DINOv2-B's block 11 before the final norm, it equals
+    the released network, which has 5,150,214 parameters. One of them, `self_logit_scale`, never has a gradient and is
+    left out; the coordinates that the dense loss reads are trained as well, and not used in evaluation.
 
-    The released code scales images to 840 pixels, padded with black to a square. our choice: as for every head, they are
-    resized without padding. It trains on one pair a step. our choice: the loss of a batch is the mean over its pairs.
+    The released code pads images to a square. our choice: as for every head, they are resized. It trains on one pair a
+    step. our choice: the loss of a batch is the mean over its pairs.
 
     Args:
         grid: Cells per side of the descriptors' grid, or [h, w]; every level is resized to it (released code: 60).
@@ -58,24 +57,33 @@ class GeoAware(Matcher):
         network: Ablation: the aggregation network. Without it, the descriptors are the normalised levels (zero-shot).
         dropout: Share of the network's input that is dropped in training (released code: 0.2).
         dense: Ablation: the dense loss, beside the sparse one.
-        noise: Size of the noise on the dense loss's ground truth (released code: 0.1 of half the `noise_length`).
-        noise_length: The larger side of the target's `box`, or of the `image` where there is none; or always that of the
-            `image`, which PF-PASCAL's thresholds ask for. `pixels` is the released code's mistake there: the image's
-            840 pixels are taken for cells.
-        pair_augment: Train on mirrored images, too: both mirrored, and the source with its own mirror image. The latter
-            needs a dataset with keypoint ids and a table of mirror pairs. our choice: of the keypoints that are visible
-            in both images, as datasets give no others; the released code takes all of the source.
-        readout: How a row of cosines gives a position: a soft-argmax over a `window` around the maximum; with a
-            `gaussian` around it; over all cells (`soft`); or the maximum itself (`argmax`).
+        noise: Deviation of the dense loss's ground truth, as a share of half of `noise_length` (released code: 0.1).
+        noise_length: The larger side of the target's `box` (without one: of the image), or of the `image`, which is
+            PF-PASCAL's threshold. `pixels` is the released code's mistake there: its 840 pixels are taken for cells.
+        pair_augment: Train on mirrored images, too: both mirrored, and the source with its own mirror image, if the
+            dataset tells what a mirror swaps. our choice: the latter with the keypoints that are visible in both
+            images, as datasets give no others; the released code takes all of the source.
+        readout: How a row of cosines gives a position: a soft-argmax over a `window` around the maximum, with a
+            `gaussian` around it, or over all cells (`soft`); or the maximum itself (`argmax`).
         window: Cells from the maximum to each side of the window (released code: 7, zero-shot 5), or the Gaussian's
             standard deviation.
         outside: What cells outside the window count: a cosine of `zero`, as in the released code, which matters where
             the best cosine is below about 0.2; or nothing (`excluded`, our choice).
         read: How a point is matched: from the flow around the `point`, or as its whole `cell` (released code).
+        pose_alignment: In evaluation, match the source's mirror image if its nearest neighbours in the target are
+            nearer (adaptive pose alignment, for zero-shot). Keypoints take the places of their mirror twins.
         **options: Options of Matcher.
     """
 
-    evaluation_options: ClassVar[frozenset[str]] = Matcher.evaluation_options | {"readout", "window", "outside", "read"}
+    evaluation_options: ClassVar[frozenset[str]] = Matcher.evaluation_options | {
+        "readout",
+        "window",
+        "outside",
+        "read",
+        "pose_alignment",
+    }
+    x_normal: nn.Parameter
+    y_normal: nn.Parameter
 
     def __init__(
         self,
@@ -91,6 +99,7 @@ class GeoAware(Matcher):
         window: int = 7,
         outside: Literal["zero", "excluded"] = "zero",
         read: Literal["point", "cell"] = "point",
+        pose_alignment: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -101,6 +110,7 @@ class GeoAware(Matcher):
         self.grid: Size = (grid, grid) if isinstance(grid, int) else (grid[0], grid[1])
         self.dense, self.noise, self.noise_length, self.pair_augment = dense, noise, noise_length, pair_augment
         self.readout, self.window, self.outside, self.read = readout, window, outside, read
+        self.pose_alignment = pose_alignment
         self.dropout = nn.Dropout(dropout)
         channels = self.backbone.channels if network else []
         self.bottlenecks = nn.ModuleList(Bottleneck(level, width) for level in channels)
@@ -134,14 +144,15 @@ class GeoAware(Matcher):
         return Match(flow, extras={"src": rows, "trg": columns})
 
     def find(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Target positions (B, N, 2) in continuous cells, for descriptors (B, N, C) and those of all cells (B, h*w, C)."""
+        """Positions (B, N, 2) in cells of the target, for descriptors (B, N, C) and the target's (B, h*w, C)."""
         how: dict[str, Any] = {"normalize": False, "backend": self.backend}
+        temperature = rows.new_full((), TEMPERATURE, dtype=full(rows[:0]).dtype)
         if self.readout == "window":
-            found = ops.match(rows, columns, self.grid, TEMPERATURE, "crop", radius=self.window, **how)
+            found = ops.match(rows, columns, self.grid, temperature, "crop", radius=self.window, **how)
             return found.xy if self.outside == "excluded" else zero_outside(found, self.grid, self.window)
         if self.readout == "gaussian":
-            return ops.match(rows, columns, self.grid, TEMPERATURE, "argmax", sigma=self.window, **how).xy
-        found = ops.match(rows, columns, self.grid, TEMPERATURE, **how)
+            return ops.match(rows, columns, self.grid, temperature, "argmax", sigma=self.window, **how).xy
+        found = ops.match(rows, columns, self.grid, temperature, **how)
         return found.xy if self.readout == "soft" else centres_of(found.argmax, self.grid).to(found.xy)
 
     def match_points(self, src: Features, trg: Features, points: Tensor) -> Tensor:
@@ -150,6 +161,18 @@ class GeoAware(Matcher):
             return super().match_points(src, trg, points)
         asked = pick(rows_of(src), cell_of(pixels_to_cells(points, self.grid, size_of(src.image)), self.grid))
         return cells_to_pixels(self.find(asked, rows_of(trg)), self.grid, size_of(trg.image)).to(points.dtype)
+
+    def match_keypoints(self, src: Features, trg: Features, pair: Pair) -> Tensor:
+        """Matches (B, K, 2) of the source's keypoints; see the option `pose_alignment`."""
+        found = super().match_keypoints(src, trg, pair)
+        if not self.pose_alignment:
+            return found
+        mirrored = self.prepare(self.backbone(src.image.flip(-1)))
+        nearer = mutual_distance(rows_of(mirrored), rows_of(trg)) < mutual_distance(rows_of(src), rows_of(trg))
+        places, twins, known = self_flip(pair.src_kps, pair.kps_ids, pair.mirror_ids, pair.kps_mask, src.image.shape[3])
+        asked = pick(places, twins)  # a part is where its twin is, mirrored
+        aligned = self.match_points(mirrored, trg, asked)
+        return torch.where((nearer.unsqueeze(1) & known).unsqueeze(2), aligned, found)
 
     # ------------------------------------------------------------------ losses
 
@@ -180,7 +203,7 @@ class GeoAware(Matcher):
         """From the source's mirror image to the source: a part is where its mirror twin is in the other."""
         image = size_of(pair.src_img)
         found = self_flip(pair.src_kps, pair.kps_ids, pair.mirror_ids, pair.kps_mask, image[1])
-        src, trg = (pixels_to_cells(kps, self.grid, image) for kps in found[:2])
+        src, trg = (pixels_to_cells(kps, self.grid, image) for kps in (found[0], pick(pair.src_kps, found[1])))
         return Points(src, trg, found[2], self.length(pair.src_box, pair.src_size))
 
     def length(self, box: Tensor, size: Tensor) -> Tensor:
@@ -209,9 +232,9 @@ class GeoAware(Matcher):
             return (mean_of(by_row, mask) + mean_of(by_column, mask)) / 2
 
     def dense_loss(self, src: Tensor, trg: Tensor, points: Points) -> tuple[Tensor, Tensor]:
-        """Mean distance (B,) in cells of the points' flow, by a soft-argmax over all cells; and which pairs have points.
+        """Error (B,) in cells of the flow by a soft-argmax over all cells; and which pairs have points (B,).
 
-        The flow is that of the whole cell around a point; the ground truth has noise in training.
+        The flow is read at the whole cell around a point. The ground truth has noise in training.
         """
         index, (h, w) = cell_of(points.src, self.grid), self.grid
         with full_precision(src):
@@ -279,6 +302,14 @@ def zero_outside(found: ops.Matches, grid: Size, radius: int) -> Tensor:
     return share * found.xy + (1 - share) * mean
 
 
+def mutual_distance(src: Tensor, trg: Tensor) -> Tensor:
+    """Mean distance (B,) of mutual nearest neighbours; descriptors (B, N, C) and (B, M, C) of unit length."""
+    best = ops.mutual(src, trg, normalize=False)
+    back = best.col_argmax.gather(1, best.row_argmax)  # (B, N)
+    number = torch.arange(back.shape[1], device=back.device)
+    return mean_of((2 - 2 * best.row_max).clamp(min=0).sqrt(), back == number)
+
+
 # ---------------------------------------------------------------------- pair augmentation
 
 
@@ -294,7 +325,7 @@ def mirror_images(pair: Pair) -> Pair:
 
 
 def self_flip(kps: Tensor, ids: Tensor, mirrored: Tensor, mask: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Corresponding points of an image's mirror image and the image itself.
+    """Corresponding keypoints of an image's mirror image and the image itself.
 
     Args:
         kps: (B, K, 2) keypoints of the image, in pixels.
@@ -304,13 +335,13 @@ def self_flip(kps: Tensor, ids: Tensor, mirrored: Tensor, mask: Tensor, width: i
         width: Of the image in pixels.
 
     Returns:
-        (B, K, 2) keypoints of the mirror image, (B, K, 2) those of the image that mark the same part, and (B, K) bool,
-        which of them there are.
+        (B, K, 2) keypoints of the mirror image; (B, K) the numbers of those of the image that mark the same part; and
+        (B, K) bool, which of them there are.
     """
     same = (mirrored.unsqueeze(2) == ids.unsqueeze(1)) & (ids >= 0).unsqueeze(1) & mask.unsqueeze(1)  # (B, K, K)
     twin = same.to(torch.int8).argmax(2)  # (B, K)
     x, y = kps.unbind(-1)
-    return torch.stack([width - x, y], dim=-1), pick(kps, twin), mask & same.any(2)
+    return torch.stack([width - x, y], dim=-1), twin, mask & same.any(2)
 
 
 def combine(terms: list[tuple[float, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
