@@ -295,10 +295,10 @@ def zero_outside(found: ops.Matches, grid: Size, radius: int) -> Tensor:
     left, right = (column - radius).clamp(min=0), (column + radius + 1).clamp(max=w)  # the window's borders
     top, bottom = (row - radius).clamp(min=0), (row + radius + 1).clamp(max=h)
     inside = (right - left) * (bottom - top)
-    others = h * w - inside
+    others = (h * w - inside).to(found.lse)  # (B, N)
     share = (found.lse - others.log()).sigmoid().unsqueeze(2)
-    x, y = (h * w * w - inside * (left + right)) / 2, (h * w * h - inside * (top + bottom)) / 2
-    mean = (torch.stack([x, y], dim=2) / others.clamp(min=1).unsqueeze(2)).to(found.xy)
+    total = torch.stack([h * w * w - inside * (left + right), h * w * h - inside * (top + bottom)], dim=2)
+    mean = total / (2 * others.clamp(min=1)).unsqueeze(2)
     return share * found.xy + (1 - share) * mean
 
 
