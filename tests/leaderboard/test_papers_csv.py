@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from corrzoo.heads import list_heads
 from corrzoo.leaderboard.papers import PAPERS
 from corrzoo.leaderboard.rows import SUPERVISION
 
@@ -64,7 +65,7 @@ def test_every_table_has_all_its_numbers():
 def test_cells_are_what_the_leaderboard_expects():
     for row in ROWS:
         assert re.fullmatch(r"\d+(\.\d+)?", row["value"])
-        assert row["head"] in ("", "Baseline", "ACTR", "ViTSC", "GSF", "LPMFlow")
+        assert row["head"] in ("", *list_heads())
         assert row["unit"] in ("%", "fraction", "M", "GB", "ms") and bool(row["alpha"]) == row["metric"].startswith(
             "PCK"
         )
@@ -106,6 +107,7 @@ def in_order(values, line):
 
 
 ALIASES = {
+    "GeoAware-SC": "GeoAware",
     "NC-Net": "NCNet",
     "TransforM.": "TransforMatcher",
     "MMNet": "MMNet-FCN",

@@ -47,7 +47,7 @@ class NCNet(Matcher):
         normalisation: What makes scores of a cell into the confidence that the loss reads: `softmax`, `l1`, or `none`.
         read: How a point is matched: by the flow at the `point`, or as the released evaluation does: `corners` puts
             the centres of the outermost cells on the image's first and last pixel, counted from 1, at 224 pixels.
-        **options: Options of Matcher. our choice: several levels are normalised to weigh the same, on the last's grid.
+        **options: Options of Matcher.
     """
 
     evaluation_options: ClassVar[frozenset[str]] = Matcher.evaluation_options | {"read"}
@@ -79,7 +79,10 @@ class NCNet(Matcher):
         )
 
     def prepare(self, features: Features) -> Features:
-        """Levels (B, C_i, h_i, w_i) -> one map (B, C, h, w) of normalised features."""
+        """Levels (B, C_i, h_i, w_i) -> one map (B, C, h, w) of normalised features.
+
+        our choice, as the paper reads one level: several are normalised to weigh the same, on the grid of the last.
+        """
         stacked = full(stack_levels(features.maps, size_of(features.maps[-1])))
         return features._replace(maps=[stacked / (stacked.square().sum(1, keepdim=True) + FEATURE_EPS).sqrt()])
 
