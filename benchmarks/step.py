@@ -26,6 +26,7 @@ from corrzoo.types import Pair, ZooError
 OPTIONS: dict[str, dict[str, Any]] = {
     "ACTR": {"backbone_size": 256, "optimizer": "adamw"},
     "LPMFlow": {"backbone_size": 256, "optimizer": "adamw"},
+    "GeoAware": {"grid": 16, "optimizer": "adamw"},
 }
 """What a head needs beside its defaults to be the paper's; a CNN of stride 32 sees the same 256 pixels."""
 

@@ -84,6 +84,24 @@ def test_schedules(schedule, expected):
     assert rates == pytest.approx(expected)
 
 
+def test_one_cycle_counts_steps(monkeypatch):
+    """From a 25th of the rate to the rate after 0.3 of the steps, then to nothing."""
+    monkeypatch.setattr(Trainer, "estimated_stepping_batches", 11)
+    model = corrzoo.create_matcher("Baseline", **TINY, lr=1.0, finetune="none", schedule="one-cycle")
+    model._trainer = Trainer(max_epochs=1, logger=False, accelerator="cpu", barebones=True)
+    made = model.configure_optimizers()
+    assert made["lr_scheduler"]["interval"] == "step"
+    rates = []
+    for _ in range(11):
+        rates.append(made["optimizer"].param_groups[0]["lr"])
+        made["optimizer"].step()
+        if len(rates) < 11:
+            made["lr_scheduler"]["scheduler"].step()
+    assert rates[0] == pytest.approx(1 / 25) and rates[-1] == pytest.approx(1 / 25 / 1e4, rel=1e-3)
+    assert rates[:3] == sorted(rates[:3]) and rates[3:] == sorted(rates[3:], reverse=True)
+    assert 0.95 < max(rates) <= 1
+
+
 def test_reused_features_change_no_score_and_are_gone_afterwards(tmp_path):
     scores = []
     for megabytes in (0, 1024):

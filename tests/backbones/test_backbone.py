@@ -332,3 +332,22 @@ def test_ibot_reproduces_the_authors_tokens(shared):
     tokens = torch.cat([out.cls.unsqueeze(1), out.maps[0].flatten(2).transpose(1, 2)], dim=1)
     # Float32 differs by 4e-6, LayerNorm eps 1e-5 by 1e-4, an embedding resized by size instead of scale by 0.3.
     torch.testing.assert_close(tokens[:, ::8, ::4], torch.from_numpy(golden["bb_tokens_src"][:1]), atol=2e-5, rtol=0)
+
+
+def test_a_block_by_name_is_a_level_without_the_final_norm():
+    """GeoAware reads such a level; the norm is then not reached, and does not train."""
+    image = torch.randn(2, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+    plain = Backbone(VIT, "random", levels=["blocks.3"]).eval()
+    with torch.no_grad():
+        plain.trunk.model.norm.weight.add_(torch.randn(64, generator=torch.Generator().manual_seed(1)))
+    normed = Backbone(VIT, "random", levels=[3, "blocks.1"]).eval()
+    normed.load_state_dict(plain.state_dict())
+    (level,), (expected, earlier) = plain(image).maps, normed(image).maps
+    assert level.shape == (2, 64, 3, 4) and plain.channels == [64] and plain.strides == [16]
+    assert plain.trunk.stop == 3 and not torch.allclose(level, earlier)
+    torch.testing.assert_close(normed.trunk.model.norm(level.movedim(1, -1)).movedim(-1, 1), expected)
+    trained = {key for key, p in plain.trunk.named_parameters() if p.requires_grad}
+    assert "model.norm.weight" not in trained and "model.blocks.3.norm1.weight" in trained
+    assert not any(key.startswith("model.blocks.4.") for key in trained)
+    last = Backbone(VIT, "random", levels=["blocks.3"], finetune=1)
+    assert all(key.startswith("model.blocks.3.") for key, p in last.trunk.named_parameters() if p.requires_grad)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import yaml
 from timm.models import register_model
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import corrzoo
 from corrzoo.backbones import register_backbone
@@ -398,6 +399,21 @@ def test_ablations_differ_as_named(path):
     reads = path.stem in {"no_window", "argmax", "excluded"}
     assert (loss == other_loss) == reads
     assert not reads or not torch.allclose(found, other_found)
+
+
+@pytest.mark.parametrize(
+    ("channels", "operations"),
+    [([640, 1280, 1280, 768], 2.63e9), ([768], 2 * 0.63e6 * 256)],
+    ids=["published", "DINOv2"],
+)
+def test_operations_of_an_image_are_counted(channels, operations):
+    """At 16 x 16 cells."""
+    with torch.device("meta"):
+        model = corrzoo.heads.HEADS["GeoAware"](**on_levels(channels, grid=16)).eval()
+        levels = [torch.empty(1, count, 16, 16) for count in channels]
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model.aggregate(levels)
+    assert counter.get_total_flops() == pytest.approx(operations, rel=5e-3)
 
 
 def test_mistakes():

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch.utils.flop_counter import FlopCounterMode
 
 import corrzoo
 from corrzoo.data import PairDataset
@@ -329,6 +330,16 @@ def test_training_separates_pairs_from_others():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.02
+
+
+def test_operations_are_counted():
+    """180,000 multiplications and additions for each score and pass of the released network."""
+    model = small(kernel_sizes=[5, 5, 5], channels=[16, 16, 1]).eval()
+    src, trg = (model.prepare(scene(*grid)._replace(maps=[torch.randn(1, 8, *grid)])) for grid in ((4, 6), (5, 3)))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.match(src, trg)
+    scores = 24 * 15
+    assert counter.get_total_flops() == 2 * scores * (2 * 180_000 + 8)
 
 
 IMAGES = torch.randn(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
