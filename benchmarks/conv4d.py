@@ -1,7 +1,7 @@
 """Time of `corrzoo.ops.conv4d` as a multiple of the plain sum of 3-D convolutions, for NCNet's layers.
 
-python benchmarks/conv4d.py [--device cuda] writes conv4d_<device>.csv: forward, and forward with backward (step), of each
-layer of a network of kernels of 5 and 16 channels. Ratios are medians of rounds in which both run one after the other.
+python benchmarks/conv4d.py [--device cuda] writes conv4d_<device>.csv: forward, and forward with backward (step), of
+each layer of a network of kernels of 5 and 16 channels. Ratios are medians of rounds, in each of which both run.
 """
 
 import argparse
