@@ -7,10 +7,22 @@ from corrzoo.heads.baseline import Baseline
 from corrzoo.heads.cats import CATs
 from corrzoo.heads.gsf import GSF
 from corrzoo.heads.lpmflow import LPMFlow
+from corrzoo.heads.transformatcher import TransforMatcher
 from corrzoo.heads.vitsc import ViTSC
 from corrzoo.matcher import HEADS, Matcher
 
-__all__ = ["ACTR", "GSF", "HEADS", "Baseline", "CATs", "LPMFlow", "ViTSC", "create_matcher", "list_heads"]
+__all__ = [
+    "ACTR",
+    "GSF",
+    "HEADS",
+    "Baseline",
+    "CATs",
+    "LPMFlow",
+    "TransforMatcher",
+    "ViTSC",
+    "create_matcher",
+    "list_heads",
+]
 
 
 def list_heads() -> list[str]:

@@ -19,7 +19,7 @@ from corrzoo.precision import full, full_precision
 from corrzoo.types import Features, Match, Pair, ZooError
 
 RADIUS = 17 / 16
-"""Half the side of the square that a keypoint supervises, in cells. Released code: 35 pixels of 256, which are 16 cells.
+"""Half the side of the square that a keypoint supervises, in cells (released code: 35 pixels of 256, 16 cells).
 
 our choice: other grids keep the share of a cell, so that every keypoint supervises the cell it lies in.
 """
@@ -49,8 +49,8 @@ class CATs(Matcher):
         swapping: Ablation: the correlation is refined a second time, the target's cells being the tokens.
         residual: Ablation: the filtered correlation is added to what each pass makes of it.
         read: How a point reads the flow: bilinearly at the `point`, or at its whole `pixel` (released code).
-        init: Initial weights: `paper`, or `aligned`. our choice: with `aligned`, the last linear map is zero, so training
-            starts from the filtered cosines instead of random scores.
+        init: Initial weights: `paper`, or `aligned`. our choice: with `aligned`, the last linear map is zero, so
+            training starts from the filtered cosines instead of random scores.
         **options: Options of Matcher. our choice, as the paper reads ResNet-101: with a ViT, any blocks are the levels.
     """
 
