@@ -15,6 +15,7 @@ SMALL = {
     "ACTR": {"grid": 8, "depth": 2},
     "LPMFlow": {"grid": 4, "depth": 2},
     "CATs": {"grid": 8, "width": 32},
+    "TransforMatcher": {"grid": 4},
 }
 
 
@@ -76,7 +77,7 @@ def test_every_head_answers_points_flow_and_heat_in_shapes_that_are_not_square(h
     assert torch.equal(heat, pair.heat_map(torch.tensor([60.0, 45.0])))
     assert heat.ndim == 2 and torch.isfinite(heat).all() and heat.std() > 0
     h, w = heat.shape
-    assert h == w if head in ("ACTR", "CATs", "GSF", "LPMFlow") else h * 96 == w * 64
+    assert h == w if head in ("ACTR", "CATs", "GSF", "LPMFlow", "TransforMatcher") else h * 96 == w * 64
 
 
 def test_the_heat_is_highest_at_the_match(images):

@@ -13,9 +13,11 @@ SMALL = {
     "ACTR": {"grid": 8, "depth": 2},
     "LPMFlow": {"grid": 4, "depth": 2},
     "CATs": {"grid": 8, "width": 32},
+    "TransforMatcher": {"grid": 4},
 }
 VARIANTS = {
     "ACTR": [{}, {"checkpointing": True}, {"read": "pixel"}],
+    "TransforMatcher": [{}, {"rotary": "parity"}],
     "LPMFlow": [{}, {"checkpointing": True}, {"read": "pixel"}, {"larl": "cross"}, {"region_pe": False}],
 }
 CASES = [
