@@ -142,7 +142,7 @@ def test_the_checkpoint_loads_back_and_matches_images(ran, folder):
     assert "import corrzoo, projection\n" in (folder / "saved" / "README.md").read_text()
     assert ran["python"][0].strip().splitlines()[-2:] == [
         "64 torch.Size([2, 2]) True",
-        "['ACTR', 'Baseline', 'GSF', 'LPMFlow', 'Projection', 'ViTSC']",
+        "['ACTR', 'Baseline', 'CATs', 'GSF', 'LPMFlow', 'Projection', 'TransforMatcher', 'ViTSC']",
     ]
     assert "Channels after the projection." in ran["help"][0]
 
@@ -156,8 +156,8 @@ def test_the_checkpoint_loads_back_and_matches_images(ran, folder):
         "match a folder without import": "saved holds a Projection of 'projection': import that module first",
         "no such plugin": "there is no plugin 'tow': expected the name of a module in the working folder",
         "no such plugin in a YAML": "there is no plugin 'projectoin'",
-        "plugins below the model": "unknown head 'Projection': choose one of ACTR, Baseline, GSF, LPMFlow, ViTSC, or "
-        "give --plugins <your module> first",
+        "plugins below the model": "unknown head 'Projection': choose one of ACTR, Baseline, CATs, GSF, LPMFlow, "
+        "TransforMatcher, ViTSC, or give --plugins <your module> first",
     }.items(),
 )
 def test_errors_are_one_line(ran, command, words):

@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import corrzoo
 from corrzoo.data import PairDataset
@@ -179,6 +181,19 @@ def test_parameters_are_the_published_ones():
     assert head == 4_624_160 - 768 and sum(p.numel() for p in model.parameters()) == 47_123_552
     trained = {name.split(".")[2] for name, p in model.backbone.named_parameters() if p.requires_grad}
     assert trained == {"conv1", "bn1", "layer1", "layer2", "layer3"}  # nothing reads layer4
+
+
+def test_arithmetic_is_the_released_code_s():
+    """GFLOPs of a pair by torch's counter: the released code's, less layer4, which nothing reads."""
+    recipe = yaml.safe_load((CONFIGS / "cats.yaml").read_text())["model"]["init_args"]
+    model, images = CATs(**recipe | {"weights": "random"}).eval(), torch.zeros(2, 1, 3, 256, 256)
+    counts = []
+    for run in (lambda: model.backbone(images.flatten(0, 1)), lambda: model(*images)):
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            run()  # the counter leaves out the CPU's fused attention
+        counts.append(counter.get_total_flops() / 1e9)
+    backbone, total = counts
+    assert total - backbone == pytest.approx(33.4, abs=0.05) and backbone < 2 * 20.4
 
 
 def test_mutual_filter_cell_by_cell():

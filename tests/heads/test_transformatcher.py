@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import corrzoo
 from corrzoo.data import PairDataset
@@ -180,6 +182,18 @@ def test_parameters_are_the_published_ones():
     assert head == 836_093 - 15**4 * 16 == 26_093
     assert counts == [42_526_253, 42_526_253 + 42_500_160]
     assert 87_885_413 - counts[1] == 810_000 + 2_049_000  # posenc, classifier
+
+
+def test_arithmetic_is_the_released_code_s():
+    """GFLOPs of a pair by torch's counter."""
+    recipe = yaml.safe_load((CONFIGS / "transformatcher.yaml").read_text())["model"]["init_args"]
+    model, images = TransforMatcher(**recipe | {"weights": "random"}).eval(), torch.zeros(2, 1, 3, 240, 240)
+    counts = []
+    for run in (lambda: model.backbone(images.flatten(0, 1)), lambda: model(*images)):
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            run()  # the counter leaves out the CPU's fused attention
+        counts.append(counter.get_total_flops() / 1e9)
+    assert counts == pytest.approx([36.3, 41.9], abs=0.05)
 
 
 def test_attention_match_by_match():

@@ -44,9 +44,9 @@ EPS = 1e-5
 class TransforMatcher(Matcher):
     """Correlations of many levels as the channels of a match, refined by attention among all matches, read softly.
 
-    With ResNet-101 it has 42,526,253 parameters and equals the released model, which has 87,885,413. The others are a
-    second backbone (42,500,160; see `two_streams`), and what never influences its output: the position embedding
-    `posenc` (810,000) and the classifier (2,049,000).
+    With ResNet-101 it has 42,526,253 parameters and equals the released model, which has 87,885,413. The other
+    45,359,160 are a second backbone (42,500,160; see `two_streams`), and what never influences the output: the position
+    embedding `posenc` (810,000) and the backbone's classifier (2,049,000).
 
     The released training puts BatchNorm into training mode. our choice: as for every head, it keeps its pretrained
     statistics.

@@ -98,8 +98,10 @@ def _cats_convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _cats_embedding(state: dict[str, Tensor]) -> torch.Size:
-    """(1, levels, 1, grid, channels / 2); the published one's if it is missing, which is told later."""
-    return state.get("decoder.pos_embed_x", torch.empty(1, len(_HYPERPIXELS), 1, 16, 192)).shape
+    """(1, levels, 1, grid, channels / 2); the published model's for a state dict of something else, refused later."""
+    published = torch.Size([1, len(_HYPERPIXELS), 1, 16, 192])
+    embedding = state.get("decoder.pos_embed_x")
+    return published if embedding is None or "proj.0.weight" not in state else embedding.shape
 
 
 def _transformatcher_options(state: dict[str, Tensor]) -> dict[str, Any]:
