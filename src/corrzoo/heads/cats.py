@@ -35,6 +35,8 @@ class CATs(Matcher):
     2,049,768 never influence its output and are left out: the backbone's classifier (2,049,000) and `decoder.norm`
     (768). The released `net(target, source)` asks for points of its target: its target is `src` here.
 
+    our choice, as the paper reads ResNet-101: with a ViT, any blocks are the levels.
+
     The released training puts BatchNorm into training mode, although the backbone is frozen. our choice: as for every
     head, BatchNorm keeps its pretrained statistics.
 
@@ -51,7 +53,7 @@ class CATs(Matcher):
         read: How a point reads the flow: bilinearly at the `point`, or at its whole `pixel` (released code).
         init: Initial weights: `paper`, or `aligned`. our choice: with `aligned`, the last linear map is zero, so
             training starts from the filtered cosines instead of random scores.
-        **options: Options of Matcher. our choice, as the paper reads ResNet-101: with a ViT, any blocks are the levels.
+        **options: Options of Matcher.
     """
 
     evaluation_options: ClassVar[frozenset[str]] = Matcher.evaluation_options | {"read"}

@@ -48,6 +48,8 @@ class TransforMatcher(Matcher):
     45,359,160 are a second backbone (42,500,160; see `two_streams`), and what never influences the output: the position
     embedding `posenc` (810,000) and the backbone's classifier (2,049,000).
 
+    our choice, as the paper reads ResNet-101: with a ViT, any blocks are the levels.
+
     The released training puts BatchNorm into training mode. our choice: as for every head, it keeps its pretrained
     statistics.
 
@@ -60,7 +62,7 @@ class TransforMatcher(Matcher):
             its parity, and rounding. `parity` is the exact (-1) ** n, and `none` is without.
         two_streams: Source and target have a backbone each, equal until they are trained (released code). our choice:
             off, as the paper describes one backbone for both. It takes twice the backbone's time.
-        **options: Options of Matcher. our choice, as the paper reads ResNet-101: with a ViT, any blocks are the levels.
+        **options: Options of Matcher.
     """
 
     frequencies: Tensor
