@@ -29,7 +29,10 @@ class Golden:
         return np.load(self.folder / f"{name}.npz")
 
     def manifest(self, name: str) -> list[tuple[str, list[int], str]]:
-        return [tuple(entry) for entry in json.loads((self.folder / f"{name}_state_dict.json").read_text())]
+        path = self.folder / f"{name}_state_dict.json"
+        if not path.is_file():
+            path = self.folder / "further" / name / "state_dict.json"
+        return [tuple(entry) for entry in json.loads(path.read_text())]
 
     def official_state(self, name: str) -> dict[str, Tensor]:
         """The authors' state dict, filled by the recipe."""

@@ -16,6 +16,7 @@ SMALL = {
     "LPMFlow": {"grid": 4, "depth": 2},
     "CATs": {"grid": 8, "width": 32},
     "GeoAware": {"grid": 8, "width": 128},
+    "TransforMatcher": {"grid": 4},
 }
 
 
@@ -77,7 +78,7 @@ def test_every_head_answers_points_flow_and_heat_in_shapes_that_are_not_square(h
     assert torch.equal(heat, pair.heat_map(torch.tensor([60.0, 45.0])))
     assert heat.ndim == 2 and torch.isfinite(heat).all() and heat.std() > 0
     h, w = heat.shape
-    assert h == w if head in ("ACTR", "CATs", "GSF", "GeoAware", "LPMFlow") else h * 96 == w * 64
+    assert h == w if head in ("ACTR", "CATs", "GSF", "GeoAware", "LPMFlow", "TransforMatcher") else h * 96 == w * 64
 
 
 def test_the_heat_is_highest_at_the_match(images):

@@ -51,5 +51,5 @@ def test_links_lead_somewhere(page):
 def test_files_that_are_named_are_there():
     for name in set(re.findall(r"zoo_configs/[\w/]+\.yaml", README + USAGE)):
         assert (ROOT / name).is_file(), name
-    for head in ("actr", "vitsc", "gsf", "lpmflow"):
+    for head in ("actr", "vitsc", "gsf", "lpmflow", "cats", "transformatcher"):
         assert (ROOT / "zoo_configs" / "demo" / f"{head}.yaml").is_file()

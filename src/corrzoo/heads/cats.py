@@ -18,8 +18,11 @@ from corrzoo.matcher import HEADS, Matcher
 from corrzoo.precision import full, full_precision
 from corrzoo.types import Features, Match, Pair, ZooError
 
-RADIUS = 17 / 256
-"""Half the side of the square that a keypoint supervises, as a share of the image: 35 pixels of 256 (released code)."""
+RADIUS = 17 / 16
+"""Half the side of the square that a keypoint supervises, in cells (released code: 35 pixels of 256, 16 cells).
+
+our choice: other grids keep the share of a cell, so that every keypoint supervises the cell it lies in.
+"""
 EPS = 1e-6
 """Added to a feature's squared length before it is normalised, and in every LayerNorm (released code)."""
 
@@ -31,6 +34,8 @@ class CATs(Matcher):
     With ResNet-101 it has 47,123,552 parameters and equals the released model, which has 49,173,320. The other
     2,049,768 never influence its output and are left out: the backbone's classifier (2,049,000) and `decoder.norm`
     (768). The released `net(target, source)` asks for points of its target: its target is `src` here.
+
+    our choice, as the paper reads ResNet-101: with a ViT, any blocks are the levels.
 
     The released training puts BatchNorm into training mode, although the backbone is frozen. our choice: as for every
     head, BatchNorm keeps its pretrained statistics.
@@ -46,7 +51,9 @@ class CATs(Matcher):
         swapping: Ablation: the correlation is refined a second time, the target's cells being the tokens.
         residual: Ablation: the filtered correlation is added to what each pass makes of it.
         read: How a point reads the flow: bilinearly at the `point`, or at its whole `pixel` (released code).
-        **options: Options of Matcher. our choice, as the paper reads ResNet-101: with a ViT, any blocks are the levels.
+        init: Initial weights: `paper`, or `aligned`. our choice: with `aligned`, the last linear map is zero, so
+            training starts from the filtered cosines instead of random scores.
+        **options: Options of Matcher.
     """
 
     evaluation_options: ClassVar[frozenset[str]] = Matcher.evaluation_options | {"read"}
@@ -62,6 +69,7 @@ class CATs(Matcher):
         swapping: bool = True,
         residual: bool = True,
         read: Literal["point", "pixel"] = "point",
+        init: Literal["paper", "aligned"] = "paper",
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -82,7 +90,9 @@ class CATs(Matcher):
         self.to_scores = nn.Linear(dim, cells)
         for embedding in (self.pos_embed_x, self.pos_embed_y):
             nn.init.trunc_normal_(embedding, std=0.02)
-        self.to_scores.apply(init_linear)
+        init_linear(self.to_scores)
+        if init == "aligned":
+            nn.init.zeros_(self.to_scores.weight)
         self.soft_argmax = SoftArgmax(grid)
 
     def prepare(self, features: Features) -> Features:
@@ -127,7 +137,7 @@ class CATs(Matcher):
         """
         image, grid = size_of(pair.src_img), size_of(match.flow)
         stride = max(image) / max(grid)
-        target, mask = pseudo_flow(pair.src_kps, pair.trg_kps, pair.kps_mask, grid, image, RADIUS * max(image))
+        target, mask = pseudo_flow(pair.src_kps, pair.trg_kps, pair.kps_mask, grid, image, RADIUS * stride)
         return endpoint_error(match.flow / stride, target / stride, mask)
 
 

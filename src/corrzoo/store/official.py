@@ -68,6 +68,16 @@ _ENCODER: Names = {
 
 _HYPERPIXELS = ["maxpool", *(f"layer3.{i}:pre" for i in (0, 12, 13, 18, 20, 21, 22))]
 """CATs' levels for SPair-71k."""
+_MATCH_TO_MATCH: Names = {
+    "norm_attention.": "0.norm.",
+    "attention.qkv.": "0.fn.to_qkv.",
+    "attention.query_score.": "0.fn.to_q_attn_logits.",
+    "attention.key_score.": "0.fn.to_k_attn_logits.",
+    "attention.value.": "0.fn.to_r.",
+    "attention.out.": "0.fn.to_out.",
+    "norm_ffn.": "1.norm.",
+    "ffn.": "1.fn.",
+}
 _INTRA: Names = {"norm1.": "norm1.", "attention.": "attn.", "norm2.": "norm4.", "mlp.": "mlp2."}
 _INTER: Names = {"norm1.": "norm3.", "attention.": "attn_multiscale.", "norm2.": "norm2.", "mlp.": "mlp."}
 
@@ -90,8 +100,33 @@ def _cats_convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _cats_embedding(state: dict[str, Tensor]) -> torch.Size:
-    """(1, levels, 1, grid, channels / 2); the published one's if it is missing, which is told later."""
-    return state.get("decoder.pos_embed_x", torch.empty(1, len(_HYPERPIXELS), 1, 16, 192)).shape
+    """(1, levels, 1, grid, channels / 2); the published model's for a state dict of something else, refused later."""
+    published = torch.Size([1, len(_HYPERPIXELS), 1, 16, 192])
+    embedding = state.get("decoder.pos_embed_x")
+    return published if embedding is None or "proj.0.weight" not in state else embedding.shape
+
+
+def _transformatcher_options(state: dict[str, Tensor]) -> dict[str, Any]:
+    """Two streams if the halves of the authors' backbone, which are equal until they are trained, differ."""
+    source = {key.removeprefix("source."): value for key, value in state.items() if key.startswith("source.")}
+    different = any(not torch.equal(value, state[f"target.{key}"]) for key, value in source.items())
+    layers = {key.split(".")[2] for key in state if key.startswith("match2match.trans_nc.")}
+    levels = [f"layer{stage}.{i}" for stage, count in ((3, 23), (4, 3)) for i in range(count)]
+    sizes = {"layers": len(layers) or 6, "two_streams": different}
+    return {"backbone": "resnet101", "weights": "random", "levels": levels, **sizes}
+
+
+def _transformatcher_convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The authors' backbone of double width as two: the first half of each tensor is the source's."""
+    out = {}
+    for key, value in state.items():
+        name = key.removeprefix("backbone.")
+        if name == key or name.startswith("fc."):
+            out[key] = value
+        else:
+            halves = value.chunk(2) if value.ndim else (value, value)
+            out |= {f"{stream}.{name}": half for stream, half in zip(("source", "target"), halves, strict=True)}
+    return out
 
 
 _RESNET: Names = {
@@ -187,6 +222,19 @@ LAYOUTS = {
         lambda state: {"width": len(state.get("bottleneck_layers.0.0.conv3.norm.bias", range(768)))},
         absent=r"backbone\..*|[xy]_normal",
     ),
+    "transformatcher": Layout(
+        "TransforMatcher",
+        {
+            "backbone.trunk.model.": "source.",
+            "target_backbone.trunk.model.": "target.",
+            "embed.": "match2match.to_embedding.1.",
+            "to_score.": "match2match.to_original.0.",
+            "layers.": ("match2match.trans_nc.", _MATCH_TO_MATCH),
+        },
+        r"target\..*|backbone\.fc\..*|match2match\.posenc|.*\.pos_emb\.freqs",
+        _transformatcher_options,
+        _transformatcher_convert,
+    ),
 }
 
 
@@ -196,7 +244,7 @@ def load_official(
     """The matcher of a checkpoint of the authors' code, in evaluation mode, on the CPU.
 
     Args:
-        name: `actr`, `cats`, `geoaware`, `lpmflow` or `ncnet`.
+        name: `actr`, `cats`, `geoaware`, `lpmflow`, `ncnet` or `transformatcher`.
         source: The path of `model_best.pth` or the like, or what such a file holds: the state dict, with or without
             the training dictionary around it and `module.` before its keys. The `args.pkl` beside it is not needed.
         as_tested: LPMFlow's own test script loads a checkpoint other than it was trained: two embeddings overwrite two
