@@ -158,7 +158,7 @@ def whole(further, model):
     with torch.no_grad():
         images = further.closed_form.images(further.config["image_seed"], further.config["size"], 1)
         src, trg = (model.prepare(model.backbone(image.double())) for image in images)
-        yield src, trg, model.match(src, trg)
+        return src, trg, model.match(src, trg)
 
 
 def test_golden_features(further, whole):
