@@ -11,6 +11,6 @@ from corrzoo.ops.reference import Mutual, Readout, Window, correlation, readout
 from corrzoo.ops.strips import resolve_backend
 
 __all__ = [
-    "Backend", "Mutual", "Readout", "Window", "conv4d", "correlation", "local_correlation", "match", "mutual", "readout",
-    "resolve_backend",
+    "Backend", "Mutual", "Readout", "Window", "conv4d", "correlation", "local_correlation", "match", "mutual",
+    "readout", "resolve_backend",
 ]  # fmt: skip
