@@ -47,8 +47,7 @@ class Matcher(LightningModule, ABC):
         backbone_lr: Learning rate of the backbone (ViTSC 5.2: 3e-6).
         optimizer: Which optimiser (ViTSC 5.2: Adam).
         weight_decay: Decay of every parameter.
-        schedule: Learning rate: `constant`, `cosine` (to zero at the last step), `one-cycle` (rises for 0.3 of the
-            steps, then falls to nothing), or `step` (after some epochs).
+        schedule: Learning rate: `constant`, `cosine` (to zero), `one-cycle` (up, then to zero) or `step` (by epochs).
         warmup_steps: Optimiser steps over which the rate rises linearly, for `constant` and `cosine`.
         milestones: Epochs at which `step` multiplies the rate by `gamma`.
         gamma: The factor of `step`.

@@ -285,7 +285,7 @@ class NormedConv(nn.Conv2d):
 # ---------------------------------------------------------------------- read-out
 
 
-def zero_outside(found: ops.Matches, grid: Size, radius: int) -> Tensor:
+def zero_outside(found: ops.Readout, grid: Size, radius: int) -> Tensor:
     """The expectation (B, N, 2) if cells outside the window had a cosine of zero instead of none.
 
     They all weigh e^0. So the window's share is e^lse of the sum, and the rest have their mean position: that of all
