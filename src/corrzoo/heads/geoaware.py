@@ -148,8 +148,10 @@ class GeoAware(Matcher):
         how: dict[str, Any] = {"normalize": False, "backend": self.backend}
         temperature = rows.new_full((), TEMPERATURE, dtype=full(rows[:0]).dtype)
         if self.readout == "window":
-            found = ops.match(rows, columns, self.grid, temperature, "crop", radius=self.window, **how)
-            return found.xy if self.outside == "excluded" else zero_outside(found, self.grid, self.window)
+            if self.outside == "zero":
+                scores = zero_outside(ops.correlation(rows, columns, normalize=False), self.grid, self.window)
+                return ops.readout(scores, self.grid, temperature).xy
+            return ops.match(rows, columns, self.grid, temperature, "crop", radius=self.window, **how).xy
         if self.readout == "gaussian":
             return ops.match(rows, columns, self.grid, temperature, "argmax", sigma=self.window, **how).xy
         found = ops.match(rows, columns, self.grid, temperature, **how)
@@ -285,21 +287,13 @@ class NormedConv(nn.Conv2d):
 # ---------------------------------------------------------------------- read-out
 
 
-def zero_outside(found: ops.Readout, grid: Size, radius: int) -> Tensor:
-    """The expectation (B, N, 2) if cells outside the window had a cosine of zero instead of none.
-
-    They all weigh e^0. So the window's share is e^lse of the sum, and the rest have their mean position: that of all
-    cells without the window's.
-    """
-    (h, w), column, row = grid, found.argmax % grid[1], found.argmax // grid[1]
-    left, right = (column - radius).clamp(min=0), (column + radius + 1).clamp(max=w)  # the window's borders
-    top, bottom = (row - radius).clamp(min=0), (row + radius + 1).clamp(max=h)
-    inside = (right - left) * (bottom - top)
-    others = (h * w - inside).to(found.lse)  # (B, N)
-    share = (found.lse - others.log()).sigmoid().unsqueeze(2)
-    total = torch.stack([h * w * w - inside * (left + right), h * w * h - inside * (top + bottom)], dim=2)
-    mean = total / (2 * others.clamp(min=1)).unsqueeze(2)
-    return share * found.xy + (1 - share) * mean
+def zero_outside(scores: Tensor, grid: Size, radius: int) -> Tensor:
+    """Scores (B, N, h*w) with zeros at cells that are not in the window around the argmax."""
+    cells = torch.arange(scores.shape[2], device=scores.device)
+    rows, columns = cells // grid[1], cells % grid[1]
+    best = scores.argmax(2, keepdim=True)
+    far = ((rows - best // grid[1]).abs() > radius) | ((columns - best % grid[1]).abs() > radius)
+    return scores.masked_fill(far, 0.0)
 
 
 def mutual_distance(src: Tensor, trg: Tensor) -> Tensor:
