@@ -268,7 +268,7 @@ _GEOAWARE = Protocol(
 )
 _TRAINING = "released eval code; the PCK of its training loop (float16 points, per point, <=) has no preset"
 
-_PRESETS: Registry[Protocol] = Registry("protocol", "list_protocols()")
+_PRESETS: Registry[Protocol] = Registry("protocol")
 for _preset in (
     Protocol("default", _in(_ORIGINAL, *KINDS), "our choice: the number does not depend on the network's input size"),
     Protocol("hpf", _in(Frame("shrink", 300), IMG, BBOX, KP), boxless=KP),
