@@ -17,6 +17,7 @@ _HOME = {
     "Matcher": "corrzoo.matcher",
     "open_pair": "corrzoo.inference",
     "match_images": "corrzoo.inference",
+    "match_batch": "corrzoo.inference",
     "PCK": "corrzoo.scoring.pck",
     "score": "corrzoo.scoring.pck",
     "list_protocols": "corrzoo.scoring.protocols",
