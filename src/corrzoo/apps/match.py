@@ -45,7 +45,7 @@ def main(args: list[str]) -> None:
     )
     parser.add_argument("--grid", type=int, default=GRID, help=f"points along each side, without --points ({GRID})")
     parser.add_argument(
-        "--max-error", type=float, help=f"in pixels of A ({MAX_CYCLE_ERROR / GRID:.1%} of its longer side)"
+        "--max-error", type=float, help=f"in pixels of A ({MAX_CYCLE_ERROR / GRID:g} of its longer side)"
     )
     parser.add_argument(
         "--out", default="matches", type=Path, help="output folder (matches); many pairs have a folder each"
