@@ -130,9 +130,54 @@ def test_paths_images_and_pixels_give_the_same_matches(images, tmp_path):
         (tmp_path / "a.png", str(tmp_path / "b.png")),
         pixels,
         [torch.from_numpy(p.copy()).permute(2, 0, 1) for p in pixels],
+        [torch.from_numpy(p.copy()).permute(2, 0, 1) / 255 for p in pixels],
+        [p / 255 for p in pixels],
     ]
     answers = [imagepair.match_images(model, *pair, [[30, 40]], size=64).trg_points for pair in given]
     assert all(torch.equal(answer, answers[0]) for answer in answers)
+
+
+@pytest.mark.parametrize("head", ["Baseline", "ViTSC"])
+def test_a_batch_equals_its_pairs(images, head):
+    model = matcher(head)
+    sources, targets = [images[0], images[1], images[0]], [images[1], images[0], images[0]]
+    points = [[[30, 40], [90.5, 60.25]], [[10, 20]], torch.zeros(0, 2)]
+    found = imagepair.match_batch(model, sources, targets, points, size=64)
+    for source, target, asked, matches in zip(sources, targets, points, found, strict=True):
+        alone = imagepair.match_images(model, source, target, asked, size=64)
+        for one, other in zip(matches, alone, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
+    stacked = torch.rand(2, 3, 40, 50)
+    assert [len(m.trg_points) for m in imagepair.match_batch(model, stacked, stacked, points[1:], size=64)] == [1, 0]
+
+
+def test_a_batch_of_unequal_parts_is_an_error(images):
+    with pytest.raises(ZooError, match="1 source images, 2 target images, 1 sets of points"):
+        imagepair.match_batch(matcher(), images[:1], images, [[[1, 2]]])
+
+
+@pytest.mark.parametrize("colour", ["black", "grey"])
+def test_nothing_is_a_confident_match_on_an_image_without_structure(images, colour):
+    blank = Image.new("RGB", (80, 60), colour)
+    for pair in ((blank, blank), (blank, images[0]), (images[0], blank)):
+        assert len(imagepair.match_images(matcher(), *pair, size=64).src_points) == 0
+    with_points = imagepair.match_images(matcher(), blank, blank, [[10, 20]], size=64)
+    assert len(with_points.src_points) == 1  # points that a user gives are always matched
+
+
+def test_cells_without_structure_are_left_out():
+    image = Image.new("RGB", (100, 100), "white")
+    noise = np.random.default_rng(0).integers(0, 256, (50, 50, 3), dtype=np.uint8)
+    image.paste(Image.fromarray(noise), (50, 0))  # the top right quarter
+    model = matcher(readout="identity")  # each point is its own match
+    found = set(map(tuple, imagepair.match_images(model, image, image, size=96).src_points.tolist()))
+    inside = {(55 + 10 * x, 5 + 10 * y) for x in range(5) for y in range(5)}
+    assert inside <= found and all(x >= 45 and y <= 55 for x, y in found)  # resizing blurs the edge a little
+
+
+def test_floats_beyond_one_are_an_error(images):
+    with pytest.raises(ZooError, match="expected floats from 0 to 1"):
+        imagepair.match_images(matcher(), torch.randn(3, 8, 8), images[0])
 
 
 def test_errors_name_the_input(images):

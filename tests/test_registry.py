@@ -7,22 +7,22 @@ from corrzoo.types import ZooError
 
 
 def test_register_get_and_list():
-    things = Registry("thing", "list_things()")
+    things = Registry("thing")
     things.add("one", 1)
     assert things["one"] == 1 and things.names() == ["one"] and "one" in things and "two" not in things
 
 
 def test_a_duplicate_name_raises():
-    things = Registry("thing", "list_things()")
+    things = Registry("thing")
     things.add("one", 1)
     with pytest.raises(ZooError, match="thing 'one' is already registered"):
         things.add("one", 2)
 
 
 def test_an_unknown_name_suggests_the_nearest():
-    things = Registry("thing", "list_things()")
+    things = Registry("thing")
     things.add("dinov2_b14", 1)
-    with pytest.raises(ZooError, match=r"unknown thing 'dinov2_b': did you mean 'dinov2_b14'\? see list_things\(\)"):
+    with pytest.raises(ZooError, match=r"unknown thing 'dinov2_b': did you mean 'dinov2_b14'\?$"):
         things["dinov2_b"]
     with pytest.raises(ZooError, match="choose one of dinov2_b14"):
         things["zzz"]
@@ -45,7 +45,7 @@ class Thing(Base):
 
 
 def test_create_passes_options_of_the_class_and_of_its_bases():
-    things = Registry("thing", "list_things()")
+    things = Registry("thing")
     assert things.register(Thing) is Thing and things.options("Thing") == ["depth", "lr", "mode"]
     made = things.create("Thing", "here", depth=4, mode="b")
     assert (made.where, made.depth, made.mode, made.lr) == ("here", 4, "b", 1.0)
@@ -61,7 +61,7 @@ def test_create_passes_options_of_the_class_and_of_its_bases():
     ],
 )
 def test_create_refuses_unknown_options_and_wrong_values(options, message):
-    things = Registry("thing", "list_things()")
+    things = Registry("thing")
     things.register(Thing)
     with pytest.raises(ZooError, match=message) as error:
         things.create("Thing", "here", **options)

@@ -17,8 +17,10 @@ _HOME = {
     "Matcher": "corrzoo.matcher",
     "open_pair": "corrzoo.inference",
     "match_images": "corrzoo.inference",
+    "match_batch": "corrzoo.inference",
     "PCK": "corrzoo.scoring.pck",
     "score": "corrzoo.scoring.pck",
+    "list_protocols": "corrzoo.scoring.protocols",
     "create_matcher": "corrzoo.heads",
     "list_heads": "corrzoo.heads",
     "create_backbone": "corrzoo.backbones",
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from corrzoo.matcher import Matcher as Matcher
     from corrzoo.scoring.pck import PCK as PCK
     from corrzoo.scoring.pck import score as score
+    from corrzoo.scoring.protocols import list_protocols as list_protocols
     from corrzoo.store.official import load_official as load_official
     from corrzoo.types import Features as Features
     from corrzoo.types import Match as Match

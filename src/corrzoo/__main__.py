@@ -3,13 +3,16 @@
 import importlib
 import os
 import sys
+from pathlib import Path
 
-from corrzoo.commands import COMMANDS
+import corrzoo
+from corrzoo.commands import COMMANDS, LIGHTNING, help_text
 from corrzoo.errors import ZooError
+from corrzoo.registry import nearest
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run a command of `COMMANDS` or of LightningCLI.
+    """Run a command of `COMMANDS`; without one, print the help.
 
     Args:
         args: Command line; `sys.argv` if None.
@@ -18,13 +21,17 @@ def main(args: list[str] | None = None) -> None:
         # Plugins may be in the working folder, which console scripts do not search. Last, so that it hides no module.
         sys.path.append(os.getcwd())
     words = list(sys.argv[1:] if args is None else args)
-    if not words or words[0] not in COMMANDS:
-        from corrzoo.cli import main as lightning
-
-        return lightning(args)
-    module, function = COMMANDS[words[0]][0].split(":")
+    if not words or words[0] in ("-h", "--help"):
+        return print(help_text(Path(sys.argv[0]).name.replace("__main__.py", "python -m corrzoo")))
+    if words[0] == "--version":
+        return print(f"corrzoo {corrzoo.__version__}")
+    if words[0] not in COMMANDS and not words[0].startswith("-"):
+        sys.stderr.write(f"error: unknown command {words[0]!r}{nearest(words[0], COMMANDS) or '; --help lists them'}\n")
+        sys.exit(2)
+    target, _ = COMMANDS.get(words[0], (LIGHTNING, ""))
+    module, function = target.split(":")
     try:
-        getattr(importlib.import_module(module), function)(words[1:])
+        getattr(importlib.import_module(module), function)(words if target == LIGHTNING else words[1:])
     except ZooError as error:
         sys.exit(f"error: {error}")
     except OSError as error:  # an unreadable file, a full disk

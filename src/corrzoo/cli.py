@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from corrzoo import commands, recipes
+from corrzoo import recipes
 from corrzoo.callbacks.config import SaveConfig
 from corrzoo.callbacks.folder import name_run
 from corrzoo.callbacks.resume import Checkpoints, Stopped, WholeFiles
@@ -51,10 +51,6 @@ class ZooCLI(LightningCLI):
             subclass_mode_model=True,
             seed_everything_default=0,
             parser_class=ZooParser,
-            parser_kwargs={
-                "description": "Train and compare matching heads for semantic correspondence.",
-                "epilog": commands.listing(),
-            },
             auto_configure_optimizers=False,
             save_config_callback=SaveConfig,
             load_from_checkpoint_support=False,  # checkpoints hold plain options; `corrzoo.load` reads them

@@ -65,7 +65,7 @@ def as_rgb(source: ImageSource) -> Image.Image:
 
     Args:
         source: A file path or the bytes of a file, which are rotated as their EXIF orientation says; or pixels: a PIL
-            image, a (3, H, W) uint8 tensor, or an (H, W, 3) uint8 array.
+            image, a (3, H, W) tensor, or an (H, W, 3) array. Pixels are uint8, or floats from 0 to 1.
 
     Raises:
         ZooError: if the file is missing or unreadable, the pixels have another shape or type, or bytes decode to more
@@ -78,10 +78,18 @@ def as_rgb(source: ImageSource) -> Image.Image:
         return _read_upload(source)
     if isinstance(source, str | Path):
         return _read_file(source)
-    pixels = source.permute(1, 2, 0).cpu().numpy() if isinstance(source, Tensor) and source.ndim == 3 else source
+    pixels = (
+        source.detach().permute(1, 2, 0).cpu().numpy() if isinstance(source, Tensor) and source.ndim == 3 else source
+    )
+    if isinstance(pixels, np.ndarray) and pixels.dtype.kind == "f" and pixels.size:
+        low, high = pixels.min(), pixels.max()
+        if not 0 <= low <= high <= 1:
+            raise ZooError(f"pixels from {low:g} to {high:g}: expected floats from 0 to 1 (not normalised), or uint8")
+        pixels = (pixels * 255).round().astype(np.uint8)
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         found = f"{tuple(source.shape)} {source.dtype}" if hasattr(source, "shape") else type(source).__name__
-        raise ZooError(f"expected a path, a PIL image, a (3, H, W) uint8 tensor or an (H, W, 3) array, got {found}")
+        wanted = "a path, a PIL image, a (3, H, W) tensor or an (H, W, 3) array of uint8 or of floats from 0 to 1"
+        raise ZooError(f"expected {wanted}, got {found}")
     return Image.fromarray(pixels)
 
 

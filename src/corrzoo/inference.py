@@ -1,5 +1,6 @@
 """Match two images of any size: points, dense flow and heat maps in original pixels."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -7,15 +8,18 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from corrzoo.geometry import Size, cell_centres, resize_points, size_of, transfer
+from corrzoo.geometry import Size, cell_centres, pixels_to_cells, resize_points, size_of, transfer
 from corrzoo.images import ImageSource, as_rgb, to_tensor
 from corrzoo.types import Features, ZooError, as_points
 
 GRID = 10
 """our choice: without query points, the centres of GRID x GRID cells are matched."""
 MAX_CYCLE_ERROR = 0.25
-"""our choice: matches of the grid are kept if their cycle error is at most this share of a cell."""
+"""our choice: a match is confident if its cycle error is at most this share of a cell of GRID x GRID cells."""
+FLAT = 8
+"""our choice: a cell of the grid whose grey values (0 to 255) differ by at most this much shows nothing to match."""
 
 
 class ImageMatches(NamedTuple):
@@ -41,21 +45,99 @@ def open_pair(matcher: Any, src: ImageSource, trg: ImageSource, size: int | Size
     Raises:
         ZooError: if an input is not a readable image.
     """
-    matcher.eval().load_weights()
-    size = size or matcher.image_size
-    H, W = (size, size) if isinstance(size, int) else size
     images = as_rgb(src), as_rgb(trg)
-    batch = torch.stack([to_tensor(image, (H, W)) for image in images]).to(matcher.device)
-    with torch.no_grad():
-        return ImagePair(matcher, *images, *matcher.prepare(matcher.backbone(batch)).halves())
+    return ImagePair(matcher, *images, *_features(matcher, [*images], size).halves())
 
 
 def match_images(
     matcher: Any, src: ImageSource, trg: ImageSource, points: object = None, size: int | Size | None = None
 ) -> ImageMatches:
-    """Match (n, 2) source points; without points, a regular grid, cycle-consistent matches only. See `open_pair`."""
+    """Match (n, 2) source points; without points, a regular grid, confident matches only. See `open_pair`."""
     pair = open_pair(matcher, src, trg, size)
     return pair.confident_matches() if points is None else pair.match_both_ways(points)
+
+
+def match_batch(
+    matcher: Any,
+    src: Iterable[ImageSource],
+    trg: Iterable[ImageSource],
+    points: Iterable[object],
+    size: int | Size | None = None,
+) -> list[ImageMatches]:
+    """Match the points of many pairs in one pass of the model. The matches are those of `match_images`.
+
+    Args:
+        matcher: The model.
+        src: B source images of any sizes, or a tensor (B, 3, H, W).
+        trg: B target images.
+        points: B sets of (n, 2) source points; n may differ.
+        size: As in `open_pair`.
+
+    Raises:
+        ZooError: as `match_images`, or if the numbers of images and point sets differ.
+    """
+    srcs, trgs, queries = [*map(as_rgb, src)], [*map(as_rgb, trg)], [*map(as_points, points)]
+    if not len(srcs) == len(trgs) == len(queries) > 0:
+        raise ZooError(f"{len(srcs)} source images, {len(trgs)} target images, {len(queries)} sets of points")
+    features = _features(matcher, [*srcs, *trgs], size)
+    return _Pairs(matcher, srcs, trgs, *features.halves()).match_both_ways(queries)
+
+
+@torch.no_grad()
+def _features(matcher: Any, images: list[Image.Image], size: int | Size | None) -> Features:
+    matcher.eval().load_weights()
+    size = size or matcher.image_size
+    H, W = (size, size) if isinstance(size, int) else size
+    batch = torch.stack([to_tensor(image, (H, W)) for image in images]).to(matcher.device)
+    return matcher.prepare(matcher.backbone(batch))
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """B pairs of images and their features. Points are lists of B tensors (n, 2) in original pixels; n may differ."""
+
+    matcher: Any
+    srcs: list[Image.Image]
+    trgs: list[Image.Image]
+    src_features: Features
+    trg_features: Features
+
+    def swapped(self) -> "_Pairs":
+        return _Pairs(self.matcher, self.trgs, self.srcs, self.trg_features, self.src_features)
+
+    @property
+    def network(self) -> Tensor:
+        """(w, h) of the network image."""
+        return torch.tensor(self.src_features.image.shape[:1:-1])
+
+    def queries(self, points: list[Tensor]) -> Tensor:
+        """(B, N, 2) source points in network pixels on the model's device, with zeros after the last of each pair."""
+        for image, (x, y) in (
+            (image, point) for image, p in zip(self.srcs, points, strict=True) for point in p.tolist()
+        ):
+            w, h = image.size
+            if not (0 <= x <= w and 0 <= y <= h):
+                raise ZooError(f"the point ({x:g}, {y:g}) lies outside the source image of {w}x{h} pixels")
+        sizes = [torch.tensor(image.size) for image in self.srcs]
+        resized = [resize_points(p, size, self.network) for p, size in zip(points, sizes, strict=True)]
+        return pad_sequence(resized, batch_first=True).float().to(self.src_features.image.device)
+
+    @torch.no_grad()
+    def match(self, points: list[Tensor]) -> list[Tensor]:
+        """Their matches in the target images."""
+        if not any(map(len, points)):
+            return points
+        found = self.matcher.match_points(self.src_features, self.trg_features, self.queries(points)).double().cpu()
+        sizes = [torch.tensor(image.size) for image in self.trgs]
+        each = zip(found, points, sizes, strict=True)
+        return [resize_points(one[: len(p)], self.network, size) for one, p, size in each]
+
+    def match_both_ways(self, points: list[Tensor]) -> list[ImageMatches]:
+        """Their matches, and the cycle errors."""
+        found = self.match(points)
+        inside = [torch.minimum(f.clamp(min=0), f.new_tensor(i.size)) for f, i in zip(found, self.trgs, strict=True)]
+        back = self.swapped().match(inside)
+        return [ImageMatches(p, f, (b - p).norm(dim=1)) for p, f, b in zip(points, found, back, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -72,60 +154,62 @@ class ImagePair:
         """The same images with source and target exchanged."""
         return ImagePair(self.matcher, self.trg, self.src, self.trg_features, self.src_features)
 
-    @torch.no_grad()
     def match(self, points: object) -> Tensor:
         """Match (n, 2) source points: (n, 2) float64.
 
         Raises:
             ZooError: if a point lies outside the source image.
         """
-        queries = self._to_network(as_points(points))
-        found = self.matcher.match_points(self.src_features, self.trg_features, queries)[0].double().cpu()
-        return resize_points(found, self._network, torch.tensor(self.trg.size))
+        return self._pairs.match([as_points(points)])[0]
 
     def match_both_ways(self, points: object) -> ImageMatches:
         """Match (n, 2) source points, and their matches back to the source for the cycle error."""
-        queries = as_points(points)
-        found = self.match(queries)
-        inside = torch.minimum(found.clamp(min=0), found.new_tensor(self.trg.size))
-        return ImageMatches(queries, found, (self.swapped().match(inside) - queries).norm(dim=1))
+        return self._pairs.match_both_ways([as_points(points)])[0]
 
-    def confident_matches(self) -> ImageMatches:
-        """Cycle-consistent matches of a regular grid, see GRID and MAX_CYCLE_ERROR."""
-        w, h = self.src.size
-        found = self.match_both_ways(cell_centres((GRID, GRID), (h, w), dtype=torch.float64))
-        kept = found.cycle_error <= MAX_CYCLE_ERROR * max(w, h) / GRID
+    def confident_matches(self, grid: int = GRID, max_error: float | None = None) -> ImageMatches:
+        """Match the centres of grid x grid cells, and keep confident matches between cells that are not flat, see FLAT.
+
+        Args:
+            grid: Cells along each side.
+            max_error: Largest cycle error of a confident match in source pixels; `self.max_error` if None.
+        """
+        found = self.match_both_ways(cell_centres((grid, grid), self.src.size[::-1], dtype=torch.float64))
+        kept = found.cycle_error <= (self.max_error if max_error is None else max_error)
+        for image, points in ((self.src, found.src_points), (self.trg, found.trg_points)):
+            cells = (pixels_to_cells(points, (grid, grid), image.size[::-1])).long().clamp(0, grid - 1)
+            kept &= _contrast(image, grid)[cells[:, 1], cells[:, 0]] > FLAT
         return ImageMatches(*(field[kept] for field in found))
+
+    @property
+    def max_error(self) -> float:
+        """Largest cycle error of a confident match, in source pixels, see MAX_CYCLE_ERROR."""
+        return MAX_CYCLE_ERROR * max(self.src.size) / GRID
 
     @torch.no_grad()
     def flow(self) -> Tensor:
         """Dense flow: (2, H, W) float32, target position minus source position of each pixel centre, in pixels."""
         w, h = self.src.size
         flow = self.matcher.match(self.src_features, self.trg_features).flow.float().cpu()
-        centres = cell_centres((h, w), (h, w))
-        queries = resize_points(centres, torch.tensor(self.src.size), self._network)
+        centres, network = cell_centres((h, w), (h, w)), self._pairs.network
+        queries = resize_points(centres, torch.tensor(self.src.size), network)
         found = transfer(queries.unsqueeze(0), flow, size_of(self.src_features.image))[0]
-        return (resize_points(found, self._network, torch.tensor(self.trg.size)) - centres).T.unflatten(1, (h, w))
+        return (resize_points(found, network, torch.tensor(self.trg.size)) - centres).T.unflatten(1, (h, w))
 
     @torch.no_grad()
     def heat_map(self, point: object) -> Tensor:
         """(h, w) scores of the target cells for one source point (x, y)."""
-        query = self._to_network(as_points(torch.as_tensor(point, dtype=torch.float64)[None]))
+        query = self._pairs.queries([as_points(torch.as_tensor(point, dtype=torch.float64)[None])])
         return self.matcher.heat_maps(self.src_features, self.trg_features, query)[0, 0].float().cpu()
 
     @property
-    def _network(self) -> Tensor:
-        """(w, h) of the network image."""
-        return torch.tensor(self.src_features.image.shape[:1:-1])
+    def _pairs(self) -> _Pairs:
+        return _Pairs(self.matcher, [self.src], [self.trg], self.src_features, self.trg_features)
 
-    def _to_network(self, points: Tensor) -> Tensor:
-        """(n, 2) source points -> (1, n, 2) network pixels on the model's device."""
-        w, h = self.src.size
-        for x, y in points.tolist():
-            if not (0 <= x <= w and 0 <= y <= h):
-                raise ZooError(f"the point ({x:g}, {y:g}) lies outside the source image of {w}x{h} pixels")
-        resized = resize_points(points, torch.tensor(self.src.size), self._network)
-        return resized.float().unsqueeze(0).to(self.src_features.image.device)
+
+def _contrast(image: Image.Image, grid: int) -> Tensor:
+    """(grid, grid) differences between the largest and the smallest grey value of each cell, 0 to 255."""
+    grey = to_tensor(image, (16 * grid, 16 * grid)).float().mean(0, keepdim=True)  # 16 pixels a cell
+    return (F.max_pool2d(grey, 16) + F.max_pool2d(-grey, 16))[0]
 
 
 def foreground_maps(backbone: Any, src_img: Tensor, trg_img: Tensor) -> Tensor:

@@ -290,7 +290,7 @@ class Matcher(LightningModule, ABC):
         self.evaluation.release()
 
 
-HEADS: Registry[type[Matcher]] = Registry("head", "list_heads()")
+HEADS: Registry[type[Matcher]] = Registry("head")
 
 
 def _grid_of(cells: int, features: Features) -> Size:

@@ -7,7 +7,6 @@ from typing import NoReturn
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from corrzoo import commands
 from corrzoo.heads import HEADS, list_heads
 from corrzoo.registry import import_plugins, nearest
 from corrzoo.types import ZooError
@@ -40,7 +39,7 @@ class ZooParser(LightningArgumentParser):
 
 
 def explain(message: str, parser: LightningArgumentParser) -> str:
-    """Rewrite a message of the parser in one line, with the nearest option, head or command.
+    """Rewrite a message of the parser in one line, with the nearest option or head.
 
     A message of another form is only joined to one line.
 
@@ -54,9 +53,6 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
         options = [*parser.get_defaults().keys(branches=True), *(f"model.{o}" for h in heads for o in HEADS.options(h))]
         known = [option.rpartition(".")[2] for option in options] if found[1] else [f"--{o}" for o in options]
         return f"unknown option {name!r}{nearest(name, known) or '; --help lists the options'}"
-    if found := re.search(r"invalid choice: '(\S+)' \(choose from (.*)\)", message):
-        choices = [*re.findall(r"\w+", found[2]), *commands.COMMANDS]
-        return f"unknown command {found[1]!r}{nearest(found[1], choices) or ': choose from ' + ', '.join(choices)}"
     if "arguments are required" in message and "model" in message:
         return f"no head given: add --config zoo_configs/<head>.yaml, or --model <head>; heads: {', '.join(heads)}"
     if found := re.search(r"(?:key \"(?:\w+\.)?model\"|--model\.help)(.*)", message, re.DOTALL):

@@ -25,11 +25,10 @@ class Registry(Generic[T]):
 
     Args:
         kind: What one of them is called in errors, such as "backbone".
-        listing: The public function that lists them, such as "list_backbones()".
     """
 
-    def __init__(self, kind: str, listing: str) -> None:
-        self.kind, self.listing = kind, listing
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
         self._things: dict[str, T] = {}
 
     def register(self, thing: T) -> T:
@@ -71,8 +70,8 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         if name not in self._things:
-            hint = nearest(name, self._things) or f": choose one of {', '.join(sorted(self._things))};"
-            raise ZooError(f"unknown {self.kind} {name!r}{hint} see {self.listing}")
+            hint = nearest(name, self._things) or f": choose one of {', '.join(sorted(self._things))}"
+            raise ZooError(f"unknown {self.kind} {name!r}{hint}")
         return self._things[name]
 
     def __contains__(self, name: object) -> bool:

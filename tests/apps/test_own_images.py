@@ -53,7 +53,7 @@ def test_points_are_in_original_pixels(capsys):
         assert m["trg_x"] == pytest.approx(m["src_x"] * 200 / 120, abs=25)
         assert m["trg_y"] == pytest.approx(m["src_y"] * 180 / 90, abs=25)
     assert Image.open("matches/matches.png").size[0] > 500
-    assert "2 matches: matches/matches.json, matches/matches.png" in capsys.readouterr().out
+    assert ": matches/matches.json, matches/matches.png" in capsys.readouterr().out
 
 
 def test_csv_and_dense_flow_files():
@@ -69,6 +69,54 @@ def test_csv_and_dense_flow_files():
     matched = np.stack([x, y], -1) + flow
     assert np.median(np.abs(matched - np.stack([x * 200 / 120, y * 2], -1))) < 12
     assert Image.open("deep/er/warped.png").size == (120, 90) and Path("deep/er/flow.png").exists()
+
+
+def test_uncertain_matches_are_counted_and_named(capsys):
+    match("a.png", "b.jpg", "--points=30,40; 90.5,60.25", "--max-error=1e-9", *TINY)
+    content = json.loads(Path("matches/matches.json").read_text())
+    assert content["max_error"] == 1e-9 and not any(m["confident"] for m in content["matches"])
+    assert "2 matches, 2 of them uncertain (cycle error above 1e-09 px)" in capsys.readouterr().out
+    match("a.png", "b.jpg", "--max-error=1e9", "--grid=4", *TINY)
+    content = json.loads(Path("matches/matches.json").read_text())
+    assert all(m["confident"] for m in content["matches"]) and len(content["matches"]) <= 16
+    assert {m["src_x"] for m in content["matches"]} <= {15, 45, 75, 105}
+
+
+def test_points_from_a_file():
+    Path("points.csv").write_text("name, x, y\neye, 30, 40\near, 90.5, 60.25\n")
+    match("a.png", "b.jpg", "--points=points.csv", *TINY)
+    by_file = json.loads(Path("matches/matches.json").read_text())["matches"]
+    match("a.png", "b.jpg", "--points=30,40; 90.5,60.25", *TINY)
+    assert by_file == json.loads(Path("matches/matches.json").read_text())["matches"]
+
+
+def test_many_pairs_equal_pairs_one_by_one(capsys, monkeypatch):
+    Path("images").mkdir()
+    for name in ("a.png", "b.jpg"):
+        Path(name).rename(Path("images") / name)
+    Path("images/pairs.csv").write_text('src,trg,points\na.png,b.jpg,"30,40; 60,50"\nb.jpg,a.png,\nno.png,a.png,\n')
+    made = []
+    monkeypatch.setattr(
+        "corrzoo.apps.match.matcher_of", lambda options: made.append(apps.matcher_of(options)) or made[0]
+    )
+    said = failing("--pairs=images/pairs.csv", "--points=20,30", "--out=many", *TINY)
+    captured = capsys.readouterr()
+    assert "1 of 3 pairs failed" in said and "no image file images/no.png" in captured.err and len(made) == 1
+    for folder, *args in (
+        ("1-a-b", "images/a.png", "images/b.jpg", "--points=30,40; 60,50"),
+        ("2-b-a", "images/b.jpg", "images/a.png", "--points=20,30"),
+    ):
+        match(*args, "--out=one", *TINY)
+        assert Path("many", folder, "matches.json").read_bytes() == Path("one/matches.json").read_bytes()
+
+
+def test_an_image_is_matched_to_each_image_of_a_folder():
+    Path("targets").mkdir()
+    Path("targets/notes.txt").write_text("no image")
+    for name in ("first.PNG", "second.jpg"):
+        Image.open("b.jpg").save(Path("targets", name))
+    match("a.png", "targets", "--points=30,40", "--format=csv", *TINY)
+    assert [path.name for path in sorted(Path("matches").iterdir())] == ["1-a-first", "2-a-second"]
 
 
 def test_a_saved_model_keeps_its_options_and_image_size():
@@ -90,6 +138,13 @@ def test_errors_are_one_line():
     Path("file").touch()
     assert "no image file nowhere.png" in failing("a.png", "nowhere.png")
     assert "cannot read the image c.png" in failing("c.png", "b.jpg")
+    assert "expected two images, or an image and a folder" in failing("a.png")
+    assert "--pairs alone" in failing("a.png", "b.jpg", "--pairs=p.csv")
+    assert "no such file: nowhere.csv" in failing("--pairs=nowhere.csv")
+    assert "--grid 0: expected 1 or more" in failing("a.png", "b.jpg", "--grid=0")
+    Path("columns.csv").write_text("src,target\na.png,b.jpg\n")
+    assert "and the columns src, trg" in failing("--pairs=columns.csv")
+    assert "no image in the folder" in failing("a.png", "/dev")
     for points in ("30", "30,40,50", "30;40", "x,y", ""):
         assert f"--points {points!r}: expected x,y; x,y" in failing("a.png", "b.jpg", f"--points={points}")
     assert "(130, 40) lies outside the source image of 120x90" in failing("a.png", "b.jpg", "--points=130,40", *TINY)

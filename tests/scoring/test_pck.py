@@ -260,7 +260,7 @@ def test_flaws_are_marked_and_default_has_none() -> None:
 
 def test_unknown_protocols_are_one_line_errors() -> None:
     for name, message in {
-        "actrr:bbox": "unknown protocol 'actrr': did you mean 'actr'\\? see list_protocols\\(\\)",
+        "actrr:bbox": "unknown protocol 'actrr': did you mean 'actr'\\?",
         "cats:bbox-kp": "'cats' has no threshold kind 'bbox-kp': choose one of 'cats:img', 'cats:bbox', 'cats:bbox-kp-",
         "dift": "'dift' has no threshold kind '': choose one of 'dift:bbox'",
     }.items():

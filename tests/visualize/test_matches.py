@@ -38,3 +38,12 @@ def test_a_match_outside_the_image_leaves_the_picture_as_it_is():
     for figure in (usual, drawn):
         visualize.to_array(figure)
     assert [ax.get_position().bounds for ax in drawn.axes] == [ax.get_position().bounds for ax in usual.axes]
+
+
+def test_uncertain_matches_are_dashed_and_many_have_no_numbers():
+    drawn = visualize.draw_matches(IMAGES, IMAGES, POINTS, POINTS, confident=[torch.tensor([True, False])])
+    first, second = drawn.artists
+    assert first.get_linestyle() == "-" and second.get_linestyle() != "-"
+    many = [torch.rand(21, 2) * 40]
+    drawn = visualize.draw_matches(IMAGES, IMAGES, many, many)
+    assert len(drawn.artists) == 21 and not any(ax.texts for ax in drawn.axes)

@@ -1,5 +1,7 @@
 """`corrzoo match`: match points of one image to another, as numbers and as a picture."""
 
+import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,18 +11,21 @@ from torch import Tensor
 
 from corrzoo import visualize
 from corrzoo.apps import add_model, matcher_of
+from corrzoo.apps.queries import Query, list_queries
 from corrzoo.callbacks.results import write_csv, write_json
 from corrzoo.errors import Parser, ZooError
 from corrzoo.images import as_rgb
 from corrzoo.inference import GRID, MAX_CYCLE_ERROR, ImagePair, open_pair
+from corrzoo.matcher import Matcher
 
-ABOUT = f"""Match points of one image to another.
+ABOUT = """Match points of one image to another, or of many pairs with one model.
 
 Coordinates are (x, y) in pixels of the original images, after EXIF rotation. (0, 0) is the top-left corner of the
 top-left pixel, whose centre is (0.5, 0.5).
 
-Without --points, a grid of {GRID} x {GRID} points is matched. Matches with a cycle error of at most {MAX_CYCLE_ERROR:g}
-grid steps are kept. The cycle error is the distance between a point and its match matched back.
+The cycle error of a match is the distance between a point and its match matched back. Above --max-error, a match is
+uncertain. Without --points, a regular grid of points is matched, and uncertain matches are left out, as are those of
+cells without structure.
 
 Without --ckpt, matching is zero-shot: the Baseline on ImageNet features (pip install "corrzoo[offline]").
 """
@@ -32,52 +37,77 @@ B. flow.png shows the flow, and warped.png is B warped to A by the flow"""
 def main(args: list[str]) -> None:
     """Run the command."""
     parser = Parser(prog="corrzoo match", description=ABOUT)
-    parser.add_argument("a", help="source image, whose points are matched")
-    parser.add_argument("b", help="target image, in which their matches are found")
-    parser.add_argument("--points", help="query points of A, such as '120,80; 200.5,91'")
-    parser.add_argument("--out", default="matches", help="output folder (matches)")
+    parser.add_argument("a", nargs="?", help="source image, whose points are matched")
+    parser.add_argument("b", nargs="?", help="target image, in which their matches are found; or a folder of them")
+    parser.add_argument("--pairs", help="CSV file with the columns src, trg and, if wanted, points; instead of a and b")
+    parser.add_argument(
+        "--points", help="query points of A: '120,80; 200.5,91', or a CSV file with the columns x and y"
+    )
+    parser.add_argument("--grid", type=int, default=GRID, help=f"points along each side, without --points ({GRID})")
+    parser.add_argument(
+        "--max-error", type=float, help=f"in pixels of A ({MAX_CYCLE_ERROR / GRID:g} of its longer side)"
+    )
+    parser.add_argument(
+        "--out", default="matches", type=Path, help="output folder (matches); many pairs have a folder each"
+    )
     parser.add_argument("--format", choices=("json", "csv"), default="json", help="format of the matches (json)")
     parser.add_argument("--dense", action="store_true", help=DENSE)
     add_model(parser)
     options = parser.parse_args(args)
-    points = None if options.points is None else parse_points(options.points)
-    images = as_rgb(options.a), as_rgb(options.b)  # fail before the model is loaded
-    pair = open_pair(matcher_of(options), *images)
-    found = pair.confident_matches() if points is None else pair.match_both_ways(points)
+    if options.grid < 1:
+        raise ZooError(f"--grid {options.grid}: expected 1 or more")
+    queries = list_queries(options.a, options.b, options.pairs, options.points)
+    images = as_rgb(queries[0].src), as_rgb(queries[0].trg)  # fail before the model is loaded
+    matcher = matcher_of(options)
+    if len(queries) == 1:
+        return match_pair(matcher, queries[0], images, options.out, options)
+    failed = 0
+    for number, query in enumerate(queries, 1):
+        name = f"{number:0{len(str(len(queries)))}}-{Path(query.src).stem}-{Path(query.trg).stem}"
+        try:
+            match_pair(matcher, query, (as_rgb(query.src), as_rgb(query.trg)), options.out / name, options)
+        except ZooError as error:
+            failed += 1
+            print(f"{query.src}, {query.trg}: {error}", file=sys.stderr)
+    if failed:
+        raise ZooError(f"{failed} of {len(queries)} pairs failed")
 
-    out = Path(options.out)
+
+def match_pair(
+    matcher: Matcher, query: Query, images: tuple[Image.Image, Image.Image], out: Path, options: argparse.Namespace
+) -> None:
+    """Match one pair, and write its files."""
+    pair = open_pair(matcher, *images)
+    limit = pair.max_error if options.max_error is None else options.max_error
+    if query.points is None:
+        found = pair.confident_matches(options.grid, limit)
+    else:
+        found = pair.match_both_ways(query.points)
+    confident = found.cycle_error <= limit
     rows = [
-        {"src_x": x, "src_y": y, "trg_x": u, "trg_y": v, "cycle_error": error}
-        for (x, y), (u, v), error in zip(*(np.round(field.numpy(), 3).tolist() for field in found), strict=True)
+        {"src_x": x, "src_y": y, "trg_x": u, "trg_y": v, "cycle_error": error, "confident": sure}
+        for (x, y), (u, v), error, sure in zip(
+            *(np.round(field.numpy(), 3).tolist() for field in found), confident.tolist(), strict=True
+        )
     ]
     if options.format == "csv":
         write_csv(out / "matches.csv", rows)
     else:
-        model = {"head": type(pair.matcher).__name__, "backbone": pair.matcher.hparams.backbone, "ckpt": options.ckpt}
+        model = {"head": type(matcher).__name__, "backbone": matcher.hparams.backbone, "ckpt": options.ckpt}
         src, trg = (
-            {"path": path, "size": image.size} for path, image in zip((options.a, options.b), images, strict=True)
+            {"path": path, "size": image.size} for path, image in zip((query.src, query.trg), images, strict=True)
         )
-        write_json(out / "matches.json", {"src": src, "trg": trg, "model": model, "matches": rows})
-    figure = visualize.draw_matches([pixels(pair.src)], [pixels(pair.trg)], [found.src_points], [found.trg_points])
+        content = {"src": src, "trg": trg, "model": model, "max_error": limit, "matches": rows}
+        write_json(out / "matches.json", content)
+    figure = visualize.draw_matches(
+        [pixels(pair.src)], [pixels(pair.trg)], [found.src_points], [found.trg_points], confident=[confident]
+    )
     written = [out / f"matches.{options.format}", visualize.save_figure(figure, out / "matches.png")]
     if options.dense:
         written += write_dense(pair, out)
-    print(f"{len(rows)} matches: {', '.join(map(str, written))}")
-
-
-def parse_points(text: str) -> list[list[float]]:
-    """Read points (x, y) from text such as `x,y; x,y`.
-
-    Raises:
-        ZooError: if the text has another form.
-    """
-    try:
-        points = [[float(number) for number in point.split(",")] for point in text.strip("; ").split(";")]
-    except ValueError:
-        points = []
-    if not points or any(len(point) != 2 for point in points):
-        raise ZooError(f"--points {text!r}: expected x,y; x,y; ... such as '120,80; 200.5,91'")
-    return points
+    uncertain = len(rows) - int(confident.sum())
+    note = f", {uncertain} of them uncertain (cycle error above {limit:.3g} px)" if uncertain else ""
+    print(f"{len(rows)} match{'es' * (len(rows) != 1)}{note}: {', '.join(map(str, written))}")
 
 
 def write_dense(pair: ImagePair, out: Path) -> list[Path]:

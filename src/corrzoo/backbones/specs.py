@@ -28,7 +28,7 @@ class BackboneSpec:
     note: str = ""
 
 
-BACKBONES: Registry[BackboneSpec] = Registry("backbone", "list_backbones()")
+BACKBONES: Registry[BackboneSpec] = Registry("backbone")
 
 
 def _spec(key: str, timm_name: str, **given: Any) -> BackboneSpec:

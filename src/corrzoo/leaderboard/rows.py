@@ -41,7 +41,7 @@ class Row:
     costs: dict[str, float] = field(default_factory=dict)
     measured: dict[str, Spread] = field(default_factory=dict)
     published: dict[str, float] = field(default_factory=dict)
-    source: str = ""  # paper and table of the published scores
+    source: str = ""  # paper and table of the published scores; or origin of predictions that `corrzoo score` scored
     groups: dict[tuple[str, str], dict[str, Spread]] = field(default_factory=dict)
     """Scores of groups of pairs: ("category", "bus"), ("scale", "hard"), ..."""
 

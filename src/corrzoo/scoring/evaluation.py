@@ -12,6 +12,7 @@ from corrzoo.geometry import cell_centres, resize_points, size_of, transfer
 from corrzoo.scoring.label_transfer import LabelTransfer, polygon_mask, warp_mask
 from corrzoo.scoring.metric import BenchmarkMetric
 from corrzoo.scoring.pck import PCK
+from corrzoo.scoring.protocols import get_protocol
 from corrzoo.types import Features, Pair, PointMatcher, ZooError
 
 PairFeatures = Callable[[Pair], tuple[Features, Features]]
@@ -58,9 +59,9 @@ class Evaluation:
         self.datasets = [loader.dataset for loader in loaders]
         self.metrics: list[BenchmarkMetric] = []
         for dataset in self.datasets:
-            name = protocol if ":" in protocol else f"{protocol}:{dataset.threshold}"
-            new = LabelTransfer if dataset.outlines else lambda categories, name=name: PCK(name, alphas, categories)
-            self.metrics.append(new(dataset.categories).to(matcher.device))
+            how = get_protocol(protocol, dataset.threshold)
+            metric = LabelTransfer(dataset.categories) if dataset.outlines else PCK(how, alphas, dataset.categories)
+            self.metrics.append(metric.to(matcher.device))
         self.release()
 
     def features(self, pair: Pair) -> tuple[Features, Features]:

@@ -37,15 +37,20 @@ def score(
         ZooError: if the protocol is unknown, `pred` has the wrong shape or is not finite, or the record lacks keypoints
             or the boxes that the protocol needs.
     """
-    protocol, points, n = get_protocol(protocol), as_points(pred).cpu(), len(record.trg_kps)
+    counts = _count(as_points(pred).cpu(), record, get_protocol(protocol), alphas)
+    return pck_compute(counts)[0]
+
+
+def _count(points: Tensor, record: Record, protocol: Protocol, alphas: Sequence[float]) -> Tensor:
+    """(1, 1 + A) counts of one pair, see `pck_update`."""
+    n = len(record.trg_kps)
     if len(points) != n or n == 0:
         raise ZooError(f"expected a prediction for each of {n} keypoints (one or more), got {len(points)}")
     sides = {
         "src": _record_side(record.src_kps, record.src_size, record.src_box),
         "trg": _record_side(record.trg_kps, record.trg_size, record.trg_box),
     }
-    rows = pck_update(points[None], sides, torch.ones(1, n, dtype=torch.bool), protocol, alphas)
-    return pck_compute(rows)[0]
+    return pck_update(points[None], sides, torch.ones(1, n, dtype=torch.bool), protocol, alphas)
 
 
 def pck_update(
@@ -185,17 +190,24 @@ class PCK(BenchmarkMetric):
         self._buffer: list[tuple[Tensor, Pair]] = []
         self._buffered = 0
 
-    def update(self, pred: Tensor, pair: Pair) -> None:
-        """Add a batch. Batches are buffered, so a later call may raise the error of this one.
+    def update(self, pred: Tensor, pair: Pair | Record, index: int = 0, category: int = 0) -> None:
+        """Add a batch, or one annotated pair. Batches are buffered, so a later call may raise the error of this one.
 
         Args:
             pred: (B, K, 2) predictions in original pixels of the protocol's evaluated image. Rows where `pair.kps_mask`
                 is False are ignored. If the source is evaluated, predict from `pair.swapped()`, but pass `pair` here.
-            pair: The batch from the dataset.
+            pair: The batch from the dataset; or a record, for (n, 2) predictions.
+            index: Position of a record in the benchmark.
+            category: As in `Pair.category`, for a record.
 
         Raises:
             ZooError: if shapes differ, a prediction is not finite, a category has no name, or boxes are missing.
         """
+        if isinstance(pair, Record):
+            start = torch.tensor([[index, category, *(pair.flags.get(name, -1) for name in DIFFICULTIES)]])
+            counts = _count(pred, pair, self.protocol, self.alphas)
+            self.table.append(torch.cat([start, counts], dim=1).to(self.device))
+            return
         if pred.ndim != 3 or pred.shape != pair.trg_kps.shape:
             raise ZooError(f"expected predictions of shape {tuple(pair.trg_kps.shape)}, got {tuple(pred.shape)}")
         small = _without_images(pair)

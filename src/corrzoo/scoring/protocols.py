@@ -214,8 +214,12 @@ class Protocol:
         return (high - low).amax(-1)
 
 
-def get_protocol(name: str | Protocol) -> Protocol:
+def get_protocol(name: str | Protocol, kind: str = "") -> Protocol:
     """Return the protocol `<preset>:<kind>`; a Protocol is returned unchanged.
+
+    Args:
+        name: `<preset>:<kind>`, or `<preset>`.
+        kind: Threshold kind if the name has none.
 
     Raises:
         ZooError: if the preset is unknown or does not offer the kind.
@@ -225,7 +229,8 @@ def get_protocol(name: str | Protocol) -> Protocol:
     """
     if isinstance(name, Protocol):
         return name
-    preset_name, _, kind = name.partition(":")
+    preset_name, colon, own = name.partition(":")
+    kind = own if colon else kind
     preset = _PRESETS[preset_name]
     if kind not in preset.kinds:
         offered = ", ".join(f"'{preset_name}:{k}'" for k in preset.kinds)
@@ -268,7 +273,7 @@ _GEOAWARE = Protocol(
 )
 _TRAINING = "released eval code; the PCK of its training loop (float16 points, per point, <=) has no preset"
 
-_PRESETS: Registry[Protocol] = Registry("protocol", "list_protocols()")
+_PRESETS: Registry[Protocol] = Registry("protocol")
 for _preset in (
     Protocol("default", _in(_ORIGINAL, *KINDS), "our choice: the number does not depend on the network's input size"),
     Protocol("hpf", _in(Frame("shrink", 300), IMG, BBOX, KP), boxless=KP),

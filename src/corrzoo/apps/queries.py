@@ -1,0 +1,89 @@
+"""What `corrzoo match` is asked: two images, an image and a folder, or a CSV file of pairs, with their query points."""
+
+import csv
+from pathlib import Path
+from typing import NamedTuple
+
+from corrzoo.errors import ZooError
+
+SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+"""Names of image files in a folder end in one of these."""
+Points = list[list[float]]
+
+
+class Query(NamedTuple):
+    """Paths of two images, and query points of the first; None for a grid."""
+
+    src: str
+    trg: str
+    points: Points | None
+
+
+def list_queries(a: str | None, b: str | None, pairs: str | None, points: str | None) -> list[Query]:
+    """The pairs that the command line names.
+
+    Args:
+        a: Path of the source image.
+        b: Path of the target image, or of a folder of them.
+        pairs: Path of a CSV file with the columns `src` and `trg`, which are relative to its folder, and, if wanted,
+            `points`.
+        points: Query points of pairs without their own, see `read_points`.
+
+    Raises:
+        ZooError: if no pair is named, or a file is missing or lacks a column.
+    """
+    common = None if points is None else read_points(points, "--points")
+    if pairs and not a:
+        folder = Path(pairs).parent
+        return [
+            Query(
+                str(folder / row["src"]),
+                str(folder / row["trg"]),
+                read_points(row["points"], pairs) if row.get("points") else common,
+            )
+            for row in read_columns(Path(pairs), ("src", "trg"))
+        ]
+    if pairs or not (a and b):
+        raise ZooError("expected two images, or an image and a folder, or --pairs alone; --help lists the options")
+    if not Path(b).is_dir():
+        return [Query(a, b, common)]
+    targets = sorted(str(path) for path in Path(b).iterdir() if path.suffix.lower() in SUFFIXES)
+    if not targets:
+        raise ZooError(f"no image in the folder {b}: expected files that end in {', '.join(sorted(SUFFIXES))}")
+    return [Query(a, target, common) for target in targets]
+
+
+def read_points(text: str, source: str) -> Points:
+    """Read points (x, y) from text such as `x,y; x,y`, or from the CSV file of that name.
+
+    Raises:
+        ZooError: if the text has another form; `source` is where it was given.
+    """
+    if Path(text).is_file():
+        text = "; ".join(f"{row['x']},{row['y']}" for row in read_columns(Path(text), ("x", "y")))
+    try:
+        points = [[float(number) for number in point.split(",")] for point in text.strip("; ").split(";")]
+    except ValueError:
+        points = []
+    if not points or any(len(point) != 2 for point in points):
+        raise ZooError(f"{source} {text!r}: expected x,y; x,y; ... such as '120,80; 200.5,91', or a CSV file")
+    return points
+
+
+def read_columns(path: Path, names: tuple[str, ...]) -> list[dict[str, str]]:
+    """Rows of a CSV file that has at least these columns.
+
+    Raises:
+        ZooError: if the file is missing, is not text, or lacks a column.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file, restval="", skipinitialspace=True))
+    except FileNotFoundError:
+        raise ZooError(f"no such file: {path}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ZooError(f"{path} is not a CSV file: {error}") from error
+    for name in names:
+        if not rows or name not in rows[0]:
+            raise ZooError(f"{path}: expected a CSV file with a line of titles and the columns {', '.join(names)}")
+    return rows

@@ -1,0 +1,169 @@
+"""`corrzoo queries` and `corrzoo score`: the evaluation for matches that were made elsewhere, without a model."""
+
+import argparse
+import os
+import time
+from collections.abc import Iterator
+from math import isfinite
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from corrzoo.apps.queries import read_columns
+from corrzoo.callbacks.results import describe_scores, versions, write_csv, write_json
+from corrzoo.data import DATASETS, create_dataset
+from corrzoo.data.pairs import PairDataset
+from corrzoo.errors import Parser, ZooError
+from corrzoo.registry import import_plugins
+from corrzoo.scoring.pck import ALPHAS, PCK
+from corrzoo.scoring.protocols import Protocol, get_protocol
+
+QUERIES = """Write the query points of a dataset as a CSV file, for a method outside corrzoo.
+
+A row is one query: `index` is its pair's number and `keypoint` its number in the pair; `x` and `y` are its place in
+`query_image`, and its match is to be found in `target_image`. Points are in pixels of the stored images (EXIF rotation
+is ignored); (0, 0) is the top-left corner of the top-left pixel. `part` is the dataset's number of the part, if known.
+"""
+SCORE = """Score the matches of any method, and write result files that `corrzoo leaderboard` ranks.
+
+The CSV file has a row for each query of `corrzoo queries`, with the columns `index`, `keypoint`, `x` and `y`, the
+match in pixels of the target image. The files that `corrzoo predict` writes have this form.
+"""
+
+
+def add_dataset(parser: Parser) -> None:
+    """Add the options that `dataset_of` reads."""
+    parser.add_argument("--split", default="test", help="trn, val or test (test)")
+    parser.add_argument("--root", default="data", type=Path, help="folder of the datasets (data)")
+    parser.add_argument("--plugins", help="modules that register datasets, separated by commas")
+
+
+def dataset_of(name: str, options: argparse.Namespace) -> PairDataset:
+    """The dataset that the options name.
+
+    Raises:
+        ZooError: if its images are rendered or mirrored, or it has no keypoints.
+    """
+    if options.plugins:
+        import_plugins(options.plugins)
+    dataset = create_dataset(name, options.root, options.split)
+    if not dataset.images or dataset.outlines or any(dataset.record(i).flip for i in range(len(dataset))):
+        usable = ", ".join(n for n in DATASETS.names() if DATASETS[n].folder and not DATASETS[n].outlines)
+        raise ZooError(f"{name}, split {options.split}: expected image files with keypoints: {usable}; val or test")
+    return dataset
+
+
+def write_queries(args: list[str]) -> None:
+    """Run `corrzoo queries`."""
+    parser = Parser(prog="corrzoo queries", description=QUERIES)
+    parser.add_argument("dataset", help="a name of `corrzoo list datasets` whose images are files")
+    parser.add_argument(
+        "--protocol", help="some protocols, such as CATs', ask for the points of the other image (default)"
+    )
+    parser.add_argument("--out", type=Path, help="the CSV file (queries/<dataset>-<split>.csv)")
+    add_dataset(parser)
+    options = parser.parse_args(args)
+    dataset = dataset_of(options.dataset, options)
+    protocol = get_protocol(options.protocol or "default", dataset.threshold)
+    path = options.out or Path("queries", f"{dataset.name}-{dataset.split}.csv")
+    write_csv(path, list(queries(dataset, protocol)))
+    print(f"{len(dataset)} pairs, predicted in the {protocol.evaluated} image: {path}")
+
+
+def queries(dataset: PairDataset, protocol: Protocol) -> Iterator[dict[str, object]]:
+    """The rows of `corrzoo queries`."""
+    for index in range(len(dataset)):
+        record = dataset.record(index)
+        kps = record.src_kps if protocol.query == "src" else record.trg_kps
+        paths = {"src": record.src_path, "trg": record.trg_path}
+        parts = [""] * len(kps) if record.kps_ids is None else record.kps_ids.tolist()
+        for keypoint, ((x, y), part) in enumerate(zip(kps.tolist(), parts, strict=True)):
+            yield {
+                "index": index, "keypoint": keypoint, "x": x, "y": y, "query_image": paths[protocol.query],
+                "target_image": paths[protocol.evaluated], "category": record.category, "part": part,
+            }  # fmt: skip
+
+
+def main(args: list[str]) -> None:
+    """Run `corrzoo score`."""
+    parser = Parser(prog="corrzoo score", description=SCORE)
+    parser.add_argument("predictions", type=Path, help="CSV file with the columns index, keypoint, x and y")
+    parser.add_argument("--dataset", required=True, help="the dataset of the queries")
+    parser.add_argument("--protocol", nargs="+", default=["default"], help="one or more protocols (default)")
+    parser.add_argument("--method", help="name of the method in the leaderboard (the name of the file)")
+    parser.add_argument("--backbone", default="", help="its backbone, for the leaderboard")
+    parser.add_argument("--label", default="", help="its variant, for the leaderboard")
+    parser.add_argument("--source", default="", help="where the predictions come from: a paper, an address, a commit")
+    parser.add_argument("--supervision", choices=("keypoints", "weak", "none"), default="keypoints",
+                        help="what it was trained with, which is how the leaderboard groups (keypoints)")  # fmt: skip
+    parser.add_argument("--out", default="results", type=Path, help="folder of the result files (results)")
+    add_dataset(parser)
+    options = parser.parse_args(args)
+    dataset = dataset_of(options.dataset, options)
+    protocols = [get_protocol(name, dataset.threshold) for name in options.protocol]
+    if len(sides := {protocol.evaluated for protocol in protocols}) > 1:
+        raise ZooError(
+            f"--protocol {' '.join(options.protocol)}: some predict in the {' and some in the '.join(sides)} image"
+        )
+    points = read_predictions(options.predictions, dataset, protocols[0].evaluated)
+    for protocol in protocols:
+        metric = PCK(protocol, ALPHAS, dataset.categories)
+        for index, pred in enumerate(points):
+            record = dataset.record(index)
+            metric.update(pred, record, index, dataset.categories.index(record.category))
+        path = options.out / f"{dataset.name}-{str(protocol).replace(':', '-')}.json"
+        result = describe_scores(metric, dataset)
+        write_json(path, about(options) | result)
+        scores = ", ".join(f"{title} {result['pck'][key]:.1f}" for title, _, key in metric.columns())
+        print(f"{protocol}: {scores}: {path}")
+
+
+def about(options: argparse.Namespace) -> dict[str, object]:
+    """Fields of a result file that a run of corrzoo knows by itself."""
+    return {
+        "label": options.label,
+        "head": options.method or options.predictions.stem,
+        "backbone": options.backbone,
+        "source": options.source,
+        "supervision": options.supervision,
+        "predictions": os.fspath(options.predictions),
+        "versions": versions(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def read_predictions(path: Path, dataset: PairDataset, evaluated: str) -> list[Tensor]:
+    """(n, 2) float64 predictions of each pair.
+
+    Raises:
+        ZooError: if a query has no prediction or several, or a row is not one of the queries or not a finite point.
+    """
+    expected = [len(dataset.record(index).trg_kps) for index in range(len(dataset))]
+    points = [torch.full((n, 2), torch.nan, dtype=torch.float64) for n in expected]
+    for line, row in enumerate(read_columns(path, ("index", "keypoint", "x", "y")), 2):
+        try:
+            index, keypoint, x, y = int(row["index"]), int(row["keypoint"]), float(row["x"]), float(row["y"])
+        except (TypeError, ValueError) as error:
+            raise ZooError(
+                f"{path}, line {line}: expected whole numbers index and keypoint, and numbers x and y"
+            ) from error
+        where = f"{path}, line {line}: pair {index}, keypoint {keypoint}"
+        if not (0 <= index < len(expected) and 0 <= keypoint < expected[index]):
+            raise ZooError(f"{where} is not a query of {dataset.name}, split {dataset.split}: see `corrzoo queries`")
+        if not (isfinite(x) and isfinite(y)):
+            raise ZooError(f"{where}: expected a finite point, got ({x}, {y})")
+        if row.get("image") not in (None, "", evaluated):
+            raise ZooError(
+                f"{where} lies in the {row['image']} image, but the protocol evaluates the {evaluated} image"
+            )
+        if not points[index][keypoint].isnan().all():
+            raise ZooError(f"{where} is predicted twice")
+        points[index][keypoint] = torch.tensor([x, y], dtype=torch.float64)
+    missing = [(i, k) for i, found in enumerate(points) for k in found[:, 0].isnan().nonzero().flatten().tolist()]
+    if missing:
+        (index, keypoint), total = missing[0], sum(expected)
+        raise ZooError(
+            f"{path}: {len(missing)} of {total} queries have no prediction, such as pair {index}, keypoint {keypoint}"
+        )
+    return points
