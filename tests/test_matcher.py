@@ -193,6 +193,34 @@ def test_prediction_outside_a_run_does_not_cache(tmp_path):
     assert not torch.equal(predict_points(model, pair), before)
 
 
+class Interrupts(Callback):
+    """Raise in the middle of a run, after some images have been cached."""
+
+    def on_test_batch_end(self, trainer, pl_module, *_):
+        assert pl_module.evaluation.cached_bytes > 0
+        raise RuntimeError("interrupted")
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        assert pl_module._training_features.used > 0
+        raise RuntimeError("interrupted")
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_after_an_interruption_no_features_of_old_weights_are_used(tmp_path, command):
+    torch.manual_seed(0)
+    model, pairs = corrzoo.create_matcher("Baseline", **TINY, finetune="none"), drawn(tmp_path)
+    run = trainer(tmp_path, callbacks=[Interrupts(), MatchImages(kinds=[])], num_sanity_val_steps=0)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        getattr(run, command)(model, pairs)
+    pair = next(iter(pairs.train_dataloader() if command == "fit" else pairs.test_dataloader()[0]))
+    before = predict_points(model.eval(), pair)
+    other = corrzoo.create_matcher("Baseline", **TINY, finetune="none")
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(predict_points(model, pair), predict_points(other.eval(), pair))
+    assert not torch.equal(predict_points(model, pair), before)
+    assert torch.equal(model.training_losses(pair), other.training_losses(pair))
+
+
 def test_a_loss_that_is_not_finite_raises_and_names_the_pairs(tmp_path):
     class Broken(Straight):
         def loss(self, match, pair):
