@@ -16,10 +16,10 @@ def test_files_are_written_atomically(tmp_path, monkeypatch):
     results.write_json(path, {"a": 1})
     assert json.loads(path.read_text()) == {"a": 1}
 
-    def full_disk(self, text, **options):
+    def full_disk(self, content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.write_text", full_disk)
+    monkeypatch.setattr("pathlib.Path.write_bytes", full_disk)
     with pytest.raises(OSError, match="No space left"):
         results.write_json(path, {"a": 2})
     monkeypatch.undo()
