@@ -1,11 +1,16 @@
 """Command line: `corrzoo`, `lightning` and `python -m corrzoo`."""
 
+import ctypes
 import importlib
 import os
+import signal
 import sys
 
 from corrzoo.commands import COMMANDS
 from corrzoo.errors import ZooError
+
+PR_SET_PDEATHSIG = 1
+"""prctl(2): the signal that a process gets when its parent ends."""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -14,6 +19,9 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: Command line; `sys.argv` if None.
     """
+    if int(os.environ.get("LOCAL_RANK", "0")) and sys.platform == "linux":
+        # If the first process is killed, its other training processes would wait for it.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getcwd() not in sys.path:
         # Plugins may be in the working folder, which console scripts do not search. Last, so that it hides no module.
         sys.path.append(os.getcwd())

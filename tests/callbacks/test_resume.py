@@ -1,11 +1,15 @@
 """A run resumed from any of its checkpoints ends with the same weights, for any number of workers."""
 
 import errno
+import fcntl
 import functools
+import multiprocessing
 import signal
 import threading
+import time
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +17,7 @@ from fixtures import write_synthetic_spair
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 import corrzoo
-from corrzoo.callbacks.resume import Checkpoints, WholeFiles
+from corrzoo.callbacks.resume import Checkpoints, WholeFiles, _lock
 from corrzoo.data.module import PairsDataModule
 from corrzoo.heads import Baseline
 from corrzoo.types import ZooError
@@ -117,6 +121,53 @@ def test_a_failed_write_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatc
     ):
         WholeFiles().save_checkpoint({"step": 2}, path)
     assert torch.load(path) == {"step": 1} and [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def hold(path: Path, ready: Any, done: Any) -> None:
+    """Be another run: hold the lock of its folder, with a worker that outlives it."""
+    lock = _lock(str(path))
+    assert lock
+    multiprocessing.get_context("fork").Process(target=done.wait, args=(60,)).start()
+    ready.set()
+    time.sleep(60)
+
+
+def test_a_second_run_is_refused_until_the_first_ends_or_is_killed(tmp_path: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    ready, done = fork.Event(), fork.Event()
+    other = fork.Process(target=hold, args=(tmp_path, ready, done))
+    other.start()
+    assert ready.wait(60)
+
+    def fit() -> None:
+        trainer = Trainer(
+            max_steps=1, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+            devices=1, callbacks=[Checkpoints(dirpath=tmp_path)], limit_val_batches=0,
+        )  # fmt: skip
+        lengths = {"synthetic": {"length": {"trn": 4, "val": 1}}}
+        data = PairsDataModule(train="synthetic", image_size=64, batch_size=4, num_workers=0, options=lengths)
+        trainer.fit(corrzoo.create_matcher("Baseline", VIT, "random"), data)
+
+    with pytest.raises(ZooError, match=f"another run writes its checkpoints into {tmp_path}: wait for its end, or"):
+        fit()
+    assert not (tmp_path / "last.ckpt").exists()
+    other.kill()
+    other.join()
+    fit()
+    done.set()
+    assert (tmp_path / "last.ckpt").exists()
+    free = fork.Process(target=_lock, args=(str(tmp_path),))
+    free.start()
+    free.join()
+    assert free.exitcode == 0  # this process trains no more
+
+
+def test_a_file_system_without_locks_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    assert _lock(str(tmp_path)) is None and _lock("s3://bucket") is None
 
 
 def test_a_pickled_checkpoint_from_a_url_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Exact resume after an interruption, with the work-arounds for Lightning that it needs."""
 
+import fcntl
 import os
 import pickle
 import shutil
@@ -8,7 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -107,6 +108,7 @@ class Checkpoints(ModelCheckpoint):
     def __init__(self, save_last: bool = True, last_every_n_steps: int | None = None, **options: Any) -> None:
         super().__init__(**options)
         self._keeps_last, self._every, self._trains = save_last, last_every_n_steps, False
+        self._lock: IO[str] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         scores = [f"val/pck@{alpha:g}" for alpha in getattr(pl_module.hparams, "alphas", ())]
@@ -116,6 +118,11 @@ class Checkpoints(ModelCheckpoint):
         self.dirpath = self.dirpath or str(run_folder(trainer) / "checkpoints")
         super().setup(trainer, pl_module, stage)
         self._trains = stage == "fit"
+        if self._trains and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._lock = _lock(str(self.dirpath))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._lock = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -161,6 +168,22 @@ def can_resume_from(trainer: Trainer, batch_idx: int) -> bool:
     skip that epoch's validation.
     """
     return not trainer.is_last_batch and (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+def _lock(folder: str) -> IO[str] | None:
+    """Refuse a folder that another process writes its checkpoints into. The lock lasts until the file is closed."""
+    if "://" in folder:
+        return None
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    file = open(Path(folder, ".lock"), "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which workers of a killed run would keep
+    except BlockingIOError as error:
+        remedy = "wait for its end, or choose another --checkpoint.dirpath"
+        raise ZooError(f"another run writes its checkpoints into {folder}: {remedy}") from error
+    except OSError:  # a network file system without locks
+        return None
+    return file
 
 
 @rank_zero_only
