@@ -1,4 +1,6 @@
 import json
+import multiprocessing
+import resource
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import yaml
 import corrzoo
 from corrzoo.store.checkpoints import read_checkpoint
 from corrzoo.types import ZooError
+from processes import obey_permissions
 
 TINY = dict(backbone="timm/test_vit.r160_in1k", weights="random")
 
@@ -64,6 +67,38 @@ def test_a_saved_folder_loads_as_the_same_model(tmp_path):
     (tmp_path / "model" / "config.json").unlink()
     with pytest.raises(ZooError, match=r"config\.json"):
         corrzoo.load(tmp_path / "model")
+
+
+def fill_the_disk(folder):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+def protect(folder):
+    folder.chmod(0o555)
+    obey_permissions()
+
+
+@pytest.mark.parametrize("trouble, said", [(fill_the_disk, "File too large"), (protect, "Permission denied")])
+def test_a_full_or_read_only_folder_is_one_error_and_keeps_the_model(tmp_path, trouble, said):
+    folder = corrzoo.save(corrzoo.create_matcher("Baseline", **TINY), tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    fork = multiprocessing.get_context("fork")
+    answers = fork.SimpleQueue()
+
+    def work():
+        trouble(folder)
+        with pytest.raises(ZooError) as error:
+            corrzoo.save(corrzoo.create_matcher("Baseline", **TINY), folder)
+        answers.put(str(error.value))
+
+    process = fork.Process(target=work)
+    process.start()
+    process.join(120)
+    folder.chmod(0o755)
+    assert process.exitcode == 0
+    error = answers.get()
+    assert error.startswith(f"cannot save to {folder}: ") and said in error and "\n" not in error
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_a_missing_weight_is_an_error(tmp_path):

@@ -58,8 +58,8 @@ def save(matcher: Matcher, folder: str | Path, results: Sequence[str | Path | di
             save_file({name: value.contiguous() for name, value in matcher.state_dict().items()}, partial)
         write_text(folder / CONFIG, json.dumps(config, indent=1) + "\n")
         write_text(folder / CARD, card)
-    except OSError as error:
-        raise ZooError(f"cannot save to {folder}: {error.strerror}") from error
+    except (OSError, SafetensorError) as error:
+        raise ZooError(f"cannot save to {folder}: {getattr(error, 'strerror', error)}") from error
     return folder
 
 
