@@ -17,7 +17,7 @@ from fixtures import write_synthetic_spair
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 import corrzoo
-from corrzoo.callbacks.resume import Checkpoints, WholeFiles, _lock
+from corrzoo.callbacks.resume import Checkpoints, WholeFiles
 from corrzoo.data.module import PairsDataModule
 from corrzoo.heads import Baseline
 from corrzoo.types import ZooError
@@ -124,9 +124,9 @@ def test_a_failed_write_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatc
 
 
 def hold(path: Path, ready: Any, done: Any) -> None:
-    """Be another run: hold the lock of its folder, with a worker that outlives it."""
-    lock = _lock(str(path))
-    assert lock
+    """Be another run: claim its folder, and start a worker that outlives it."""
+    running = Checkpoints(dirpath=path)
+    running._claim()
     multiprocessing.get_context("fork").Process(target=done.wait, args=(60,)).start()
     ready.set()
     time.sleep(60)
@@ -139,27 +139,27 @@ def test_a_second_run_is_refused_until_the_first_ends_or_is_killed(tmp_path: Pat
     other.start()
     assert ready.wait(60)
 
-    def fit() -> None:
+    def fit(steps: int, start: Path | None = None) -> None:
+        keep = Checkpoints(dirpath=tmp_path / "first" if start is None and steps == 1 else tmp_path, filename="best")
         trainer = Trainer(
-            max_steps=1, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
-            devices=1, callbacks=[Checkpoints(dirpath=tmp_path)], limit_val_batches=0,
+            max_steps=steps, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+            devices=1, callbacks=[keep], limit_val_batches=0,
         )  # fmt: skip
         lengths = {"synthetic": {"length": {"trn": 4, "val": 1}}}
         data = PairsDataModule(train="synthetic", image_size=64, batch_size=4, num_workers=0, options=lengths)
-        trainer.fit(corrzoo.create_matcher("Baseline", VIT, "random"), data)
+        trainer.fit(corrzoo.create_matcher("Baseline", VIT, "random"), data, ckpt_path=start)
 
-    with pytest.raises(ZooError, match=f"another run writes its checkpoints into {tmp_path}: wait for its end, or"):
-        fit()
-    assert not (tmp_path / "last.ckpt").exists()
+    fit(1)  # another folder
+    assert {path.name for path in (tmp_path / "first").iterdir()} == {"best.ckpt", "last.ckpt"}
+    for start in (None, tmp_path / "first" / "last.ckpt"):
+        with pytest.raises(ZooError, match=f"another run writes its checkpoints into {tmp_path}: wait for its end, or"):
+            fit(2, start)
+        assert {path.name for path in tmp_path.iterdir()} == {"first", ".lock"}
     other.kill()
     other.join()
-    fit()
+    fit(2, tmp_path / "first" / "last.ckpt")
     done.set()
-    assert (tmp_path / "last.ckpt").exists()
-    free = fork.Process(target=_lock, args=(str(tmp_path),))
-    free.start()
-    free.join()
-    assert free.exitcode == 0  # this process trains no more
+    assert {path.name for path in tmp_path.iterdir()} == {"first", "best.ckpt", "last.ckpt"}
 
 
 def test_a_file_system_without_locks_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +167,8 @@ def test_a_file_system_without_locks_is_no_error(tmp_path: Path, monkeypatch: py
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", no_locks)
-    assert _lock(str(tmp_path)) is None and _lock("s3://bucket") is None
+    Checkpoints(dirpath=tmp_path)._claim()
+    Checkpoints(dirpath="memory://bucket")._claim()
 
 
 def test_a_pickled_checkpoint_from_a_url_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

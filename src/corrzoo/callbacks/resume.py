@@ -118,11 +118,18 @@ class Checkpoints(ModelCheckpoint):
         self.dirpath = self.dirpath or str(run_folder(trainer) / "checkpoints")
         super().setup(trainer, pl_module, stage)
         self._trains = stage == "fit"
-        if self._trains and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._lock = _lock(str(self.dirpath))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._claim()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._lock = None
+        self._release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._release()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -148,6 +155,7 @@ class Checkpoints(ModelCheckpoint):
         """Copy the best checkpoints of the resumed run into the folder of this run."""
         best, folder = state_dict["best_k_models"], str(self.dirpath)
         if self._trains and folder != state_dict["dirpath"] and all(Path(path).is_file() for path in best):
+            self._claim()
             here = {path: str(Path(folder) / Path(path).name) for path in best}
             for old, new in here.items():
                 _copy(Path(old), Path(new))
@@ -160,6 +168,30 @@ class Checkpoints(ModelCheckpoint):
             }
         super().load_state_dict(state_dict)
 
+    @rank_zero_only
+    def _claim(self) -> None:
+        """Lock the folder until the end of training; a folder that another process trains into is an error."""
+        if self._lock or "://" in str(self.dirpath):
+            return
+        path = Path(str(self.dirpath), ".lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = open(path, "w")
+        try:
+            # not flock: workers inherit its locks, and outlive a killed run
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock = None
+            remedy = "wait for its end, or choose another --checkpoint.dirpath"
+            raise ZooError(f"another run writes its checkpoints into {self.dirpath}: {remedy}") from error
+        except OSError:
+            pass  # a network file system without locks
+
+    def _release(self) -> None:
+        if self._lock:
+            Path(self._lock.name).unlink(missing_ok=True)
+            self._lock.close()
+        self._lock = None
+
 
 def can_resume_from(trainer: Trainer, batch_idx: int) -> bool:
     """Whether a checkpoint written now can be resumed.
@@ -168,22 +200,6 @@ def can_resume_from(trainer: Trainer, batch_idx: int) -> bool:
     skip that epoch's validation.
     """
     return not trainer.is_last_batch and (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-
-
-def _lock(folder: str) -> IO[str] | None:
-    """Refuse a folder that another process writes its checkpoints into. The lock lasts until the file is closed."""
-    if "://" in folder:
-        return None
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    file = open(Path(folder, ".lock"), "w")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which workers of a killed run would keep
-    except BlockingIOError as error:
-        remedy = "wait for its end, or choose another --checkpoint.dirpath"
-        raise ZooError(f"another run writes its checkpoints into {folder}: {remedy}") from error
-    except OSError:  # a network file system without locks
-        return None
-    return file
 
 
 @rank_zero_only
