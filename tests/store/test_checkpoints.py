@@ -172,6 +172,16 @@ def test_a_small_file_that_names_a_large_backbone_allocates_nothing(tmp_path, mo
     assert devices - {False} == {"meta"}
 
 
+def test_a_plugin_whose_constructor_reads_values_of_tensors_loads(tmp_path, monkeypatch):
+    class Reading(corrzoo.heads.Baseline):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.rate = torch.linspace(0, 1, 3)[1].item()
+
+    monkeypatch.setitem(corrzoo.heads.HEADS._things, "Reading", Reading)
+    assert corrzoo.load(checkpoint(tmp_path / "a.ckpt", Reading(**TINY))).rate == 0.5
+
+
 @pytest.mark.parametrize("head", corrzoo.list_heads())
 @pytest.mark.parametrize("backbone", [TINY["backbone"], "timm/test_resnet.r160_in1k"])
 def test_every_head_can_be_built_without_memory(head, backbone):
