@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from fixtures import write_synthetic_spair
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, Trainer, seed_everything
 
 import corrzoo
 from corrzoo.backbones.cache import FeatureCache
@@ -193,6 +193,34 @@ def test_prediction_outside_a_run_does_not_cache(tmp_path):
     assert not torch.equal(predict_points(model, pair), before)
 
 
+class Interrupts(Callback):
+    """Raise in the middle of a run, after some images have been cached."""
+
+    def on_test_batch_end(self, trainer, pl_module, *_):
+        assert pl_module.evaluation.cached_bytes > 0
+        raise RuntimeError("interrupted")
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        assert pl_module._training_features.used > 0
+        raise RuntimeError("interrupted")
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_after_an_interruption_no_features_of_old_weights_are_used(tmp_path, command):
+    torch.manual_seed(0)
+    model, pairs = corrzoo.create_matcher("Baseline", **TINY, finetune="none"), drawn(tmp_path)
+    run = trainer(tmp_path, callbacks=[Interrupts(), MatchImages(kinds=[])], num_sanity_val_steps=0)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        getattr(run, command)(model, pairs)
+    pair = next(iter(pairs.train_dataloader() if command == "fit" else pairs.test_dataloader()[0]))
+    before = predict_points(model.eval(), pair)
+    other = corrzoo.create_matcher("Baseline", **TINY, finetune="none")
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(predict_points(model, pair), predict_points(other.eval(), pair))
+    assert not torch.equal(predict_points(model, pair), before)
+    assert torch.equal(model.training_losses(pair), other.training_losses(pair))
+
+
 def test_a_loss_that_is_not_finite_raises_and_names_the_pairs(tmp_path):
     class Broken(Straight):
         def loss(self, match, pair):
@@ -259,6 +287,47 @@ def test_a_trained_matcher_knows_its_training_data(tmp_path):
         loop.test(one, data(), verbose=False)
         result = json.loads((tmp_path / str(k) / "synthetic.json").read_text())
         assert result["trained"] == model.trained and result["trained"]["size"] == 64
+
+
+class MeanOverPairs(Baseline):
+    """A head whose loss gives every pair the same weight."""
+
+    def loss(self, match, pair):
+        values, where = self.keypoint_errors(match, pair)
+        return ((values * where).sum((1, 2)) / where.sum((1, 2)).clamp(min=1)).mean()
+
+
+class LearningRates(Callback):
+    def __init__(self):
+        self.found = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.found.append(optimizer.param_groups[0]["lr"])
+
+
+def test_accumulated_gradients_equal_a_large_batch(tmp_path):
+    """The same pairs in each step, the same learning rates, and the same weights after two epochs of three steps."""
+    weights, rates = [], []
+    for batch_size, accumulated in ((4, 1), (2, 2), (1, 4)):
+        seed_everything(0)
+        model = MeanOverPairs(**TINY, lr=1e-2, backbone_lr=1e-3, schedule="cosine")
+        before = model.state_dict()["temperature"].clone()
+        pairs = data(trn=12)
+        pairs.hparams.batch_size = batch_size
+        watch = LearningRates()
+        run = trainer(
+            tmp_path / str(batch_size), max_epochs=2, accumulate_grad_batches=accumulated, precision="64-true",
+            limit_val_batches=0, callbacks=[watch], enable_checkpointing=False,
+        )  # fmt: skip
+        run.fit(model, pairs)
+        assert run.global_step == 6 and model.trained["pairs_seen"] == 24
+        weights.append(model.state_dict())
+        rates.append(watch.found)
+    assert rates[0] == rates[1] == rates[2] and len(set(rates[0])) == 6
+    assert not torch.equal(weights[0]["temperature"], before)
+    for other in weights[1:]:
+        for name, value in weights[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-7, atol=1e-10)
 
 
 def test_forward_needs_no_trainer():

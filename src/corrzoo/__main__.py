@@ -1,7 +1,9 @@
 """Command line: `corrzoo`, `lightning` and `python -m corrzoo`."""
 
+import ctypes
 import importlib
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +12,9 @@ from corrzoo.commands import COMMANDS, LIGHTNING, help_text
 from corrzoo.errors import ZooError
 from corrzoo.registry import nearest
 
+PR_SET_PDEATHSIG = 1
+"""prctl(2): the signal that a process gets when its parent ends."""
+
 
 def main(args: list[str] | None = None) -> None:
     """Run a command of `COMMANDS`; without one, print the help.
@@ -17,6 +22,9 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: Command line; `sys.argv` if None.
     """
+    if int(os.environ.get("LOCAL_RANK", "0")) and sys.platform == "linux":
+        # If the first process is killed, its other training processes would wait for it.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getcwd() not in sys.path:
         # Plugins may be in the working folder, which console scripts do not search. Last, so that it hides no module.
         sys.path.append(os.getcwd())

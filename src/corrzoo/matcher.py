@@ -174,7 +174,8 @@ class Matcher(LightningModule, ABC):
     def training_features(self, pair: Pair) -> tuple[Features, Features]:
         """Prepared features of a training batch; those of a frozen backbone are computed once per image."""
         cache = self._training_features
-        if cache is None or min(ids := [*pair.src_id.tolist(), *pair.trg_id.tolist()]) < 0:
+        # After an interruption the cache is still here, but the weights may change.
+        if cache is None or not self.trainer.training or min(ids := [*pair.src_id.tolist(), *pair.trg_id.tolist()]) < 0:
             return self.features(pair)
         images = self.backbone.normalise(torch.cat([pair.src_img, pair.trg_img]))
         return self.prepare(cache(images, ids, self.backbone)).halves()

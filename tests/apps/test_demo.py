@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -90,6 +91,10 @@ def test_an_uploaded_image_replaces_one_side(server):
         ("POST", "/match", b'{"side": "src", "x": NaN, "y": 1}', {}, 400),
         ("POST", "/src", b"", {"Content-Length": str(2**40)}, 413),
         ("POST", "/src", b"", {"Content-Length": "-1"}, 413),
+        ("POST", "/src", b"", {"Content-Length": "\u00b2"}, 413),
+        ("POST", "/src", b"", {"Content-Length": "1" * 4301}, 413),
+        ("POST", "/match", b'{"side": "src", "x": 1%s, "y": 1}' % (b"0" * 400), {}, 400),
+        ("POST", "/match", b"[" * 100_000, {}, 400),
         ("DELETE", "/src", None, {}, 501),
     ],
 )
@@ -98,6 +103,43 @@ def test_invalid_and_foreign_requests_are_refused(server, method, path, body, he
     assert found == status
     assert status == 501 or "\n" not in json.loads(content)["error"]
     assert ask(server, "GET", "/state")[0] == 200
+
+
+def test_an_image_too_wide_for_jpeg_is_shown_smaller(server):
+    assert ask(server, "POST", "/src", png((70_000, 3)))[0] == 200
+    status, content, _ = ask(server, "GET", "/src")
+    assert status == 200 and Image.open(io.BytesIO(content)).size == (demo.JPEG_SIDE, 1)
+    assert json.loads(ask(server, "GET", "/state")[1])["sizes"]["src"] == [70_000, 3]
+
+
+def test_a_closed_connection_prints_nothing_and_another_error_its_traceback(server, capsys, monkeypatch):
+    for raised in (BrokenPipeError("gone"), ValueError("a bug")):
+        monkeypatch.setattr(demo.Handler, "do_GET", lambda self, raised=raised: (_ for _ in ()).throw(raised))
+        with pytest.raises(http.client.RemoteDisconnected):
+            ask(server, "GET", "/")
+    monkeypatch.undo()
+    assert ask(server, "GET", "/state")[0] == 200
+    said = capsys.readouterr().err
+    assert "ValueError: a bug" in said and "BrokenPipe" not in said
+
+
+def test_uploads_are_decoded_one_at_a_time(server, monkeypatch):
+    at_once, most = [], []
+
+    def slowly(content):
+        at_once.append(1)
+        time.sleep(0.05)
+        most.append(len(at_once))
+        at_once.pop()
+        return Image.new("RGB", (30, 20))
+
+    monkeypatch.setattr(demo, "as_rgb", slowly)
+    askers = [threading.Thread(target=ask, args=(server, "POST", "/src", b"x")) for _ in range(4)]
+    for asker in askers:
+        asker.start()
+    for asker in askers:
+        asker.join()
+    assert most == [1, 1, 1, 1]
 
 
 def test_the_page_loads_nothing_from_other_sites(server):

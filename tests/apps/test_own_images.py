@@ -119,6 +119,20 @@ def test_an_image_is_matched_to_each_image_of_a_folder():
     assert [path.name for path in sorted(Path("matches").iterdir())] == ["1-a-first", "2-a-second"]
 
 
+@pytest.mark.parametrize("name", ["flow.npy", "flow.flo"])
+def test_a_full_disk_leaves_no_half_of_a_flow(monkeypatch, name):
+    write = Path.write_bytes
+
+    def full_disk(path, content):
+        write(path, content[: len(content) // 2] if name in path.name else content)
+        if name in path.name:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    assert "No space left on device" in failing("a.png", "b.jpg", "--points=30,40", "--dense", *TINY)
+    assert Path("matches/matches.json").is_file() and not list(Path("matches").glob(f"*{name}*"))
+
+
 def test_a_saved_model_keeps_its_options_and_image_size():
     model = corrzoo.create_matcher("Baseline", "timm/test_resnet.r160_in1k", "random", readout="identity")
     model.image_size = 64

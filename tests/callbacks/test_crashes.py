@@ -1,6 +1,5 @@
 """Runs that are killed, stopped or out of disk space resume, and end like an uninterrupted run."""
 
-import ctypes
 import multiprocessing
 import os
 import random
@@ -18,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 from fixtures import write_synthetic_spair
+
+from processes import obey_permissions
 
 VIT = "timm/test_vit.r160_in1k"
 FIT = [
@@ -250,16 +251,6 @@ def test_a_failure_during_training_is_one_line_and_the_run_resumes(
     assert_same(read(newest(fresh)), read(newest(home)))
 
 
-def obey_permissions() -> None:
-    """Make root obey permissions, too: drop CAP_DAC_OVERRIDE (capabilities(7))."""
-    libc, override = ctypes.CDLL(None, use_errno=True), 1 << 1
-    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-    assert libc.capget(header, sets) == 0
-    for which in range(3):  # effective, permitted, inheritable
-        sets[which] &= ~override
-    assert libc.capset(header, sets) == 0
-
-
 def protect(folder: Path) -> None:
     for place in (folder, *folder.rglob("*")):
         place.chmod(0o555 if place.is_dir() else 0o444)
@@ -308,6 +299,16 @@ def test_a_folder_that_becomes_unwritable_keeps_the_last_checkpoint(
     release(fresh / "runs")
     assert run(fresh, resume(fresh), obey_permissions)[0] == 0
     assert_same(read(newest(fresh)), read(newest(home)))
+
+
+def test_a_read_only_dataset_is_only_read(home: Path, fresh: Path) -> None:
+    (fresh / "data").unlink()
+    shutil.copytree(home / "data", fresh / "data")
+    protect(fresh / "data")
+    status, log = run(fresh, [*FIT, "--data.download=true"], obey_permissions)
+    release(fresh / "data")
+    assert status == 0, log
+    assert_same(read(newest(fresh))["state_dict"], read(newest(home))["state_dict"])
 
 
 def test_an_unwritable_cache_is_reported_skipped_or_read(home: Path, fresh: Path) -> None:

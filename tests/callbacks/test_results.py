@@ -1,6 +1,7 @@
 """Result files are written atomically; errors name folders and pictures."""
 
 import json
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -15,10 +16,10 @@ def test_files_are_written_atomically(tmp_path, monkeypatch):
     results.write_json(path, {"a": 1})
     assert json.loads(path.read_text()) == {"a": 1}
 
-    def full_disk(self, text, **options):
+    def full_disk(self, content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.write_text", full_disk)
+    monkeypatch.setattr("pathlib.Path.write_bytes", full_disk)
     with pytest.raises(OSError, match="No space left"):
         results.write_json(path, {"a": 2})
     monkeypatch.undo()
@@ -34,6 +35,32 @@ def test_an_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ZooError, match=r"cannot write results into .*file"):
         results.writable(tmp_path / "file" / "results")
+
+
+def test_the_commit_is_that_of_a_checkout_that_tracks_the_package(tmp_path, monkeypatch):
+    """A virtual environment inside another project's repository is not part of it."""
+
+    def git(*words):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        return subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True, text=True)
+
+    file = tmp_path / ".venv" / "corrzoo" / "results.py"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    monkeypatch.setattr(results, "__file__", str(file))
+    commit = results._commit.__wrapped__
+    assert commit() is None
+    git("init")
+    git("commit", "--allow-empty", "-m", "empty")
+    assert commit() is None
+    git("add", ".")
+    git("commit", "-m", "all")
+    head = git("rev-parse", "HEAD").stdout.strip()
+    assert commit() == head
+    file.write_text("changed")
+    assert commit() == f"{head}+"
+    monkeypatch.setenv("PATH", "")
+    assert commit() is None
 
 
 def test_an_unknown_picture_suggests_the_nearest():

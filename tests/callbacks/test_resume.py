@@ -1,11 +1,15 @@
 """A run resumed from any of its checkpoints ends with the same weights, for any number of workers."""
 
 import errno
+import fcntl
 import functools
+import multiprocessing
 import signal
 import threading
+import time
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,6 +121,54 @@ def test_a_failed_write_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatc
     ):
         WholeFiles().save_checkpoint({"step": 2}, path)
     assert torch.load(path) == {"step": 1} and [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def hold(path: Path, ready: Any, done: Any) -> None:
+    """Be another run: claim its folder, and start a worker that outlives it."""
+    running = Checkpoints(dirpath=path)
+    running._claim()
+    multiprocessing.get_context("fork").Process(target=done.wait, args=(60,)).start()
+    ready.set()
+    time.sleep(60)
+
+
+def test_a_second_run_is_refused_until_the_first_ends_or_is_killed(tmp_path: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    ready, done = fork.Event(), fork.Event()
+    other = fork.Process(target=hold, args=(tmp_path, ready, done))
+    other.start()
+    assert ready.wait(60)
+
+    def fit(steps: int, start: Path | None = None) -> None:
+        keep = Checkpoints(dirpath=tmp_path / "first" if start is None and steps == 1 else tmp_path, filename="best")
+        trainer = Trainer(
+            max_steps=steps, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+            devices=1, callbacks=[keep], limit_val_batches=0,
+        )  # fmt: skip
+        lengths = {"synthetic": {"length": {"trn": 4, "val": 1}}}
+        data = PairsDataModule(train="synthetic", image_size=64, batch_size=4, num_workers=0, options=lengths)
+        trainer.fit(corrzoo.create_matcher("Baseline", VIT, "random"), data, ckpt_path=start)
+
+    fit(1)  # another folder
+    assert {path.name for path in (tmp_path / "first").iterdir()} == {"best.ckpt", "last.ckpt"}
+    for start in (None, tmp_path / "first" / "last.ckpt"):
+        with pytest.raises(ZooError, match=f"another run writes its checkpoints into {tmp_path}: wait for its end, or"):
+            fit(2, start)
+        assert {path.name for path in tmp_path.iterdir()} == {"first", ".lock"}
+    other.kill()
+    other.join()
+    fit(2, tmp_path / "first" / "last.ckpt")
+    done.set()
+    assert {path.name for path in tmp_path.iterdir()} == {"first", "best.ckpt", "last.ckpt"}
+
+
+def test_a_file_system_without_locks_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    Checkpoints(dirpath=tmp_path)._claim()
+    Checkpoints(dirpath="memory://bucket")._claim()
 
 
 def test_a_pickled_checkpoint_from_a_url_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

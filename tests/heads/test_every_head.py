@@ -54,7 +54,7 @@ def test_a_step_reaches_every_parameter_that_trains(head, backbone):
     model, pair = build(head, backbone), batch()
     with torch.no_grad():
         for p in model.parameters():  # nothing stands at an initial zero that blocks the gradient of something else
-            p += 0.02 * torch.randn_like(p)
+            p += 0.02 * torch.randn_like(p).abs()  # nor falls a temperature below its bound
     step(model, pair).backward()
     without = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert not without

@@ -141,6 +141,15 @@ def test_nan_propagates_as_in_the_reference(where: Place) -> None:
         torch.testing.assert_close([x.cpu() for x in mine], list(plain), equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_that_overflows_gives_nan_and_no_match(where: Place, dtype: torch.dtype) -> None:
+    """Otherwise all scores of such a point would be 0, and its match the middle of the target."""
+    src, trg, temperature = (x.to(where.device) for x in problem(5, GRID, 40, dtype=dtype))
+    src[0, 2] = 1e25
+    xy = ops.match(src, trg, GRID, temperature.float(), backend=where.backend).xy
+    assert xy[0, 2].isnan().all() and xy.isnan().sum() == 2
+
+
 def test_the_temperature_may_be_a_number(where: Place) -> None:
     src, trg, _ = (x.to(where.device) for x in problem(9, GRID, 40))
     one = run(lambda s, t: ops.match(s, t, GRID, 0.25, "argmax", 2.0, backend=where.backend), (src, trg))

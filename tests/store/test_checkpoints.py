@@ -1,4 +1,6 @@
 import json
+import multiprocessing
+import resource
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import yaml
 import corrzoo
 from corrzoo.store.checkpoints import read_checkpoint
 from corrzoo.types import ZooError
+from processes import obey_permissions
 
 TINY = dict(backbone="timm/test_vit.r160_in1k", weights="random")
 
@@ -66,6 +69,38 @@ def test_a_saved_folder_loads_as_the_same_model(tmp_path):
         corrzoo.load(tmp_path / "model")
 
 
+def fill_the_disk(folder):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+def protect(folder):
+    folder.chmod(0o555)
+    obey_permissions()
+
+
+@pytest.mark.parametrize("trouble, said", [(fill_the_disk, "File too large"), (protect, "Permission denied")])
+def test_a_full_or_read_only_folder_is_one_error_and_keeps_the_model(tmp_path, trouble, said):
+    folder = corrzoo.save(corrzoo.create_matcher("Baseline", **TINY), tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    fork = multiprocessing.get_context("fork")
+    answers = fork.SimpleQueue()
+
+    def work():
+        trouble(folder)
+        with pytest.raises(ZooError) as error:
+            corrzoo.save(corrzoo.create_matcher("Baseline", **TINY), folder)
+        answers.put(str(error.value))
+
+    process = fork.Process(target=work)
+    process.start()
+    process.join(120)
+    folder.chmod(0o755)
+    assert process.exitcode == 0
+    error = answers.get()
+    assert error.startswith(f"cannot save to {folder}: ") and said in error and "\n" not in error
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_a_missing_weight_is_an_error(tmp_path):
     path = checkpoint(tmp_path / "a.ckpt", corrzoo.create_matcher("Baseline", **TINY))
     content = torch.load(path, weights_only=True)
@@ -91,6 +126,11 @@ def test_a_missing_file_names_the_folder_of_checkpoints(tmp_path):
         {"trained": "long"},
         {"image_size": "abc"},
         {"image_size": [64]},
+        {"image_size": "224"},
+        {"image_size": -5},
+        {"image_size": 10**7},
+        {"image_size": [64, 64.0]},
+        {"image_size": True},
     ],
 )
 def test_an_invalid_checkpoint_is_refused_in_one_line(tmp_path, change):
@@ -99,6 +139,57 @@ def test_an_invalid_checkpoint_is_refused_in_one_line(tmp_path, change):
     with pytest.raises(ZooError, match=r"a\.ckpt: its options or weights do not fit Baseline") as error:
         corrzoo.load(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda t: t * torch.nan, lambda t: t / 0, lambda t: t > 0, lambda t: t + 1j, lambda t: t[None]]
+)
+def test_weights_that_are_no_finite_numbers_are_refused(tmp_path, change):
+    path = checkpoint(tmp_path / "a.ckpt", corrzoo.create_matcher("Baseline", **TINY))
+    content = torch.load(path, weights_only=True)
+    content["state_dict"]["temperature"] = change(content["state_dict"]["temperature"])
+    torch.save(content, path)
+    with pytest.raises(ZooError, match=r"a\.ckpt: its options or weights do not fit Baseline: .*temperature") as error:
+        corrzoo.load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_small_file_that_names_a_large_backbone_allocates_nothing(tmp_path, monkeypatch):
+    folder = corrzoo.save(corrzoo.create_matcher("Baseline", **TINY), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["options"]["backbone"] = "timm/vit_giant_patch14_dinov2"
+    (folder / "config.json").write_text(json.dumps(config))
+    devices, register = set(), torch.nn.Module.register_parameter
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "register_parameter",
+        lambda module, name, value: (
+            devices.add(value is not None and value.device.type) or register(module, name, value)
+        ),
+    )
+    with pytest.raises(ZooError, match=r"model: its options or weights do not fit Baseline: \d+ missing"):
+        corrzoo.load(folder)
+    assert devices - {False} == {"meta"}
+
+
+def test_a_plugin_whose_constructor_reads_values_of_tensors_loads(tmp_path, monkeypatch):
+    class Reading(corrzoo.heads.Baseline):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.rate = torch.linspace(0, 1, 3)[1].item()
+
+    monkeypatch.setitem(corrzoo.heads.HEADS._things, "Reading", Reading)
+    assert corrzoo.load(checkpoint(tmp_path / "a.ckpt", Reading(**TINY))).rate == 0.5
+
+
+@pytest.mark.parametrize("head", corrzoo.list_heads())
+@pytest.mark.parametrize("backbone", [TINY["backbone"], "timm/test_resnet.r160_in1k"])
+def test_every_head_can_be_built_without_memory(head, backbone):
+    """`load` compares names and shapes before it allocates anything."""
+    with torch.device("meta"):
+        planned = corrzoo.heads.HEADS[head](backbone=backbone).state_dict()
+    built = corrzoo.heads.HEADS[head](backbone=backbone).state_dict()
+    assert {name: value.shape for name, value in planned.items()} == {k: v.shape for k, v in built.items()}
 
 
 @pytest.mark.parametrize("config", ["[" * 100_000, "null", "9" * 5000, None])

@@ -76,4 +76,4 @@ def test_flo_file_has_the_middlebury_format(tmp_path):
         for x in range(3):
             assert values[2 * (3 * y + x) :][:2] == tuple(flow[:, y, x].tolist())
     with pytest.raises(ZooError, match="cannot write"):
-        visualize.write_flo(flow, tmp_path / "no" / "a.flo")
+        visualize.write_flo(flow, tmp_path / "a.flo" / "b.flo")

@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import sys
 import threading
 import webbrowser
 from functools import cached_property
@@ -9,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from corrzoo.apps import add_model, matcher_of
 from corrzoo.data import create_dataset
@@ -25,6 +27,8 @@ POLICY = (
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 SIDES = ("src", "trg")
+JPEG_SIDE = 16384
+"""our choice: longest side of an image on the page. JPEG and browsers have limits."""
 
 
 class Server(ThreadingHTTPServer):
@@ -43,6 +47,11 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.matcher, self.images, self.lock = matcher, [as_rgb(src), as_rgb(trg)], threading.Lock()
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print errors, except that the browser has closed a connection."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
     @property
     def url(self) -> str:
         """Address of the page."""
@@ -60,9 +69,8 @@ class Server(ThreadingHTTPServer):
 
     def replace(self, side: int, content: bytes) -> dict[str, Any]:
         """Replace the image of one side, and return the new state."""
-        image = as_rgb(content)
-        with self.lock:
-            self.images[side] = image
+        with self.lock:  # one at a time: a small file can decode to half a gigabyte
+            self.images[side] = as_rgb(content)
             self.__dict__.pop("pair", None)
             return self.state()
 
@@ -102,7 +110,7 @@ class Handler(BaseHTTPRequestHandler):
         if not self._is_own():
             return
         length = self.headers.get("Content-Length", "")
-        if not length.isdigit() or int(length) > LIMIT:
+        if not re.fullmatch("[0-9]{1,9}", length) or int(length) > LIMIT:
             self.close_connection = True  # the body is not read
             return self._fail(413, f"the file is larger than {LIMIT >> 20} MiB: choose a smaller image")
         content = self.rfile.read(int(length))
@@ -177,11 +185,13 @@ def _read_query(content: bytes) -> tuple[int, list[float]]:
     try:
         query = json.loads(content)
         return SIDES.index(query["side"]), [float(query["x"]), float(query["y"])]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ZooError('expected {"side": "src" or "trg", "x": ..., "y": ...}') from error
 
 
 def _jpeg(image: Image.Image) -> bytes:
     file = io.BytesIO()
+    if max(image.size) > JPEG_SIDE:
+        image = ImageOps.contain(image, (JPEG_SIDE, JPEG_SIDE))
     image.save(file, "JPEG", quality=92)
     return file.getvalue()

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from corrzoo.apps import add_model, matcher_of
 from corrzoo.apps.queries import Query, list_queries
 from corrzoo.callbacks.results import write_csv, write_json
 from corrzoo.errors import Parser, ZooError
+from corrzoo.files import write_bytes
 from corrzoo.images import as_rgb
 from corrzoo.inference import GRID, MAX_CYCLE_ERROR, ImagePair, open_pair
 from corrzoo.matcher import Matcher
@@ -113,7 +115,8 @@ def match_pair(
 def write_dense(pair: ImagePair, out: Path) -> list[Path]:
     """Write the flow, its picture and the warped target image, see DENSE."""
     flow, src, trg = pair.flow(), pixels(pair.src), pixels(pair.trg)
-    np.save(out / "flow.npy", flow.permute(1, 2, 0).numpy())
+    np.save(array := BytesIO(), flow.permute(1, 2, 0).numpy())
+    write_bytes(out / "flow.npy", array.getvalue())
     Image.fromarray(visualize.flow_warp(trg, flow).permute(1, 2, 0).numpy()).save(out / "warped.png")
     picture = visualize.save_figure(visualize.draw_flow([src], [flow]), out / "flow.png")
     return [out / "flow.npy", visualize.write_flo(flow, out / "flow.flo"), picture, out / "warped.png"]

@@ -291,11 +291,14 @@ def versions() -> dict[str, str]:
 @cache
 def _commit() -> str | None:
     """Commit of the checkout that holds this file, with '+' for uncommitted changes; None outside a checkout."""
-    here = Path(__file__).parent
+    here = Path(__file__)
     try:
-        run = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty=+"], cwd=here, capture_output=True, text=True
-        )
-    except FileNotFoundError:  # git is not installed
+        # a virtual environment can be inside another project's repository
+        _git("ls-files", "--error-unmatch", here.name, folder=here.parent)
+        return _git("describe", "--always", "--abbrev=40", "--dirty=+", folder=here.parent)
+    except (OSError, subprocess.CalledProcessError):  # git is not installed, or no checkout
         return None
-    return run.stdout.strip() if run.returncode == 0 else None
+
+
+def _git(*words: str, folder: Path) -> str:
+    return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()

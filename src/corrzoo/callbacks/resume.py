@@ -1,5 +1,6 @@
 """Exact resume after an interruption, with the work-arounds for Lightning that it needs."""
 
+import fcntl
 import os
 import pickle
 import shutil
@@ -8,7 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -107,6 +108,7 @@ class Checkpoints(ModelCheckpoint):
     def __init__(self, save_last: bool = True, last_every_n_steps: int | None = None, **options: Any) -> None:
         super().__init__(**options)
         self._keeps_last, self._every, self._trains = save_last, last_every_n_steps, False
+        self._lock: IO[str] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         scores = [f"val/pck@{alpha:g}" for alpha in getattr(pl_module.hparams, "alphas", ())]
@@ -116,6 +118,18 @@ class Checkpoints(ModelCheckpoint):
         self.dirpath = self.dirpath or str(run_folder(trainer) / "checkpoints")
         super().setup(trainer, pl_module, stage)
         self._trains = stage == "fit"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._claim()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._release()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -141,6 +155,7 @@ class Checkpoints(ModelCheckpoint):
         """Copy the best checkpoints of the resumed run into the folder of this run."""
         best, folder = state_dict["best_k_models"], str(self.dirpath)
         if self._trains and folder != state_dict["dirpath"] and all(Path(path).is_file() for path in best):
+            self._claim()
             here = {path: str(Path(folder) / Path(path).name) for path in best}
             for old, new in here.items():
                 _copy(Path(old), Path(new))
@@ -152,6 +167,30 @@ class Checkpoints(ModelCheckpoint):
                 "last_model_path": "",
             }
         super().load_state_dict(state_dict)
+
+    @rank_zero_only
+    def _claim(self) -> None:
+        """Lock the folder until the end of training; a folder that another process trains into is an error."""
+        if self._lock or "://" in str(self.dirpath):
+            return
+        path = Path(str(self.dirpath), ".lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = open(path, "w")
+        try:
+            # not flock: workers inherit its locks, and outlive a killed run
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock = None
+            remedy = "wait for its end, or choose another --checkpoint.dirpath"
+            raise ZooError(f"another run writes its checkpoints into {self.dirpath}: {remedy}") from error
+        except OSError:
+            pass  # a network file system without locks
+
+    def _release(self) -> None:
+        if self._lock:
+            Path(self._lock.name).unlink(missing_ok=True)
+            self._lock.close()
+        self._lock = None
 
 
 def can_resume_from(trainer: Trainer, batch_idx: int) -> bool:

@@ -26,12 +26,13 @@ def match(
         src: (B, N, C) features of the source points; any N.
         trg: (B, M, C) features of the target cells, row by row.
         trg_grid: (h, w) of the target, h * w = M.
-        temperature: The softmax is over scores / temperature. A 0-d tensor may carry a gradient.
+        temperature: The softmax is over scores / temperature, above 0. A 0-d tensor may carry a gradient; its value is
+            not checked, as that would wait for the device.
         window: "none": soft-argmax. "argmax": kernel soft-argmax (SFNet), scores multiplied by a Gaussian around each
             row's argmax. "crop": softmax over the (2 radius + 1)² cells around the argmax that lie in the grid.
         sigma: Standard deviation of the Gaussian, in target cells.
         radius: Radius of the crop, in target cells.
-        normalize: Divide features by their norm. A zero feature scores 0.
+        normalize: Divide features by their norm. A zero feature scores 0; one whose squared norm overflows, NaN.
         backend: "torch" (any device), "triton" (CUDA), or "auto": triton where it runs.
 
     Raises:

@@ -144,7 +144,8 @@ def _norm(x, out, tile, n, C, stride_b, stride_n, stride_c, R: tl.constexpr, TIL
     for k in range(tl.cdiv(C, TILE_C)):
         v, _, _ = _channels(x + item * stride_b, row, n, k, C, stride_n, stride_c, TILE_C)
         total += tl.sum(v * v, axis=1)
-    tl.store(out + item * n + row, tl.where(total > 0, 1 / tl.sqrt(total), 0.0), mask=row < n)
+    inverse = tl.where(total > 0, 1 / tl.sqrt(total), 0.0)
+    tl.store(out + item * n + row, tl.where(total < float("inf"), inverse, float("nan")), mask=row < n)
 
 
 @triton.jit

@@ -43,9 +43,9 @@ class Mutual(NamedTuple):
 
 
 def inverse_norm(x: Tensor) -> Tensor:
-    """1 / |x| (...) of features (..., C); 0 for a zero feature, so that its cosines are 0."""
+    """1 / |x| (...) of features (..., C); 0 for a zero feature, so that its cosines are 0; NaN if |x|² overflows."""
     norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
-    return norm.masked_fill(norm == 0, torch.inf).reciprocal()
+    return norm.masked_fill(norm == 0, torch.inf).reciprocal().masked_fill(norm.isinf(), torch.nan)
 
 
 def unit(x: Tensor, normalize: bool) -> Tensor:
@@ -142,8 +142,8 @@ def check_window(
     if window not in get_args(Window):
         known = nearest(window, get_args(Window)) or f": choose one of {', '.join(get_args(Window))}"
         raise ZooError(f"unknown window {window!r}{known}")
-    if window == "argmax" and not (sigma or 0) > 0:
-        raise ZooError(f"window 'argmax' needs sigma above 0, got {sigma}")
+    if window == "argmax" and not (sigma or 0) > 1e-6:  # at 1e-20, 2 sigma² is 0 in float32
+        raise ZooError(f"window 'argmax' needs sigma above 1e-6, got {sigma}")
     if window == "crop":
         check_radius(radius)
 

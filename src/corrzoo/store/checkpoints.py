@@ -5,12 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from huggingface_hub import errors, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from corrzoo.backbones.weights import read_state
+from corrzoo.backbones.weights import key_faults, read_state
 from corrzoo.files import whole_file, write_text
+from corrzoo.geometry import Size
 from corrzoo.heads import HEADS
 from corrzoo.matcher import Matcher
 from corrzoo.registry import nearest
@@ -19,6 +22,8 @@ from corrzoo.types import ZooError
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 HUB = "hf://"
+MAX_SIDE = 8192
+"""our choice: largest side of a network image that a file may ask for."""
 RENAMED = {"resize": "backbone_size", "query": "point_query"}
 """Options of version 0.1.0 and their new names."""
 DROPPED = frozenset({"sha256", "geo_weight"})
@@ -53,8 +58,8 @@ def save(matcher: Matcher, folder: str | Path, results: Sequence[str | Path | di
             save_file({name: value.contiguous() for name, value in matcher.state_dict().items()}, partial)
         write_text(folder / CONFIG, json.dumps(config, indent=1) + "\n")
         write_text(folder / CARD, card)
-    except OSError as error:
-        raise ZooError(f"cannot save to {folder}: {error.strerror}") from error
+    except (OSError, SafetensorError) as error:
+        raise ZooError(f"cannot save to {folder}: {getattr(error, 'strerror', error)}") from error
     return folder
 
 
@@ -76,10 +81,11 @@ def load(path: str | Path) -> Matcher:
         hint = nearest(name, known) or ": another version of corrzoo wrote it"
         raise ZooError(f"{path} has an unknown option {name!r} of {head}{hint}")
     try:
+        _check_weights(weights, _expected_weights(head, options))
         matcher = HEADS[head](**options)
         matcher.trained = content.get("trained")
         size = content.get("image_size") or (matcher.trained or {}).get("size") or matcher.image_size
-        matcher.image_size = size if isinstance(size, int) else (int(size[0]), int(size[1]))
+        matcher.image_size = _checked_size(size)
         matcher.load_state_dict(weights)
     except Exception as error:  # options and weights of a stranger's file can be anything
         reason = " ".join(str(error).split())[:300]
@@ -135,6 +141,31 @@ def newest_checkpoint(folder: Path, name: str, head: str, backbone: str | None =
     wanted = f"{head} on {backbone}" if backbone else head
     listed = f" (only of {', '.join(dict.fromkeys(others))})" if others else ""
     raise ZooError(f"no {name} of {wanted} found under {folder}{listed}: give --ckpt_path a file, or leave it out")
+
+
+def _expected_weights(head: str, options: dict[str, Any]) -> dict[str, Tensor]:
+    """Weights of a model, without memory for them: a file of 1 kB can name a backbone of gigabytes."""
+    try:
+        with torch.device("meta"):
+            return HEADS[head](**options).state_dict()
+    except RuntimeError:  # a plugin's constructor reads values of tensors
+        return HEADS[head](**options).state_dict()
+
+
+def _check_weights(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Refuse weights of other names, shapes or kinds of numbers, and weights that are not finite."""
+    if faults := key_faults(weights, expected):
+        raise ZooError(faults)
+    for name, value in weights.items():
+        if value.is_floating_point() != expected[name].is_floating_point() or not value.isfinite().all():
+            raise ZooError(f"{name} has {value.dtype} values that are not finite or not {expected[name].dtype}")
+
+
+def _checked_size(size: Any) -> int | Size:
+    sides = size if isinstance(size, list | tuple) else (size, size)
+    if len(sides) != 2 or not all(type(side) is int and 1 <= side <= MAX_SIDE for side in sides):
+        raise ZooError(f"image_size {size!r}: expected 1 to {MAX_SIDE} pixels, or [H, W]")
+    return size if isinstance(size, int) else (sides[0], sides[1])
 
 
 def _fetch(address: str | Path) -> Path:

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import flow_to_image
 
+from corrzoo.files import write_bytes
 from corrzoo.geometry import cell_centres, size_of
 from corrzoo.types import ZooError
 from corrzoo.visualize.figures import FINEST, Images, panels, show, title_columns
@@ -81,7 +82,7 @@ def write_flo(flow: Tensor, path: Path | str) -> Path:
     path, (H, W) = Path(path), size_of(flow)
     pixels = flow.permute(1, 2, 0).cpu().numpy().astype("<f4")
     try:
-        path.write_bytes(b"PIEH" + np.array([W, H], "<i4").tobytes() + pixels.tobytes())
+        write_bytes(path, b"PIEH" + np.array([W, H], "<i4").tobytes() + pixels.tobytes())
     except OSError as error:
         raise ZooError(f"cannot write {path}: {error.strerror}") from error
     return path
