@@ -9,8 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from corrzoo.data.index import read_box, read_points
 from corrzoo.data.pairs import DATASETS, FolderDataset
-from corrzoo.data.readers.matlab import read_mat
-from corrzoo.data.readers.tables import category_of, read_list
+from corrzoo.data.readers.tables import category_of, read_list, read_mat
 from corrzoo.images import image_size
 from corrzoo.types import Record, ZooError
 

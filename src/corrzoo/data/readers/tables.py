@@ -1,8 +1,12 @@
-"""Reader of pair lists (.csv)."""
+"""Readers of pair lists (.csv) and MATLAB annotations (.mat)."""
 
 import csv
 from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
+import scipy.io
+from numpy.typing import NDArray
 
 from corrzoo.types import ZooError
 
@@ -33,6 +37,27 @@ def read_list(path: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
                     raise ZooError(f"{where}: expected {columns} columns or more, found {len(row)}: correct the list")
         except csv.Error as error:
             raise ZooError(f"{path}:{rows.line_num}: {error}: correct the list") from error
+
+
+def read_mat(path: Path, key: str) -> NDArray:
+    """Read one variable of a .mat file.
+
+    Raises:
+        ZooError: if the file is missing or unreadable, or the variable is missing or not a real matrix.
+    """
+    try:
+        with open(path, "rb") as file:
+            found = scipy.io.loadmat(file, variable_names=[key])[key]
+    except FileNotFoundError:
+        raise ZooError(f"no annotation {path}: restore the file, or remove its pairs from the list") from None
+    except KeyError:
+        raise ZooError(f"{path}: no variable {key!r}: fetch the dataset's own annotation") from None
+    except Exception as error:  # a damaged file makes scipy raise nearly anything
+        reason = " ".join(str(error).split())
+        raise ZooError(f"cannot read the annotation {path} ({reason}): fetch it again, or save it with -v7") from error
+    if not isinstance(found, np.ndarray) or found.dtype.kind not in "biuf":
+        raise ZooError(f"{path}: {key!r} is not a matrix of real numbers: fetch the dataset's own annotation")
+    return found
 
 
 def category_of(number: str, categories: list[str], where: str) -> str:
