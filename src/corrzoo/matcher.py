@@ -55,12 +55,13 @@ class Matcher(LightningModule, ABC):
             `actr`) the dataset's customary kind is added.
         alphas: PCK thresholds as shares of the reference length.
         backend: Which implementation of the correlation runs: `auto`, `torch` or `triton`.
+        compile: Compile the backbones and the head by `torch.compile`. The first steps take a minute or more.
         feature_cache_mb: Memory for features that are computed once an image: in evaluation, and as much again in
             training with a frozen backbone (`finetune: none`) and without augmentation; 0 turns reuse off.
     """
 
     hparams: Any
-    evaluation_options: ClassVar[frozenset[str]] = frozenset({"protocol", "alphas", "backend", "feature_cache_mb"})
+    evaluation_options: ClassVar[frozenset[str]] = frozenset({"protocol", "alphas", "backend", "compile", "feature_cache_mb"})
     """Options that may differ between a checkpoint's training and its evaluation."""
     image_size: int | Size = 224
     """Network image for inference: its side or (H, W)."""
@@ -86,6 +87,7 @@ class Matcher(LightningModule, ABC):
         protocol: str = "default",
         alphas: tuple[float, ...] = (0.05, 0.1, 0.15),
         backend: Literal["auto", "torch", "triton"] = "auto",
+        compile: bool = False,
         feature_cache_mb: int = 1024,
     ) -> None:
         super().__init__()

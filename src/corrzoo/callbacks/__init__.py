@@ -2,6 +2,7 @@
 
 from lightning.pytorch import Callback
 
+from corrzoo.callbacks.compiling import Compile
 from corrzoo.callbacks.finite import FiniteLoss
 from corrzoo.callbacks.pictures import PICTURES, MatchImages
 from corrzoo.callbacks.results import ResultsWriter, ScoreTable
@@ -13,4 +14,4 @@ __all__ = ["PICTURES", "MatchImages", "ResultsWriter", "ScoreTable", "default_ca
 def default_callbacks() -> list[Callback]:
     """What every run has: the loss is checked, results and pictures are written, signals end it cleanly."""
     pictures = MatchImages(kinds=list(PICTURES), stages=["predict"])
-    return [FiniteLoss(), ResultsWriter(), pictures, StopSignals(), RandomState()]
+    return [Compile(), FiniteLoss(), ResultsWriter(), pictures, StopSignals(), RandomState()]
