@@ -1,4 +1,4 @@
-"""The correlation op against what a user would take instead, as ratios to the GEMM that none can avoid.
+"""The correlation op against alternatives, as ratios to the GEMM that all of them need.
 
     python benchmarks/correlation.py                              # CPU, float32, one thread
     python benchmarks/correlation.py --against 783f026            # and the op of that commit, in the same process
@@ -105,7 +105,7 @@ def at_commit(commit: str) -> ModuleType:
 
 
 def gemms(src: Tensor, trg: Tensor, backward: bool) -> None:
-    """One GEMM, or the three that a forward and a backward cannot do without."""
+    """One GEMM, or the three that forward and backward need."""
     s = src @ trg.mT
     if backward:
         _ = s @ trg, s.mT @ src

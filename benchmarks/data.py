@@ -29,13 +29,13 @@ from corrzoo.data.readers.spair import CATEGORIES
 
 RESULTS = Path(__file__).parent / "results"
 SPLITS = {"trn": (range(0, 55), 53_340), "val": (range(55, 73), 5_384), "test": (range(73, 100), 12_234)}
-"""Which of a category's 100 images a split has, and its pairs: so SPair-71k's counts come about."""
+"""By split, its images among the 100 of a category, and its number of pairs, which give SPair-71k's counts."""
 SIZE, BATCH = 224, 16
-"""Of the network image, and pairs in a batch: ViTSC's, 5.2."""
+"""Side of the network image, and pairs per batch (ViTSC 5.2)."""
 
 
 def write(root: Path, splits: list[str]) -> None:
-    """SPair-71k's folders, with images as large on disk as photographs and the first ordered pairs of each category."""
+    """Write SPair-71k's folders, with images as large on disk as photographs and the first pairs of each category."""
     home, rng = root / "SPair-71k", np.random.default_rng(0)
     numbers = [k for split in splits for k in SPLITS[split][0]]
     for category in CATEGORIES:
@@ -61,7 +61,7 @@ def write(root: Path, splits: list[str]) -> None:
 
 
 def annotation(name: str, src: int, trg: int, category: str, rng: np.random.Generator) -> dict[str, Any]:
-    """A pair as SPair-71k annotates it, with 4 to 14 keypoints."""
+    """A random annotation in SPair-71k's format, with 4 to 14 keypoints."""
     n = int(rng.integers(4, 15))
     sides = {
         f"{side}_{key}": value
@@ -117,20 +117,20 @@ class PublishedWay(Dataset[dict[str, Any]]):
 
 
 def cpu(run: Callable[..., Any], *args: Any) -> tuple[float, Any]:
-    """CPU seconds of this process, for the machine may be shared; and what came of it."""
+    """CPU seconds of a call in this process (the machine may be shared), and its result."""
     start = time.process_time()
     result = run(*args)
     return time.process_time() - start, result
 
 
 def rate(dataset: Any, pairs: int, collate: Callable[..., Any] | None = None) -> float:
-    """Images read in a CPU second, in shuffled batches."""
+    """Images read per CPU second, in shuffled batches."""
     loader = DataLoader(dataset, BATCH, sampler=RandomSampler(dataset, num_samples=pairs), collate_fn=collate)
     return 2 * pairs / cpu(lambda: [None for _ in loader])[0]
 
 
 def resident() -> dict[str, float]:
-    """MB of this process: its own, and pages of files that the system may take back."""
+    """Memory of this process in MB: its own, and pages of files that the system can reclaim."""
     with open("/proc/self/status") as file:
         fields = dict(line.split(":", 1) for line in file)
     return {name: int(fields[name].split()[0]) / 1e3 for name in ("RssAnon", "RssFile")}
@@ -142,7 +142,7 @@ def open_ours(root: Path, layout: str = "large") -> PairDataset:
 
 
 def probe(root: Path, way: str, layout: str) -> dict[str, float]:
-    """What opening a dataset and reading 500 pairs adds to a process."""
+    """Memory that opening a dataset and reading 500 pairs adds to a process."""
     before = resident()
     if way == "published":
         opened: Any = PublishedWay(root, "trn", layout)
@@ -155,7 +155,7 @@ def probe(root: Path, way: str, layout: str) -> dict[str, float]:
 
 
 def memory(root: Path, way: str) -> tuple[float, float]:
-    """MB that 10,000 further pairs cost a process, and what all of them do."""
+    """Memory in MB per 10,000 pairs, and of all pairs."""
     found = {}
     for layout in ("small", "large"):
         command = [sys.executable, __file__, "--probe", way, "--layout", layout, "--root", str(root)]
@@ -168,7 +168,7 @@ def memory(root: Path, way: str) -> tuple[float, float]:
 def row(
     what: str, unit: str, published: list[float], ours: list[float], more_is_better: bool, how: str
 ) -> dict[str, Any]:
-    """A line of the table; the ratio is the median over the rounds, above 1 where corrzoo is better."""
+    """Row of the table. The ratio is the median over the rounds; above 1, corrzoo is better."""
     pairs = zip(published, ours, strict=True)
     ratio = statistics.median(b / a if more_is_better else a / b for a, b in pairs)
     middle = [statistics.median(values) for values in (published, ours)]
@@ -180,7 +180,7 @@ def row(
 
 
 def measure(root: Path, rounds: int, sample: int) -> list[dict[str, Any]]:
-    """All rows."""
+    """Measure all rows."""
     opening, ours = cpu(open_ours, root)
     packing, _ = cpu(ours.pack)
     print(f"first start: {opening:.1f} s to parse, {packing:.1f} s to pack {len(ours.images)} images", flush=True)
@@ -220,10 +220,10 @@ def main() -> None:
     """Write the dataset, measure, keep the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sample", type=int, default=100, help="pairs that the published way reads in a round")
-    parser.add_argument("--root", type=Path, help="keep the dataset here, or find it")
-    parser.add_argument("--probe", choices=["published", "corrzoo"], help="of this script's own processes")
-    parser.add_argument("--layout", default="large", help="of this script's own processes")
+    parser.add_argument("--sample", type=int, default=100, help="pairs of the published way per round")
+    parser.add_argument("--root", type=Path, help="folder to write the dataset to, or to read it from")
+    parser.add_argument("--probe", choices=["published", "corrzoo"], help="internal, of the script's own processes")
+    parser.add_argument("--layout", default="large", help="internal, of the script's own processes")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.probe:

@@ -28,7 +28,7 @@ from data import BATCH, SIZE, PublishedWay, cpu, row, save, write
 
 ALPHAS = (0.05, 0.1, 0.15)
 STORED = 4096
-"""Pairs whose stored predictions are scored at a time."""
+"""Number of pairs whose stored predictions are scored at once."""
 
 
 def loops(pred: torch.Tensor, gt: torch.Tensor, boxes: torch.Tensor, counts: list[int]) -> list[list[float]]:
@@ -60,7 +60,7 @@ def published(model: Matcher, dataset: PublishedWay, chosen: list[int]) -> list[
 
 
 def part_of(root: Path, number: int, count: int) -> Path:
-    """The test pairs of some categories as a dataset of their own: an image recurs in as many pairs as in all."""
+    """Write a dataset of the test pairs of some categories. Each image is in as many pairs as in the full dataset."""
     part = root / f"part{number}"
     home = part / "SPair-71k"
     (home / "Layout" / "large").mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def part_of(root: Path, number: int, count: int) -> Path:
 
 
 def end_to_end(root: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """The row of `lightning test`, with images packed and annotations parsed, as in every run but the first."""
+    """Row of `lightning test`, with images packed and annotations parsed, as in every run after the first."""
     model = corrzoo.create_matcher("Baseline", args.backbone, weights="random", alphas=ALPHAS).eval()
     rates: dict[str, list[float]] = {"published": [], "corrzoo": []}
     pairs = differing = 0
@@ -104,7 +104,7 @@ def end_to_end(root: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def scored(parts: list[tuple[torch.Tensor, Pair]]) -> PCK:
-    """corrzoo's metric after it has seen the predictions and computed every average."""
+    """Add all predictions to corrzoo's metric and compute every average."""
     metric = PCK("default:bbox", ALPHAS)
     for pred, pair in parts:
         metric.update(pred, pair)
@@ -113,12 +113,8 @@ def scored(parts: list[tuple[torch.Tensor, Pair]]) -> PCK:
 
 
 def pck_alone(root: Path, rounds: int, sample: int = 500) -> list[dict[str, Any]]:
-    """The rows of PCK: of all test pairs at once, and in the batches of an evaluation.
-
-    A batch of 16 is some sixty operations on tensors of hundreds of numbers: their number is its time. Keeping batches
-    to score many at once was tried: a fourth of the time, when all of it is a thousandth of an evaluation's.
-    """
-    dataset = create_dataset("spair71k", root, "test", size=8)  # images of no size to speak of
+    """Rows of PCK: all test pairs at once, and in the batches of an evaluation, which the metric buffers."""
+    dataset = create_dataset("spair71k", root, "test", size=8)  # small images, as only annotations are read
     samples = [dataset[i] for i in range(len(dataset))]
     pair = PairDataset.collate(samples)
     noise = 40 * torch.randn(pair.trg_kps.shape, generator=torch.Generator().manual_seed(0))
@@ -145,14 +141,14 @@ def pck_alone(root: Path, rounds: int, sample: int = 500) -> list[dict[str, Any]
 
 
 def main() -> None:
-    """Write the dataset, measure, keep the table."""
+    """Write the dataset, measure, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sample", type=int, default=32, help="pairs that the published way is given in a round")
-    parser.add_argument("--categories", type=int, default=2, help="categories whose pairs are evaluated in a round")
+    parser.add_argument("--sample", type=int, default=32, help="pairs of the published way per round")
+    parser.add_argument("--categories", type=int, default=2, help="categories that are evaluated per round")
     parser.add_argument("--backbone", default="dinov2_s14")
-    parser.add_argument("--only", choices=["pck", "test"], help="measure one of the two")
-    parser.add_argument("--root", type=Path, help="keep the dataset here, or find it")
+    parser.add_argument("--only", choices=["pck", "test"], help="measure only one of them")
+    parser.add_argument("--root", type=Path, help="folder to write the dataset to, or to read it from")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)

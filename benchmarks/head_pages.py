@@ -1,4 +1,4 @@
-"""Write docs/heads/, a page for each head, from docstrings, configurations and results; --check says if they are true.
+"""Write docs/heads/, a page for each head, from docstrings, configurations and results; --check compares them.
 
 python benchmarks/head_pages.py [--check]
 """
@@ -55,12 +55,12 @@ def split_docstring(text: str | None) -> tuple[list[str], list[Entry]]:
 
 
 def family(head: type[Matcher]) -> list[type[Matcher]]:
-    """The head and what it is made of, Matcher last."""
+    """The head and its base classes up to Matcher."""
     return [cls for cls in head.__mro__ if issubclass(cls, Matcher)]
 
 
 def options(cls: type[Matcher]) -> str:
-    """A class's own options: their defaults, and what its docstring says of each."""
+    """Options of a class, without those of its bases: name, default and description."""
     told = dict(split_docstring(cls.__doc__)[1])
     parameters = inspect.signature(cls.__init__).parameters.values()
     rows = [(p.name, p.default, told[p.name]) for p in parameters if p.name in told and p.default is not EMPTY]
@@ -70,12 +70,12 @@ def options(cls: type[Matcher]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as YAML has it."""
+    """A value in YAML."""
     return yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True).split("\n")[0]
 
 
 def choices(head: type[Matcher]) -> list[str]:
-    """What the code says of what the papers leave open: in the head's file, and in its base classes where it holds."""
+    """Choices of ours that are documented in the files of a head and its base classes."""
     found = list(choices_in(Path(inspect.getfile(head))))
     for base in family(head)[1:]:
         for owner, text in choices_in(Path(inspect.getfile(base))):
@@ -87,7 +87,7 @@ def choices(head: type[Matcher]) -> list[str]:
 
 
 def choices_in(path: Path) -> Iterator[tuple[str, str]]:
-    """Whose docstring or comment speaks of a choice of ours, and what it says: the paragraph, or the option."""
+    """Docstrings and comments of a file that are marked `our choice`: owner, and paragraph or option."""
     text = path.read_text()
     tree, owners = ast.parse(text), {}
     for owner, node in named(tree):
@@ -104,7 +104,7 @@ def choices_in(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def named(tree: ast.AST, inside: str = "") -> Iterator[tuple[str, ast.stmt]]:
-    """Every class and function by its qualified name, the inner ones after the outer."""
+    """All classes and functions by qualified name, outer ones first."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             yield inside + node.name, node
@@ -112,7 +112,7 @@ def named(tree: ast.AST, inside: str = "") -> Iterator[tuple[str, ast.stmt]]:
 
 
 def docstrings(tree: ast.Module) -> Iterator[tuple[str, int, str]]:
-    """Owner, line and text of every docstring; of constants, too, which have theirs below them."""
+    """Owner, line and text of every docstring, also of those below constants."""
     for owner, node in [("", tree), *named(tree)]:
         for before, statement in zip([None, *node.body], node.body, strict=False):  # type: ignore[attr-defined]
             if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
@@ -121,7 +121,7 @@ def docstrings(tree: ast.Module) -> Iterator[tuple[str, int, str]]:
 
 
 def comments(text: str) -> Iterator[tuple[int, str]]:
-    """Line and text of every comment; those on lines that follow each other are one."""
+    """Line and text of every comment; consecutive lines are joined."""
     block: list[tuple[int, str]] = []
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT and token.line.lstrip().startswith("#"):
@@ -134,20 +134,20 @@ def comments(text: str) -> Iterator[tuple[int, str]]:
 
 
 def recipes(head: str) -> list[Path]:
-    """The head's configurations, the one that is called as it is first."""
+    """Configurations of a head; the one with its name comes first."""
     paths = [p for p in sorted(CONFIGS.glob("*.yaml")) if f"class_path: {head}\n" in p.read_text()]
     return sorted(paths, key=lambda path: path.stem != head.lower())
 
 
 def about(path: Path) -> str:
-    """The comment at the top of a configuration."""
+    """Comment at the top of a configuration."""
     lines = path.read_text().splitlines()
     end = next(i for i, line in enumerate(lines) if not line.startswith("#"))
     return one_line(" ".join(line.lstrip("#") for line in lines[:end]))
 
 
 def settings(path: Path) -> str:
-    """A configuration's values, and the comments behind them, which are their sources."""
+    """Values of a configuration, and their sources, which are the comments after them."""
     rows = []
     for line in path.read_text().splitlines():
         if found := re.fullmatch(r" +([\w.]+): ([^#]+?)(?: +# (.*))?", line):
@@ -157,7 +157,7 @@ def settings(path: Path) -> str:
 
 
 def parameters(head: str) -> str:
-    """Parameters of each recipe's model, built without memory."""
+    """Number of parameters of each recipe's model, which is built on the meta device."""
     rows = []
     for path in recipes(head):
         said = yaml.safe_load(path.read_text())["model"]["init_args"]
@@ -248,7 +248,7 @@ def index() -> str:
 def main() -> None:
     """Write or check."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="exit with 1 when a page is not what would be written")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a page is out of date")
     check = parser.parse_args().check
     papers = read_papers()
     measured = rank(read_results(find_results([ROOT / "benchmarks" / "results"]), sys.exit), papers)

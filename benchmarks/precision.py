@@ -1,6 +1,6 @@
 """Half precision: each head is trained in it for some steps, and then evaluated in it and in float32.
 
-On drawn pairs and a small backbone with real weights. Writes benchmarks/results/precision_<device>.csv: the loss at
+On synthetic pairs and a small backbone with real weights. Writes benchmarks/results/precision_<device>.csv: the loss at
 both ends of training; how far points move, in pixels, and by how many points PCK differs, with the standard error of
 that over the pairs; and, in float32 behind a backbone in half precision and the other way round, where that comes from.
 Run it as `python benchmarks/precision.py`.
@@ -39,9 +39,9 @@ PLUGINS = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
 PARTS = {"all": (True, True), "backbone": (True, False), "head": (False, True)}
 """Where half precision is: in the backbone, in the head."""
 LOCATED = 50
-"""Batches for which the parts are told apart."""
+"""Batches for which the effect of each part is measured."""
 SLOW = {"size": 64, "batch": 2, "pairs": 60}
-"""Few CPUs have instructions for float16: there, it gets less to do."""
+"""Smaller workload for float16 on CPUs, most of which have no instructions for it."""
 
 
 class Losses(Callback):
@@ -83,7 +83,7 @@ def train(model: corrzoo.Matcher, pairs: PairsDataModule, half: MixedPrecision) 
 
 
 def matches(model: corrzoo.Matcher, pair: Pair, half: Any, backbone: bool, head: bool) -> Tensor:
-    """The points (B, K, 2) that a matcher finds when these of its parts run in half precision."""
+    """(B, K, 2) predictions when the given parts of a matcher run in half precision."""
     forward = model.backbone.forward
 
     def mixed(image: Tensor) -> Features:
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=400)
-    parser.add_argument("--seconds", type=float, default=200, help="score no more pairs after so many")
+    parser.add_argument("--seconds", type=float, default=200, help="time limit of scoring")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1 if args.device == "cpu" else torch.get_num_threads())

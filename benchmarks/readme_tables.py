@@ -24,30 +24,30 @@ ROOT = Path(__file__).resolve().parents[1]
 BACKBONES = """# Backbones
 
 Written by `python benchmarks/readme_tables.py` from `corrzoo.backbones`. Licences are those of the weights. Any other
-plain ViT or CNN of timm is `timm/<name>`; [extending.md](extending.md) shows how to add one that timm does not have.
-Weights are `pretrained`, `random`, or the path of a local file in timm's or the authors' layout, read safely.
+plain ViT or CNN of timm is `timm/<name>`. [extending.md](extending.md) shows how to add a backbone that timm lacks.
+Weights are `pretrained`, `random`, or the path of a local file in timm's or the authors' layout.
 
 """
 PROTOCOLS = """# Protocols
 
-Written by `python benchmarks/readme_tables.py` from `corrzoo.scoring.protocols`. A keypoint is right when its error is
-at most (`<=`) or less than (`<`) alpha times a length. `scores` is the image whose points are predicted; the other
-one's are given. `averages` are what the authors report, the headline first. A protocol with a flaw is what a
-project's released code does: it is there to compare with numbers that were published with it, and is never the default.
+Written by `python benchmarks/readme_tables.py` from `corrzoo.scoring.protocols`. A keypoint is correct if its error is
+at most (`<=`) or less than (`<`) alpha times a length. `scores` is the image whose points are predicted; points of the
+other image are given. `averages` are those that the authors report, the headline first. A protocol with a flaw follows
+released code, to compare with numbers that were published with it. It is never the default.
 
 """
 FLAWS = {"the threshold": "A", "padding counts": "B"}
-"""How a flaw begins, and its letter in the README, which says what the letters mean."""
+"""Beginning of the description of a flaw, and its letter in the README."""
 DATA = {
     "SPair-71k and SPair-U, PF-PASCAL, PF-WILLOW": "for research, under their authors' terms",
     "AP-10K, Caltech-101": "cc-by-4.0",
     "CUB-200-2011 (`cub`)": TERMS["cub"],
-    "drawn pairs (`synthetic`)": "apache-2.0, as the code",
+    "synthetic pairs (`synthetic`)": "apache-2.0, as the code",
 }
 
 
 def backbones() -> str:
-    """Every registered backbone, built without memory."""
+    """Table of all registered backbones, which are built on the meta device."""
     rows = []
     for key in list_backbones():
         with torch.device("meta"):
@@ -60,16 +60,16 @@ def backbones() -> str:
 
 
 def protocols() -> str:
-    """Every protocol, what its length is, and what is wrong with it."""
+    """Table of all protocols."""
     rows = []
     for name in list_protocols():
         p = get_protocol(name)
         rows.append([f"`{p}`", p.evaluated, p.meaning, p.compare, ", ".join(p.averages), p.flaw])
-    return PROTOCOLS + table(["protocol", "scores", "length", "right when", "averages", "flaw"], rows) + "\n"
+    return PROTOCOLS + table(["protocol", "scores", "length", "correct if", "averages", "flaw"], rows) + "\n"
 
 
 def presets() -> str:
-    """The protocols in short: presets that score alike in one row, without the kind that is a flaw by its name."""
+    """Short table: presets that score in the same way share a row; `bbox-kp-padded`, a flaw by itself, is left out."""
     names: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for preset in dict.fromkeys(name.partition(":")[0] for name in list_protocols()):
         found = [get_protocol(name) for name in list_protocols() if name.startswith(f"{preset}:")]
@@ -83,13 +83,13 @@ def presets() -> str:
         told = [f"{letter} (`{'`, `'.join(kinds)}`)" for letter, kinds in flaws.items() if kinds]
         lengths = ", ".join(f"`{p.kind}`" for p in found if p.kind != PADDED)
         names[found[0].evaluated, ", ".join(by_kind), lengths, "; ".join(told)].append(f"`{preset}`")
-    rows = [[", ".join(alike), *cells] for cells, alike in names.items()]
+    rows = [[", ".join(same), *cells] for cells, same in names.items()]
     rows.sort(key=lambda row: "default" not in row[0])
     return table(["protocol", "scores", "frame", "lengths", "flaw"], rows)
 
 
 def licences() -> str:
-    """Whose weights and data are under which licence."""
+    """Table of the licences of weights and datasets."""
     weights: dict[str, list[str]] = defaultdict(list)
     for key in list_backbones():
         weights[get_spec(key).licence].append(f"`{key}`")
@@ -98,7 +98,7 @@ def licences() -> str:
 
 
 def marked(text: str, tables: dict[str, str]) -> str:
-    """A text with these tables between their markers."""
+    """Replace the tables between their markers in a text."""
     for name, content in tables.items():
         new = f"<!-- {name} -->\n{content}\n<!-- /{name} -->"
         text = re.sub(f"<!-- {name} -->.*<!-- /{name} -->", lambda _, new=new: new, text, flags=re.S)
@@ -106,9 +106,9 @@ def marked(text: str, tables: dict[str, str]) -> str:
 
 
 def main() -> None:
-    """Write or check."""
+    """Write the files, or compare them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="exit with 1 when a file is not what would be written")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a file is out of date")
     check = parser.parse_args().check
     written = {
         ROOT / "README.md": {"protocols": presets(), "licences": licences()} | study_tables.both(),
@@ -119,7 +119,7 @@ def main() -> None:
     texts |= {ROOT / "docs" / name: content for name, content in docs.items()}
     if check:
         stale = [path.name for path, new in texts.items() if not path.exists() or path.read_text() != new]
-        sys.exit(f"{', '.join(stale)}: not what `python benchmarks/readme_tables.py` writes" if stale else 0)
+        sys.exit(f"{', '.join(stale)}: out of date, run `python benchmarks/readme_tables.py`" if stale else 0)
     for path, new in texts.items():
         path.write_text(new)
     study_tables.picture().savefig(ROOT / "docs" / "study.png", dpi=100)

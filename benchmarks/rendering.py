@@ -48,7 +48,7 @@ def attention(self: tokens.Attention, x: Tensor, bias: Tensor | None = None) -> 
 
 
 def window_attention(self: tokens.WindowAttention, x: Tensor, bias: None = None) -> Tensor:
-    """Windows are cut out, and put together again after the attention."""
+    """Cut windows out, and join them again after the attention."""
     side, (rows, columns) = self.index.shape[0], (length // self.window for length in x.shape[1:3])
     cut = rearrange(x, "b (r i) (s j) c -> (b r s) (i j) c", i=self.window, j=self.window)
     table = self.bias_table[self.index.flatten()].view(side, side, HEADS)
@@ -94,7 +94,7 @@ def match_actr(self: ACTR, src: Features, trg: Features) -> Match:
 
 
 def pyramid(self: lpmflow.FeatureSuperResolution, s: Tensor, t: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Each image is enlarged by itself."""
+    """Enlarge each image by itself."""
     s1, t1, m11 = self.decoder1(s, t)
     s2, t2 = self.up(s1), self.up(t1)
     s12, t12, m12 = self.decoder2(s1, t2)
@@ -145,7 +145,7 @@ PLAIN: dict[type[nn.Module], Callable[..., object]] = {
 
 
 def plain(model: Matcher) -> Matcher:
-    """The same parameters under the straightforward rendering."""
+    """Replace the forward passes by the plain implementation, with the same parameters."""
     for module in model.modules():
         if type(module) in PLAIN:
             module.forward = MethodType(PLAIN[type(module)], module)
@@ -165,7 +165,7 @@ def build(head: str, rendering: bool, **options: Any) -> Matcher:
 
 def step(model: Matcher, src: Features, trg: Features, rendering: bool) -> tuple[Tensor, Tensor]:
     """Flow and the gradient of one loss, back to the source's features."""
-    torch.manual_seed(1)  # the same tokens are hidden
+    torch.manual_seed(1)  # the same tokens are masked
     model.zero_grad()
     maps = src.maps[0].detach().requires_grad_()
     match = model.match(src._replace(maps=[maps]), trg)
@@ -232,7 +232,7 @@ def main() -> None:
 
 
 def seconds(model: Matcher, src: Features, trg: Features, rendering: bool) -> float:
-    """Processor time of a step: waiting for other processes does not count."""
+    """CPU seconds of a step, which do not depend on other processes."""
     start = time.process_time()
     step(model, src, trg, rendering)
     return time.process_time() - start

@@ -1,7 +1,7 @@
-"""What a head costs: forward and training step as ratios to its backbone alone, parameters, FLOPs, peak memory.
+"""Cost of a head: forward and training step as ratios to its backbone alone, parameters, FLOPs, peak memory.
 
-Each head on each backbone in a process of its own, head and backbone timed in turns; a ratio is the median over the
-rounds. Writes benchmarks/results/step_<device>.csv. Run it as `python benchmarks/step.py --heads ACTR LPMFlow`.
+Each pair of head and backbone has a process of its own. Head and backbone are timed in turns, and a ratio is the median
+over the rounds. Writes benchmarks/results/step_<device>.csv. Run `python benchmarks/step.py --heads ACTR LPMFlow`.
 """
 
 import argparse
@@ -27,7 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ACTR": {"backbone_size": 256, "optimizer": "adamw"},
     "LPMFlow": {"backbone_size": 256, "optimizer": "adamw"},
 }
-"""What a head needs beside its defaults to be the paper's; a CNN of stride 32 sees the same 256 pixels."""
+"""Options of the paper's model that differ from the defaults; a CNN of stride 32 has the same 256 px input."""
 
 
 def pairs(count: int, size: int, device: str) -> Pair:
@@ -107,7 +107,7 @@ def measure(head: str, backbone: str, args: argparse.Namespace) -> dict[str, Any
 def ratios(
     name: str, alone: Callable[[], None], whole: Callable[[], None], args: argparse.Namespace
 ) -> dict[str, float]:
-    """The backbone's milliseconds, and the whole model's time as a multiple of them: median, lowest, highest."""
+    """Time of the backbone in ms, and of the whole model as a multiple: median, lowest, highest."""
     alone(), whole()
     rounds = [(timed(alone, args.device), timed(whole, args.device)) for _ in range(args.rounds)]
     found = sorted(with_head / without for without, with_head in rounds)
@@ -127,9 +127,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="pairs")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the CSV")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="output folder of the CSV")
     args = parser.parse_args()
     name = re.sub(r"\W+", "_", torch.cuda.get_device_name() if args.device == "cuda" else "cpu").lower()
     rows = []
@@ -140,7 +140,7 @@ def main() -> None:
                 try:
                     rows.append(pool.submit(measure, head, backbone, args).result())
                 except ZooError as error:
-                    print(f"{head} on {backbone} is left out: {error}")
+                    print(f"{head} on {backbone} is skipped: {error}")
                     continue
             print(rows[-1], flush=True)
     if rows:

@@ -1,4 +1,4 @@
-"""What every test may use: where the given data is, and one thread so that two cores serve many tests."""
+"""Fixtures for all tests, and one thread per process, so that tests run in parallel on two cores."""
 
 import ctypes
 import fcntl
@@ -20,7 +20,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
-    """Tests leave nothing in the user's cache."""
+    """Keep tests out of the user's cache folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CORRZOO_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -28,7 +28,7 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def memory_of_the_last_module():
-    """Given back before the next begins: gigabytes, held in cycles, and by glibc until it is asked."""
+    """Free memory after a test: reference cycles, and memory that glibc keeps."""
     gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
@@ -36,7 +36,7 @@ def memory_of_the_last_module():
 
 @pytest.fixture(scope="module")
 def gigabytes(tmp_path_factory):
-    """For tests that hold many: of the processes of a run, one at a time."""
+    """Let one test at a time, over all test processes, use gigabytes of memory."""
     with (tmp_path_factory.getbasetemp().parent / "gigabytes.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -44,7 +44,7 @@ def gigabytes(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder beside the repository with PF-WILLOW and the golden values; tests that need it skip without it."""
+    """Folder beside the repository with PF-WILLOW and golden values. Tests that need it skip without it."""
     folder = Path(__file__).resolve().parents[2] / "shared"
     if not (folder / "README.md").is_file():
         pytest.skip("needs the folder ../shared (PF-WILLOW, golden values), which is not beside this checkout")
@@ -53,7 +53,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def golden(shared: Path):
-    """What the released code of ACTR and LPMFlow answers: see `golden.py`."""
+    """Golden values of the released code of ACTR and LPMFlow, see `golden.py`."""
     from golden import Golden
 
     return Golden(shared / "golden")

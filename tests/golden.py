@@ -1,4 +1,4 @@
-"""The authors' golden values of ACTR and LPMFlow, and our models with the weights that they were made with."""
+"""Golden values of the released code of ACTR and LPMFlow, and our models with the same weights."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ from corrzoo.types import Pair
 
 
 class Golden:
-    """What lies in the folder `golden`, see its README."""
+    """Content of the folder `golden`, see its README."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.config = folder, json.loads((folder / "config.json").read_text())
@@ -32,7 +32,7 @@ class Golden:
         return [tuple(entry) for entry in json.loads((self.folder / f"{name}_state_dict.json").read_text())]
 
     def official_state(self, name: str) -> dict[str, Tensor]:
-        """The authors' state dict, filled by the recipe."""
+        """The authors' state dict with closed-form weights."""
         return {key: self.value(key, shape) for key, shape, _ in self.manifest(name)}
 
     def value(self, key: str, shape: list[int]) -> Tensor:
@@ -48,7 +48,7 @@ class Golden:
         return src, trg
 
     def pair(self) -> Pair:
-        """The stored keypoints, in images of 512 x 512."""
+        """Stored keypoints, in pixels of 512 x 512 images."""
         data = self.arrays("data")
         src, trg = (torch.from_numpy(data[key]).transpose(1, 2) for key in ("src_kps", "trg_kps"))
         mask = torch.arange(src.shape[1]) < torch.from_numpy(data["n_pts"]).unsqueeze(1)
@@ -59,13 +59,13 @@ class Golden:
         )
 
     def gradients(self, name: str) -> dict[str, Any]:
-        """The authors' training losses, and for each parameter norm, sum and first element of its gradient."""
+        """Training losses, and norm, sum and first element of every parameter's gradient."""
         return json.loads((self.folder / f"{name}_grads_f64.json").read_text())
 
     def assert_gradients(self, name: str, model: nn.Module) -> None:
-        """Norm, sum and first element of every parameter's gradient, 1e-6 relative.
+        """Compare norm, sum and first element of every gradient, with relative tolerance 1e-6.
 
-        Sums that are zero but for rounding (a LayerNorm follows) are held to the norm.
+        Sums that are zero up to rounding (a LayerNorm follows) are compared relative to the norm.
         """
         stored = self.gradients(name)["grads"]
         names = {official_key(key, LAYOUTS[name].names): key for key, _ in model.named_parameters()}
@@ -77,7 +77,7 @@ class Golden:
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
-    """In training mode, but that nothing is dropped: how the golden gradients were made."""
+    """Set training mode without dropout, as for the golden gradients."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.Dropout | nn.Dropout2d):
@@ -87,7 +87,7 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def record(model: nn.Module, names: str) -> Iterator[dict[str, list[tuple[tuple, object]]]]:
-    """What each module whose name matches was given and what it answered, call by call; memory holds nothing else."""
+    """Record inputs and outputs of modules whose name matches, call by call."""
     seen = {}
     handles = [
         module.register_forward_hook(

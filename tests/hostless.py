@@ -1,4 +1,4 @@
-"""A context in which host-device synchronisation fails, so that CPU tests can forbid it for a GPU."""
+"""Context in which host-device synchronisation raises, so that CPU tests can check code for GPUs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,8 +50,8 @@ class _Methods(TorchFunctionMode):
 def hostless() -> Iterator[None]:
     """Raise AssertionError at the first operation that would make the host wait for a GPU or copy to it.
 
-    Tensors created without `device=` are on `meta` here, so mixing them with those of the model fails, too: on a GPU
-    they would be on the CPU.
+    Tensors created without `device=` are on `meta` here, so mixing them with tensors of the model raises, too: for a
+    model on a GPU, they would be on the CPU.
     """
     with torch.device("meta"), _Methods(), _Operators():
         yield

@@ -1,4 +1,4 @@
-"""CITATION.cff says what the papers' texts say, and every head's paper is there."""
+"""CITATION.cff agrees with the texts of the papers and cites every head."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ def words(text):
     return re.sub(r"[^a-z]+", " ", text.lower())
 
 
-def test_titles_and_authors_stand_in_the_texts(shared):
+def test_titles_and_authors_are_in_the_papers(shared):
     said = words("".join(path.read_text() for path in (shared / "papers").glob("*.txt")))
     for reference in yaml.safe_load(CITATION.read_text())["references"]:
         assert words(reference["title"]) in said
@@ -22,7 +22,7 @@ def test_titles_and_authors_stand_in_the_texts(shared):
             assert words(author.get("name") or f"{author['given-names']} {author['family-names']}") in said
 
 
-def test_it_is_complete():
+def test_every_head_is_cited():
     content = yaml.safe_load(CITATION.read_text())
     assert content["version"] == corrzoo.__version__ and content["cff-version"] == "1.2.0"
     assert {"message", "title", "authors", "license"} <= content.keys()

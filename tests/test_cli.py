@@ -1,4 +1,4 @@
-"""The command line as a user meets it, in this process."""
+"""The command line, mostly in this process."""
 
 import csv
 import json
@@ -41,7 +41,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 
 def failing(capsys, *args):
-    """The one line that a failing command prints."""
+    """One-line error of a failing command."""
     with pytest.raises(SystemExit) as leaving:
         main(list(args))
     assert leaving.value.code not in (0, None)
@@ -83,7 +83,7 @@ def label(path):
 
 
 def base_of(config):
-    """The recipe that a file stacks on."""
+    """Recipe that a file is merged into."""
     return "demo/baseline" if config.parent.name == "study" else recipe_of(config)
 
 
@@ -143,7 +143,7 @@ def test_recipes_are_found_from_any_folder(name, option, capsys):
     assert yaml.safe_load(capsys.readouterr().out)["model"]["class_path"] == "corrzoo.heads.LPMFlow"
 
 
-def test_a_file_here_comes_before_a_recipe(tmp_path, capsys):
+def test_a_local_file_comes_before_a_recipe(tmp_path, capsys):
     Path("lpmflow.yaml").write_text("model: {class_path: ACTR}\n")
     Path("gsf").mkdir()  # no file
     for name, head in {"lpmflow.yaml": "ACTR", "lpmflow": "LPMFlow", "gsf": "GSF"}.items():
@@ -170,11 +170,11 @@ def test_fit_validate_test_predict_and_reload(tmp_path, capsys):
     content = torch.load(checkpoint, weights_only=True)
     assert content["head"] == "Baseline"
 
-    # the saved configuration is the run, and loads as it is
+    # the saved configuration can be run again
     saved = [f"--config={run / 'config.yaml'}"]
     main(["validate", *saved, f"--ckpt_path={checkpoint}"])
     main(["test", *saved, f"--ckpt_path={checkpoint}"])
-    assert len(list(tmp_path.glob("runs/*/*/checkpoints/*"))) == 2  # evaluation leaves no checkpoints of its own
+    assert len(list(tmp_path.glob("runs/*/*/checkpoints/*"))) == 2  # evaluation writes no checkpoints
     result = json.loads(next(tmp_path.glob("runs/*/version_*/results/synthetic.json")).read_text())
     assert result["head"] == "Baseline" and result["pairs"] == 7 and result["protocol"] == "default:bbox"
     assert result["trained"] == {
@@ -198,21 +198,21 @@ def test_fit_validate_test_predict_and_reload(tmp_path, capsys):
     predictions = next(tmp_path.glob("runs/*/version_*/predictions/synthetic.csv"))
     with predictions.open() as file:
         assert len(list(csv.DictReader(file))) == sum(int(row["points"]) for row in rows)
-    # the run's own callback, which draws matches alone, stands in for the one that predictions come with
+    # the configuration's MatchImages, which draws matches only, replaces the default one
     assert [p.name for p in predictions.parents[1].glob("*.png")] == ["matches-predict.png"]
 
     assert {p.parent.name for p in tmp_path.glob("runs/*/*/config.yaml")} == {
         *("version_0", "version_0-validate", "version_0-test", "version_0-predict")
     }  # beside the results
 
-    # the same weights, read in Python, which know how they came to be
+    # the same weights and training data in Python
     model = corrzoo.load(checkpoint)
     assert model.image_size == 64 and model.trained == result["trained"]
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, content["state_dict"][name])
 
 
-def test_predictions_come_with_every_picture(tmp_path, capsys):
+def test_predict_draws_every_picture(tmp_path, capsys):
     args = ["predict", *BASELINE, *DEMO, *TINY, *FEW, "--trainer.callbacks=null", "--data.test=[synthetic]"]
     main(args)
     (folder,) = tmp_path.glob("runs/*/predict")
@@ -223,7 +223,7 @@ def test_predictions_come_with_every_picture(tmp_path, capsys):
     assert "foreground: not drawn, timm/test_resnet.r160_in1k has no class token" in capsys.readouterr().out
 
 
-def test_pictures_while_training_and_a_result_writer_of_ones_own(tmp_path):
+def test_pictures_during_training_and_a_custom_result_folder(tmp_path):
     pictures = {"kinds": ["matches", "heat"], "pairs": 2, "every": 1, "stages": []}
     callbacks = [
         {"class_path": "corrzoo.callbacks.MatchImages", "init_args": pictures},
@@ -239,22 +239,22 @@ def test_pictures_while_training_and_a_result_writer_of_ones_own(tmp_path):
     assert json.loads(Path("mine/synthetic.json").read_text())["label"] == "toy"
 
 
-def test_a_checkpoint_does_not_silently_replace_the_model_asked_for(tmp_path, capsys):
+def test_a_checkpoint_must_not_silently_replace_the_model(tmp_path, capsys):
     main(["fit", *BASELINE, *DEMO, *TINY, *FEW, "--trainer.limit_train_batches=1", "--trainer.callbacks=null"])
     (checkpoint,) = tmp_path.glob("runs/*/version_0/checkpoints/best.ckpt")
     said = failing(capsys, "test", *BASELINE, *DEMO, *TINY, *FEW, "--model.stride=4", f"--ckpt_path={checkpoint}")
     assert "stride=8" in said and "4" in said
-    # what only evaluation uses may differ
+    # options of evaluation may differ
     args = ["--model=Baseline", "--model.readout=argmax", *TINY, *FEW, "--data.test=[synthetic]"]
     main(["test", *args, f"--ckpt_path={checkpoint}"])
     results = [json.loads(p.read_text()) for p in tmp_path.glob("runs/*/version_*/results/synthetic.json")]
     assert results[-1]["options"]["readout"] == "argmax"
 
 
-def test_a_checkpoint_brings_its_weights_and_says_how_they_came_to_be(tmp_path):
+def test_a_checkpoint_has_its_weights_and_their_origin(tmp_path):
     main(["fit", *BASELINE, *DEMO, *TINY, *FEW, "--trainer.limit_train_batches=1", "--trainer.callbacks=null"])
     (checkpoint,) = tmp_path.glob("runs/*/version_0/checkpoints/best.ckpt")
-    # `pretrained` could not be had here; nothing of the model needs to be said but its name
+    # no pretrained weights are needed; of the model, its name is enough
     for args in ([*BASELINE, *DEMO, *TINY, "--model.weights=pretrained"], ["--model=Baseline", "--data.image_size=64"]):
         main(["test", *args, *FEW, "--data.test=[synthetic]", f"--ckpt_path={checkpoint}"])
     results = [json.loads(p.read_text()) for p in sorted(tmp_path.glob("runs/*/version_*/results/synthetic.json"))]
@@ -294,16 +294,16 @@ def test_a_checkpoint_brings_its_weights_and_says_how_they_came_to_be(tmp_path):
         (["fit", *BASELINE, "--data.root=nowhere", "--data.download=false", *TINY], "nowhere/SPair-71k"),
     ],
 )
-def test_a_mistake_gets_one_line_that_helps(args, expected, capsys):
+def test_errors_are_one_line_with_a_remedy(args, expected, capsys):
     assert expected in failing(capsys, *args)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_gpu_that_is_not_there_is_one_line(capsys):
+def test_a_missing_gpu_is_a_one_line_error(capsys):
     assert "gpu" in failing(capsys, "fit", *BASELINE, *DEMO, *TINY, "--trainer.accelerator=gpu")
 
 
-def test_a_checkpoint_from_a_stranger_is_not_run(tmp_path, capsys):
+def test_a_pickled_checkpoint_is_refused(tmp_path, capsys):
     class Evil:
         def __reduce__(self):
             return (Path("owned").touch, ())
@@ -313,13 +313,13 @@ def test_a_checkpoint_from_a_stranger_is_not_run(tmp_path, capsys):
     assert "refused" in said and not Path("owned").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_said_before_the_evaluation(tmp_path, capsys):
+def test_an_unwritable_folder_is_reported_before_evaluation(tmp_path, capsys):
     Path("file").touch()
     said = failing(capsys, "test", *BASELINE, *DEMO, *TINY, *FEW, "--trainer.logger.init_args.save_dir=file")
     assert "file" in said
 
 
-def test_the_last_checkpoint_is_that_of_the_run_before(tmp_path, capsys):
+def test_last_is_the_newest_checkpoint(tmp_path, capsys):
     args = ["fit", *BASELINE, *DEMO, *TINY, *FEW, "--trainer.callbacks=null"]
     said = failing(capsys, *args, "--ckpt_path=last")
     assert f"no last.ckpt of Baseline on {VIT} found under runs: give --ckpt_path a file" in said
@@ -329,7 +329,7 @@ def test_the_last_checkpoint_is_that_of_the_run_before(tmp_path, capsys):
     assert [torch.load(p, weights_only=True)["global_step"] for p in paths] == [2, 4]
 
 
-def test_a_finished_run_says_so(tmp_path, capsys):
+def test_resuming_a_finished_run_says_so(tmp_path, capsys):
     args = ["fit", *BASELINE, *DEMO, *TINY, *FEW, "--trainer.callbacks=null"]
     main(args)
     for limit, value in {"max_epochs": 1, "max_steps": 2}.items():
@@ -343,7 +343,7 @@ def test_a_finished_run_says_so(tmp_path, capsys):
     assert len(list(tmp_path.glob("runs/*/*"))) == 1
 
 
-def test_best_is_the_newest_of_the_head_and_backbone_that_are_asked_for(tmp_path, capsys):
+def test_best_is_the_newest_of_the_same_head_and_backbone(tmp_path, capsys):
     short = [*TINY, *FEW, "--trainer.callbacks=null", "--trainer.limit_train_batches=1"]
     demo, resnet = ["--config=baseline", *DEMO, *short], "timm/test_resnet.r160_in1k"
     main(["fit", *demo])
@@ -367,17 +367,17 @@ def test_best_is_the_newest_of_the_head_and_backbone_that_are_asked_for(tmp_path
     assert f"no best.ckpt of ViTSC on {VIT} found under runs ({others}): give --ckpt_path a file" in said
 
 
-def test_without_a_logger_runs_follow_each_other_in_one_folder():
+def test_runs_without_a_logger_share_a_folder():
     for _ in range(2):
         main(["test", *BASELINE, *DEMO, *TINY, *FEW, "--trainer.callbacks=null", "--trainer.logger=false"])
     assert Path("results/synthetic.json").is_file()
 
 
-def test_two_processes_leave_the_files_of_one(tmp_path):
+def test_two_processes_write_the_same_results_as_one(tmp_path):
     args = ["test", *BASELINE, *DEMO, *TINY, *FEW]
     main([*args, "--trainer.logger.save_dir=one"])
     two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.logger.save_dir=two"]
-    # a process that waits for another in vain does not end
+    # the timeout ends a process that waits for the other forever
     subprocess.run([sys.executable, "-m", "corrzoo", *args, *two], check=True, capture_output=True, timeout=600)
     (one,), (other,) = (list(tmp_path.glob(f"{run}/*/*/results/synthetic.csv")) for run in ("one", "two"))
     assert one.read_text() == other.read_text()
@@ -402,13 +402,13 @@ def test_a_first_run_prints_nothing_that_a_user_cannot_act_on(tmp_path):
         "Baseline on efficientnet_lite0: 3,371,009 parameters, 700,769 of them trained",
         *("Baseline on efficientnet_lite0,", "validation pairs, 2 steps", "before", "val/pck"),
         *("`Trainer.fit` stopped: `max_epochs=1` reached", "matches: runs/Baseline-"),
-        "The number of training batches (2) is smaller than the logging interval",  # not so in the real demo
+        "The number of training batches (2) is smaller than the logging interval",  # not in the real demo
     ]
     surprises = [line for line in lines if not any(text in line for text in expected)]
     assert not surprises, ran.stderr + ran.stdout
 
 
-def test_a_run_that_ends_before_its_first_validation_does_not_pretend_to_have_measured(tmp_path, capsys, recwarn):
+def test_a_run_without_validation_prints_not_measured(tmp_path, capsys, recwarn):
     main(["fit", *BASELINE, *DEMO, *TINY, *FEW, "--trainer.max_steps=1"])
     printed = capsys.readouterr().out
     assert printed.count("not measured") == 3 and "the run ended before its first validation" in " ".join(
@@ -437,7 +437,7 @@ def test_one_option_moves_everything_that_a_run_writes(logger, tmp_path):
     assert list(tmp_path.glob("third/Baseline-timm-test_vit.r160_in1k/*/results/synthetic.json"))
 
 
-def test_with_wandb_every_run_keeps_its_own_configuration(tmp_path):
+def test_every_wandb_run_has_its_own_configuration(tmp_path):
     few = [*BASELINE, *DEMO, *TINY, *FEW, "--trainer.limit_train_batches=1", "--config=trainer/wandb"]
     for rate in (1e-3, 2e-3):
         main(["fit", *few, f"--model.lr={rate}"])
@@ -448,7 +448,7 @@ def test_with_wandb_every_run_keeps_its_own_configuration(tmp_path):
         assert {"config.yaml", "matches-fit.png"} <= {p.name for p in path.parents[1].iterdir()}
 
 
-def test_a_run_that_fails_before_it_begins_leaves_no_folder(tmp_path, capsys):
+def test_a_run_that_fails_at_the_start_leaves_no_folder(tmp_path, capsys):
     args = ["fit", *BASELINE, *DEMO, *TINY, *FEW, "--trainer.callbacks=null"]
     failing(capsys, *args, "--model.weights=nowhere.pth")
     failing(capsys, *args, "--data.train=spair71k", "--data.download=false")
@@ -458,7 +458,7 @@ def test_a_run_that_fails_before_it_begins_leaves_no_folder(tmp_path, capsys):
     assert [p.name for p in tmp_path.glob("runs/*/*")] == ["version_0"]
 
 
-def test_loggers_by_flag(tmp_path, monkeypatch):
+def test_tensorboard_and_wandb_loggers(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -468,8 +468,8 @@ def test_loggers_by_flag(tmp_path, monkeypatch):
     main(["fit", *few, f"--config={CONFIGS / 'trainer' / 'wandb.yaml'}"])
     wandb.finish()
     assert list(tmp_path.rglob("offline-run-*"))
-    assert list(tmp_path.glob("runs/Baseline-*/*/matches-fit.png"))  # not where the next run leaves its own
-    monkeypatch.delenv("WANDB_MODE", raising=False)  # which Lightning's logger has set
+    assert list(tmp_path.glob("runs/Baseline-*/*/matches-fit.png"))  # in the folder of the run
+    monkeypatch.delenv("WANDB_MODE", raising=False)  # set by Lightning's logger
     command = [sys.executable, "-m", "corrzoo", "fit", *few, "--trainer.logger=WandbLogger"]
     ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     said = ran.stderr.splitlines()[-1]

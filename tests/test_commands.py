@@ -1,4 +1,4 @@
-"""The commands beside Lightning's: found without importing it, failing in one line."""
+"""Commands besides Lightning's start without importing it and fail in one line."""
 
 import subprocess
 import sys
@@ -19,20 +19,20 @@ def test_a_command_starts_without_torch_or_lightning():
     assert "usage: corrzoo leaderboard" in out and out.splitlines()[-1] == "0 []"
 
 
-def test_an_error_that_a_user_can_mend_is_one_line(tmp_path):
+def test_user_errors_are_one_line(tmp_path):
     with pytest.raises(SystemExit) as leaving:
         main(["leaderboard", str(tmp_path)])
     assert str(leaving.value.code).startswith(f"error: no result files under {tmp_path}:")
 
 
 @pytest.mark.parametrize("option", ["--chek", "--che"])
-def test_a_misspelt_option_is_one_line_and_not_taken_for_another(option):
+def test_misspelt_options_are_one_line_errors(option):
     with pytest.raises(SystemExit) as leaving:
         main(["leaderboard", option])
     assert leaving.value.code == f"error: unrecognized arguments: {option}; --help lists the options"
 
 
-def test_help_mentions_every_command(capsys):
+def test_help_lists_every_command(capsys):
     with pytest.raises(SystemExit) as leaving:
         main(["--help"])
     said = " ".join(capsys.readouterr().out.split())
@@ -40,7 +40,7 @@ def test_help_mentions_every_command(capsys):
     assert all(f"{name} (" in said for name in COMMANDS)
 
 
-def test_a_misspelt_command_names_the_nearest(capsys):
+def test_a_misspelt_command_suggests_the_nearest(capsys):
     with pytest.raises(SystemExit) as leaving:
         main(["leaderbord"])
     assert leaving.value.code == 2 and "did you mean 'leaderboard'" in capsys.readouterr().err

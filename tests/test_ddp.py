@@ -1,4 +1,4 @@
-"""Two gloo processes train as one does on the joined batch, and score as one: losses, gradients, weights, every row."""
+"""Two gloo processes equal one process on the joined batch: losses, gradients, weights, rows of scores."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ STEPS = 2  # a parameter that got no gradient is an error in the second
 
 
 def joined() -> Pair:
-    """Four pairs of which the two processes get very different numbers of keypoints, and one pair has none."""
+    """Four pairs with very different numbers of keypoints per process; one pair has none."""
     dataset = corrzoo.create_dataset("synthetic", "", "test", size=64)
     pair = PairDataset.collate([dataset[i] for i in range(4)])
     first = torch.arange(pair.kps_mask.shape[1])
@@ -42,7 +42,7 @@ def joined() -> Pair:
 
 
 class Step(nn.Module):
-    """A training step as a forward pass, which is what DistributedDataParallel watches."""
+    """Training step as a forward pass, as DistributedDataParallel needs it."""
 
     def __init__(self, case: str) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Step(nn.Module):
 
 
 def gradients(case: str, pair: Pair) -> dict[str, Tensor]:
-    """What a step leaves in each parameter, and what it logged."""
+    """Gradient of each parameter after a step, and logged values."""
     torch.use_deterministic_algorithms(True)
     step = Step(case)
     run = DistributedDataParallel(step) if dist.is_initialized() else step
@@ -80,7 +80,7 @@ def gradients(case: str, pair: Pair) -> dict[str, Tensor]:
 
 
 def run(folder: str, processes: int) -> dict[str, Any]:
-    """Two epochs of training by Lightning, then two test sets, one of them with fewer pairs than processes."""
+    """Two epochs of training, then two test sets, one of them with fewer pairs than processes."""
     seed_everything(0)
     lengths = {"synthetic": {"length": {"trn": 11, "val": 5, "test": 1}}}
     data = PairsDataModule(
@@ -123,7 +123,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, di
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_step_of_two_processes_is_that_of_one(two_processes: list, case: str) -> None:
+def test_a_step_of_two_processes_equals_one_on_the_joined_batch(two_processes: list, case: str) -> None:
     alone = gradients(case, joined())
     assert any(value.any() for value in alone.values())
     for found in two_processes:
@@ -132,7 +132,7 @@ def test_a_step_of_two_processes_is_that_of_one(two_processes: list, case: str) 
             torch.testing.assert_close(found[case][name], value, rtol=1e-6, atol=1e-9)
 
 
-def test_a_run_of_two_processes_is_that_of_one(two_processes: list, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_run_of_two_processes_equals_one(two_processes: list, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("alone")
     write_synthetic_spair(folder, pairs_per_split=9, images_per_category=3, size=64)
     alone, (first, second) = run(str(folder), 1), (found["run"] for found in two_processes)
@@ -144,6 +144,6 @@ def test_a_run_of_two_processes_is_that_of_one(two_processes: list, tmp_path_fac
         assert first[name] == second[name] == alone[name]
 
 
-def test_no_configuration_looks_for_unused_parameters() -> None:
+def test_no_configuration_searches_for_unused_parameters() -> None:
     configs = Path(__file__).resolve().parents[1] / "zoo_configs"
     assert not [path for path in configs.rglob("*.yaml") if "find_unused" in path.read_text()]

@@ -1,4 +1,4 @@
-"""The files of docs/extending.md, copied into a folder outside the package, and its commands, run there."""
+"""Files and commands of docs/extending.md, in a folder outside the package."""
 
 import json
 import os
@@ -47,11 +47,11 @@ for command in json.loads(sys.argv[1]):
         os._exit(0)
     print("\\nexit status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
-"""Runs command lines, and Python where a command is text, one after the other; prints the exit status of each."""
+"""Runs command lines, or Python code if a command is text, one after the other, and prints each exit status."""
 
 
 def run(folder, *commands):
-    """Output and exit status of each command, in processes that have not imported any plugin."""
+    """Output and exit status of each command, in a process without imported plugins."""
     ran = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps(commands)],
         cwd=folder,
@@ -67,7 +67,7 @@ def run(folder, *commands):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A working folder with the page's files and a few images of pets; the recipes are those of the package."""
+    """A working folder with the page's files and a few images of pets. Recipes come from the package."""
     folder = tmp_path_factory.mktemp("user")
     for kind, text in BLOCKS:
         if kind != "bash":
@@ -107,12 +107,12 @@ FOLLOWING = {
     "no such plugin in a YAML": ["fit", "--config=wrong.yaml"],
     "plugins below the model": ["fit", "--config=late.yaml"],
 }
-"""Commands after the page's, on its first checkpoint; the last five are errors."""
+"""Further commands, which use the page's first checkpoint; the last five are errors."""
 
 
 @pytest.fixture(scope="module")
 def ran(folder):
-    """Output and exit status of the page's commands and of the following ones."""
+    """Output and exit status of the page's commands and of the further ones."""
     (folder / "late.yaml").write_text("model:\n  class_path: Projection\nplugins: projection\n")
     (folder / "wrong.yaml").write_text("plugins: [projectoin]\n")
     words = [shlex.split(line) for line in COMMANDS]
@@ -151,9 +151,9 @@ def test_the_checkpoint_loads_back_and_matches_images(ran, folder):
     ("command", "words"),
     {
         # no file makes anyone import anything
-        "match without import": f"{CHECKPOINT} holds a Projection of 'projection': import that module first (--plugins "
-        "projection)",
-        "match a folder without import": "saved holds a Projection of 'projection': import that module first",
+        "match without import": f"{CHECKPOINT} is a Projection model of 'projection': import that module first "
+        "(--plugins projection)",
+        "match a folder without import": "saved is a Projection model of 'projection': import that module first",
         "no such plugin": "there is no plugin 'tow': expected the name of a module in the working folder",
         "no such plugin in a YAML": "there is no plugin 'projectoin'",
         "plugins below the model": "unknown head 'Projection': choose one of ACTR, Baseline, GSF, LPMFlow, ViTSC, or "
@@ -165,7 +165,7 @@ def test_errors_are_one_line(ran, command, words):
     assert status and printed.strip().startswith(f"error: {words}") and len(printed.strip().splitlines()) == 1, printed
 
 
-def test_plugins_are_named_with_commas_or_as_a_list(tmp_path, monkeypatch):
+def test_plugins_are_separated_by_commas_or_a_list(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     for number in range(4):
         (tmp_path / f"plugin{number}.py").touch()
@@ -174,7 +174,7 @@ def test_plugins_are_named_with_commas_or_as_a_list(tmp_path, monkeypatch):
     assert {f"plugin{number}" for number in range(4)} <= sys.modules.keys()
 
 
-def test_plugins_that_are_named_twice_add_up(tmp_path, monkeypatch, capsys):
+def test_plugins_of_yaml_and_command_line_are_combined(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("in_a_file", "said_first", "said_last"):
         (tmp_path / f"{name}.py").touch()
@@ -189,7 +189,7 @@ def test_plugins_that_are_named_twice_add_up(tmp_path, monkeypatch, capsys):
     assert "(type: modules, default: null)" in " ".join(capsys.readouterr().out.split())
 
 
-def test_errors_of_plugins_are_one_line(tmp_path, monkeypatch):
+def test_plugin_errors_are_one_line(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     head = next(text for _, text in BLOCKS if text.startswith("# projection.py"))
     (tmp_path / "needy.py").write_text("import a_module_that_is_not_there\n")

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic files and Markdown tables."""
 
 import threading
 
@@ -17,7 +17,7 @@ def test_the_file_appears_when_it_is_complete(tmp_path):
     assert path.read_text() == "whole" and list(tmp_path.iterdir()) == [path]
 
 
-def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_an_exception_keeps_the_old_file(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
     with pytest.raises(RuntimeError, match="disk full"), whole_file(path) as partial:
@@ -26,7 +26,7 @@ def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_writers_of_one_path_do_not_disturb_each_other(tmp_path):
+def test_concurrent_writers_do_not_interfere(tmp_path):
     path, contents, errors = tmp_path / "file.txt", [letter * 100_000 for letter in "abcd"], []
     path.write_text(contents[0])
 

@@ -1,4 +1,4 @@
-"""The coordinate convention, held against plain loops and against the authors' pseudo-flow."""
+"""The coordinate convention against plain loops and the released pseudo-flow."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def test_resize_points_scales_each_axis_by_its_own_ratio():
     assert out.tolist() == [[[20, 10], [0, 0]]]
 
 
-def test_cells_become_pixels_axis_by_axis_and_back():
+def test_cells_to_pixels_and_back():
     cells = torch.tensor([[[0.0, 0.0], [1.5, 2.0], [4.0, 3.0]]], dtype=torch.float64)
     pixels = geometry.cells_to_pixels(cells, (3, 4), (30, 64))
     assert pixels.tolist() == [[[0, 0], [24, 20], [64, 30]]]
@@ -50,7 +50,7 @@ def test_transfer_adds_the_flow_at_the_point():
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (3, 7), (1, 5), (1, 1)])
-def test_bilinear_cells_read_what_sample_reads(grid):
+def test_bilinear_cells_equal_sample(grid):
     image = (40, 56)
     maps = torch.randn(2, 3, *grid, dtype=torch.float64)
     points = torch.rand(2, 50, 2, dtype=torch.float64) * 80 - 10  # some outside
@@ -70,7 +70,7 @@ def test_points_to_flow_and_back():
 
 
 def pseudo_flow_by_loops(src, trg, n, grid, image, radius):
-    """The construction of CATs, cell by cell."""
+    """CATs' construction, cell by cell."""
     (h, w), (H, W) = grid, image
     flow, covered = np.zeros((2, h, w)), np.zeros((h, w), bool)
     for r in range(h):
@@ -103,7 +103,7 @@ def test_pseudo_flow_of_a_pair_without_keypoints_is_empty():
 
 @pytest.mark.parametrize("grid", [16, 32, 64, 128])
 @pytest.mark.parametrize("name", ["kpflow", "kpflow_RE"])
-def test_pseudo_flow_equals_the_authors(shared, grid, name):
+def test_pseudo_flow_equals_the_released_code(shared, grid, name):
     data = np.load(shared / "golden" / "data.npz")
     src, trg = (torch.from_numpy(data[k]).double().transpose(1, 2) for k in ("src_kps", "trg_kps"))
     if name.endswith("RE"):
@@ -114,7 +114,7 @@ def test_pseudo_flow_equals_the_authors(shared, grid, name):
 
 
 def test_no_host_device_synchronisation():
-    """Sizes are Python numbers: no function makes a tensor of them, which would be copied to the GPU."""
+    """Sizes are Python numbers. As tensors, they would be copied to the GPU."""
     grid, image = (4, 6), (32, 48)
     points = (torch.rand(2, 24, 2) * 40).requires_grad_()
     maps, mask = torch.randn(2, 3, *grid, requires_grad=True), torch.rand(2, 24) > 0.5

@@ -1,4 +1,4 @@
-"""What `hostless` catches and what it allows."""
+"""Operations that `hostless` refuses and allows."""
 
 import pytest
 import torch
@@ -39,12 +39,12 @@ class Synchronising(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("name", FORBIDDEN)
-def test_forbidden(name):
+def test_synchronisation_raises(name):
     with hostless(), pytest.raises((AssertionError, RuntimeError)):
         FORBIDDEN[name]()
 
 
-def test_allowed():
+def test_device_operations_are_allowed():
     """Python scalars, tensors made on the device, whole-number and slice indices, and a backward pass."""
     x = (X / 3).requires_grad_()
     with hostless():

@@ -1,4 +1,4 @@
-"""Image files: read correctly, or refused by name."""
+"""Image files are read correctly, or refused by name."""
 
 import io
 import struct
@@ -20,7 +20,7 @@ def pixels() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
 
-def test_rgb_is_read_as_it_is(tmp_path: Path, pixels: np.ndarray) -> None:
+def test_rgb_pixels_are_unchanged(tmp_path: Path, pixels: np.ndarray) -> None:
     Image.fromarray(pixels).save(tmp_path / "a.png")
     assert image_size(tmp_path / "a.png") == (30, 20)
     tensor = to_tensor(read_rgb(tmp_path / "a.png", (30, 20)), (20, 30))
@@ -45,18 +45,18 @@ def test_other_modes_become_rgb(tmp_path: Path, mode: str) -> None:
     assert np.abs(np.asarray(image).astype(int) - colour).max() <= 4
 
 
-def test_deep_images_are_refused(tmp_path: Path) -> None:
+def test_images_of_more_than_8_bits_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.full((20, 30), 40000, dtype=np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(ZooError, match=r"deep\.png has mode I.*more than 8 bits.*convert"):
         image_size(tmp_path / "deep.png")
 
 
-def test_a_png_in_disguise_is_read_as_what_it_is(tmp_path: Path, pixels: np.ndarray) -> None:
+def test_the_content_decides_the_format(tmp_path: Path, pixels: np.ndarray) -> None:
     Image.fromarray(pixels).save(tmp_path / "a.jpg", format="PNG")
     assert np.array_equal(np.asarray(read_rgb(tmp_path / "a.jpg", (30, 20))), pixels)
 
 
-def test_sixteen_bits_a_colour_are_scaled_to_eight(tmp_path: Path, pixels: np.ndarray) -> None:
+def test_16_bit_colours_are_scaled_to_8_bits(tmp_path: Path, pixels: np.ndarray) -> None:
     rows = b"".join(b"\0" + (row.astype(">u2") * 257).tobytes() for row in pixels)
     (tmp_path / "a.png").write_bytes(png(30, 20, bits=16, data=zlib.compress(rows)))
     assert np.array_equal(np.asarray(read_rgb(tmp_path / "a.png", (30, 20))), pixels)
@@ -75,14 +75,14 @@ def test_thirty_megapixels_are_read(tmp_path: Path) -> None:
     assert (small[..., :5] == 50).all() and (small[..., 7:] == 200).all()
 
 
-def test_a_bomb_of_an_image_is_refused(tmp_path: Path) -> None:
+def test_a_decompression_bomb_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png(50_000, 50_000, bits=8, data=zlib.compress(bytes(99))))
     with pytest.raises(ZooError, match=r"a\.png \(Image size \(2500000000 pixels\) exceeds limit"):
         image_size(tmp_path / "a.png")
 
 
 def png(w: int, h: int, bits: int, data: bytes) -> bytes:
-    """An RGB image, which PIL itself does not write with 16 bits."""
+    """Write a 16-bit RGB image, which PIL cannot."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -91,14 +91,14 @@ def png(w: int, h: int, bits: int, data: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
-def test_orientation_is_ignored(tmp_path: Path, pixels: np.ndarray) -> None:
+def test_exif_orientation_of_dataset_images_is_ignored(tmp_path: Path, pixels: np.ndarray) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees
     Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif)
     assert read_rgb(tmp_path / "a.jpg", (30, 20)).size == (30, 20)
 
 
-def test_a_users_file_is_rotated_as_its_exif_says_and_pixels_are_not(tmp_path: Path, pixels: np.ndarray) -> None:
+def test_exif_orientation_of_user_files_is_applied(tmp_path: Path, pixels: np.ndarray) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: shown, the stored top row is the right column
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
@@ -121,7 +121,7 @@ def test_a_users_file_is_rotated_as_its_exif_says_and_pixels_are_not(tmp_path: P
         (7, "got int"),
     ],
 )
-def test_a_source_that_is_not_an_image_is_refused_in_one_line(given: object, message: str) -> None:
+def test_invalid_sources_are_one_line_errors(given: object, message: str) -> None:
     with pytest.raises(ZooError, match=message) as error:
         as_rgb(given)  # type: ignore[arg-type]
     assert "\n" not in str(error.value)
@@ -129,7 +129,7 @@ def test_a_source_that_is_not_an_image_is_refused_in_one_line(given: object, mes
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
 @pytest.mark.parametrize("keep", [0, 10, 0.6])
-def test_broken_files_are_named(tmp_path: Path, pixels: np.ndarray, suffix: str, keep: float) -> None:
+def test_damaged_files_are_named(tmp_path: Path, pixels: np.ndarray, suffix: str, keep: float) -> None:
     path = tmp_path / f"a{suffix}"
     Image.fromarray(pixels).save(path)
     data = path.read_bytes()
@@ -139,7 +139,7 @@ def test_broken_files_are_named(tmp_path: Path, pixels: np.ndarray, suffix: str,
     assert "\n" not in str(error.value)
 
 
-def test_missing_and_wrong_size(tmp_path: Path) -> None:
+def test_missing_files_and_wrong_sizes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ZooError, match=r"no image .*a\.png"):
         read_rgb(tmp_path / "a.png", (30, 20))
     Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
@@ -149,7 +149,7 @@ def test_missing_and_wrong_size(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 @pytest.mark.parametrize("by_path", [True, False])
-def test_transparent_pixels_of_a_users_image_are_white(tmp_path: Path, mode: str, by_path: bool) -> None:
+def test_transparent_pixels_of_user_images_are_white(tmp_path: Path, mode: str, by_path: bool) -> None:
     given = Image.new("RGBA", (4, 2), (10, 10, 10, 0))  # a hidden colour that viewers do not show
     given.paste((200, 200, 200, 255), (0, 0, 1, 2))
     given.putpixel((3, 0), (0, 0, 0, 51))
@@ -167,12 +167,12 @@ def test_transparent_pixels_of_a_users_image_are_white(tmp_path: Path, mode: str
 
 
 @pytest.mark.parametrize("mode, value", [("I;16", 40000), ("I", 40000), ("F", 0.5)])
-def test_a_users_pil_image_of_more_than_8_bits_is_refused(mode: str, value: float) -> None:
+def test_pil_images_of_more_than_8_bits_are_refused(mode: str, value: float) -> None:
     with pytest.raises(ZooError, match=f"image given has mode {mode}, more than 8 bits a channel: convert"):
         as_rgb(Image.new(mode, (3, 2), value))
 
 
-def test_an_upload_of_too_many_pixels_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_uploads_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     huge = png(13_000, 13_000, bits=8, data=zlib.compress(bytes(99)))  # below Pillow's own limit
     with pytest.warns(Image.DecompressionBombWarning):
         with pytest.raises(ZooError, match=r"the image is 13000x13000: expected at most 50,000,000 pixels, shrink it"):
@@ -190,7 +190,7 @@ def encoded(kind: str, size: tuple[int, int]) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["EPS", "DDS", "TGA", "PCX", "ICO", "SGI"])
-def test_formats_outside_the_list_are_not_decoded(tmp_path: Path, kind: str) -> None:
+def test_unlisted_formats_are_not_decoded(tmp_path: Path, kind: str) -> None:
     (tmp_path / "a.png").write_bytes(encoded(kind, (30, 20)))
     for read in (as_rgb, image_size):
         with pytest.raises(ZooError, match=r"cannot read the image .*a\.png \(unknown format"):
@@ -202,7 +202,7 @@ Image.init()
 
 @pytest.mark.filterwarnings("ignore")  # Pillow warns of the damage
 @pytest.mark.parametrize("kind", sorted(images.FORMATS & Image.SAVE.keys()))
-def test_listed_formats_are_decoded_and_damaged_ones_are_one_line(kind: str) -> None:
+def test_listed_formats_are_decoded_and_damage_is_a_one_line_error(kind: str) -> None:
     content = encoded(kind, (30, 20))
     assert np.abs(np.asarray(as_rgb(content)).astype(int) - (10, 200, 30)).max() < 12
     rng = np.random.default_rng(0)
@@ -219,7 +219,7 @@ def test_listed_formats_are_decoded_and_damaged_ones_are_one_line(kind: str) -> 
     assert refused > 10
 
 
-def test_a_users_damaged_pil_image_is_one_line(tmp_path: Path, pixels: np.ndarray) -> None:
+def test_a_damaged_pil_image_is_a_one_line_error(tmp_path: Path, pixels: np.ndarray) -> None:
     Image.fromarray(pixels).save(tmp_path / "a.png")
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:900])
     with pytest.raises(ZooError, match="cannot decode the image given"):

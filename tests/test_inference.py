@@ -1,4 +1,4 @@
-"""Images of one's own: their own pixels in, their own pixels out, for every head."""
+"""User images: points and flow in original pixels, for every head."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def matcher(head="Baseline", **options):
 
 @pytest.fixture(scope="module")
 def images():
-    """A drawn scene of 120 x 90 pixels, and the same at 200 x 180."""
+    """A synthetic scene at 120 x 90 pixels, and the same at 200 x 180."""
     dataset = corrzoo.create_dataset("synthetic", "", "test", size=160)
     image = dataset.read_image(0)
     return image.resize((120, 90)), image.resize((200, 180))
@@ -36,11 +36,11 @@ def test_an_image_matches_its_own_enlargement(images):
     found = imagepair.match_images(model, *images, [[30, 40], [90.5, 60.25]], size=128)
     expected = found.src_points * torch.tensor([200 / 120, 180 / 90])
     assert (found.trg_points - expected).abs().max() < 5
-    assert found.src_points.tolist() == [[30, 40], [90.5, 60.25]] and found.round_trip.max() < 3
+    assert found.src_points.tolist() == [[30, 40], [90.5, 60.25]] and found.cycle_error.max() < 3
     assert not model.training
 
 
-def test_the_flow_is_in_pixels_of_both_images(images):
+def test_the_flow_is_in_original_pixels(images):
     pair = imagepair.open_pair(matcher(readout="identity"), *images, size=64)
     flow = pair.flow()
     assert flow.shape == (2, 90, 120) and flow.dtype == torch.float32
@@ -49,7 +49,7 @@ def test_the_flow_is_in_pixels_of_both_images(images):
         assert (x + 0.5 + u, y + 0.5 + v) == pytest.approx(((x + 0.5) * 200 / 120, (y + 0.5) * 180 / 90), abs=1e-3)
 
 
-def test_without_points_those_of_a_grid_that_hold_both_ways_are_answered(images):
+def test_without_points_cycle_consistent_grid_points_are_matched(images):
     pair = imagepair.open_pair(matcher(stride=4, readout="argmax"), *images, size=64)
     found = pair.confident_matches()
     points = [((i + 0.5) * 12, (j + 0.5) * 9) for j in range(imagepair.GRID) for i in range(imagepair.GRID)]
@@ -61,12 +61,12 @@ def test_without_points_those_of_a_grid_that_hold_both_ways_are_answered(images)
             kept.append(point)
     assert 0 < len(kept) < len(points)
     assert found.src_points.tolist() == [list(point) for point in kept]
-    assert (found.round_trip <= 3).all()
+    assert (found.cycle_error <= 3).all()
     assert torch.equal(pair.match(found.src_points), found.trg_points)
 
 
 @pytest.mark.parametrize("head", corrzoo.list_heads())
-def test_every_head_answers_points_flow_and_heat_in_shapes_that_are_not_square(head, images):
+def test_every_head_matches_images_that_are_not_square(head, images):
     pair = imagepair.open_pair(matcher(head), *images, size=(64, 96))
     found = pair.match_both_ways([[10, 20], [60, 45]])
     assert all(torch.isfinite(field).all() for field in found) and found.trg_points.shape == (2, 2)
@@ -78,7 +78,7 @@ def test_every_head_answers_points_flow_and_heat_in_shapes_that_are_not_square(h
     assert h == w if head in ("ACTR", "GSF", "LPMFlow") else h * 96 == w * 64
 
 
-def test_the_heat_is_highest_at_the_match(images):
+def test_the_heat_map_is_highest_at_the_match(images):
     pair = imagepair.open_pair(matcher(stride=4, readout="argmax", point_query="features"), *images, size=64)
     for point in ((30, 40), (90.5, 60.25), (5, 80)):
         heat = pair.heat_map(point)
@@ -87,7 +87,7 @@ def test_the_heat_is_highest_at_the_match(images):
         assert pair.match([point])[0].tolist() == pytest.approx(centre, abs=1e-3)
 
 
-def test_a_kept_correlation_is_read_between_the_four_cells_around_a_point(images):
+def test_heat_maps_interpolate_the_correlation_of_four_cells(images):
     model = matcher("LPMFlow").eval()
     pair = imagepair.open_pair(model, *images, size=64)
     correlation = model.match(pair.src_features, pair.trg_features).correlation[0]  # fine cells of 8 network pixels
@@ -101,7 +101,7 @@ def test_a_kept_correlation_is_read_between_the_four_cells_around_a_point(images
     torch.testing.assert_close(pair.heat_map((30, 40)).flatten(), row)
 
 
-def test_foreground_is_what_resembles_both_class_tokens():
+def test_foreground_maps_are_similarities_to_the_mean_class_token():
     model = matcher().eval()
     src, trg = (torch.randint(0, 256, (2, 3, 64, 48), dtype=torch.uint8) for _ in range(2))
     maps = imagepair.foreground_maps(model.backbone, src, trg)
@@ -117,7 +117,7 @@ def test_foreground_is_what_resembles_both_class_tokens():
         imagepair.foreground_maps(cnn.backbone, src, trg)
 
 
-def test_paths_images_and_pixels_are_the_same(images, tmp_path):
+def test_paths_images_and_pixels_give_the_same_matches(images, tmp_path):
     model = matcher()
     for image, name in zip(images, "ab", strict=True):
         image.save(tmp_path / f"{name}.png")
@@ -132,7 +132,7 @@ def test_paths_images_and_pixels_are_the_same(images, tmp_path):
     assert all(torch.equal(answer, answers[0]) for answer in answers)
 
 
-def test_mistakes_are_named(images):
+def test_errors_name_the_input(images):
     model = matcher()
     with pytest.raises(ZooError, match=r"point \(120\.5, 3\) lies outside the source image of 120x90"):
         imagepair.match_images(model, *images, [[120, 90], [120.5, 3]], size=64)

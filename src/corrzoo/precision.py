@@ -1,14 +1,14 @@
-"""Islands of full precision inside autocast: float32, or float64 where the input has it."""
+"""Full precision inside autocast."""
 
 import torch
 from torch import Tensor
 
 
 def full(x: Tensor) -> Tensor:
-    """`x` in float32; float64 stays as it is."""
+    """Convert to float32; float64 is returned unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def full_precision(x: Tensor) -> torch.autocast:
-    """Context without autocast on the device of `x`: at a temperature of 0.02, bfloat16 rounding moves the argmax."""
+    """Context that turns autocast off on the device of `x`: at temperature 0.02, bfloat16 would move the argmax."""
     return torch.autocast(x.device.type, enabled=False)

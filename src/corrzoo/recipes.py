@@ -1,4 +1,4 @@
-"""Recipes: the configurations that come with the package, found by name from any folder."""
+"""Recipes: configurations in the package, found by name from any folder."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,11 +13,11 @@ FOLDER = Path(__file__).parent / "zoo_configs"
 
 
 def find(name: str) -> str:
-    """The file that `--config <name>` means: a file of that name, else a recipe of the package.
+    """Find the file of `--config <name>`: a file of that name, else a recipe of the package.
 
     Args:
         name: A path such as `mine.yaml`, or a recipe: `lpmflow`, `lpmflow.yaml`, `zoo_configs/data/pfwillow.yaml`.
-            YAML text and addresses are returned unchanged.
+            YAML text and URLs are returned unchanged.
 
     Raises:
         ZooError: if there is no such file.
@@ -36,11 +36,11 @@ def find(name: str) -> str:
 
 
 def resolve(args: Sequence[str]) -> list[str]:
-    """A command line whose every `--config` is the path of a file.
+    """Replace the value of every `--config` by the path of a file.
 
     Raises:
-        ZooError: if a file is missing; if it has options of a head and no file before it names the head; or if it
-            changes the head and no `--model` after it says so.
+        ZooError: if a file is missing; if it has options of a head, but no head is named before; or if it changes the
+            head, and no `--model` follows.
     """
     resolved: list[str] = []
     head, changed = "", ""
@@ -72,7 +72,7 @@ def _no_head(given: str, recipe: str = "<head>") -> ZooError:
 
 
 def _options(args: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """`--config` and `--model` with their values; every other word with an empty option."""
+    """Yield `--config` and `--model` with their values, and every other word with an empty option."""
     words = iter(args)
     for word in words:
         option, equals, value = word.partition("=")
@@ -83,7 +83,7 @@ def _options(args: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _model_in(config: str) -> Any:
-    """The entry `model` of a configuration; empty if there is none, or if the parser will complain."""
+    """Entry `model` of a configuration; empty if there is none, or if it is not YAML, which the parser reports."""
     try:
         content = yaml.safe_load(Path(config).read_text() if Path(config).is_file() else config)
     except (OSError, ValueError, yaml.YAMLError):

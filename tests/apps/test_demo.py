@@ -1,4 +1,4 @@
-"""The local page, as a browser and as a stranger meet it."""
+"""The local page: requests, errors, and a real browser."""
 
 import http.client
 import io
@@ -20,16 +20,16 @@ CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 @pytest.fixture(scope="module")
 def parts():
-    """A small matcher and a drawn image."""
+    """A small matcher and a synthetic image."""
     torch.manual_seed(0)
     matcher = corrzoo.create_matcher("Baseline", "timm/test_vit.r160_in1k", "random", stride=8, point_query="features")
     matcher.image_size = 96
-    return matcher, demo.drawn_pair()[0]
+    return matcher, demo.synthetic_pair()[0]
 
 
 @pytest.fixture
 def server(parts):
-    """A page on a free port, with an image and its enlargement."""
+    """A running server with an image and its enlargement."""
     matcher, image = parts
     with demo.Server(matcher, image, image.resize((240, 200))) as running:
         thread = threading.Thread(target=running.serve_forever, args=[0.02])
@@ -52,7 +52,7 @@ def png(size):
     return file.getvalue()
 
 
-def test_it_listens_on_this_machine_alone_and_matches_either_way(server):
+def test_the_server_is_local_and_matches_in_both_directions(server):
     assert server.server_address[0] == "127.0.0.1"
     w, h = server.images[0].size
     for side, trg in (("src", (240, 200)), ("trg", (w, h))):
@@ -93,14 +93,14 @@ def test_an_uploaded_image_replaces_one_side(server):
         ("DELETE", "/src", None, {}, 501),
     ],
 )
-def test_strangers_and_nonsense_are_refused_and_the_server_lives_on(server, method, path, body, headers, status):
+def test_invalid_and_foreign_requests_are_refused(server, method, path, body, headers, status):
     found, content, _ = ask(server, method, path, body, **headers)
     assert found == status
     assert status == 501 or "\n" not in json.loads(content)["error"]
     assert ask(server, "GET", "/state")[0] == 200
 
 
-def test_the_page_needs_nothing_from_elsewhere(server):
+def test_the_page_loads_nothing_from_other_sites(server):
     status, content, headers = ask(server, "GET", "/", Host=f"localhost:{server.server_port}")
     assert status == 200 and b"://" not in content
     assert headers["Content-Security-Policy"].startswith("default-src 'none'")
@@ -109,12 +109,12 @@ def test_the_page_needs_nothing_from_elsewhere(server):
 @pytest.mark.parametrize(
     "args, said",
     [
-        (["a.png"], "1 image given: expected two"),
+        (["a.png"], "1 images given: expected two"),
         (["--port", "99999"], "--port 99999: expected 0 to 65535"),
         (["a.png", "b.png"], "no image file a.png"),
     ],
 )
-def test_mistakes_on_the_command_line_are_one_line(args, said):
+def test_command_line_errors_are_one_line(args, said):
     with pytest.raises(ZooError, match=said):
         demo.main(args)
 
@@ -134,19 +134,19 @@ def browser(tmp_path):
     driver.quit()
 
 
-def test_a_click_and_the_keyboard_find_the_match_in_a_real_browser(server, browser, tmp_path):
+def test_click_and_keyboard_in_a_real_browser(server, browser, tmp_path):
     from selenium.webdriver import ActionChains, Keys
     from selenium.webdriver.support.ui import WebDriverWait
 
     def said(unlike=""):
-        WebDriverWait(browser, 20).until(lambda b: "matched back" in text() and text() != unlike)
+        WebDriverWait(browser, 20).until(lambda b: "cycle error" in text() and text() != unlike)
         return text()
 
     def text():
         return browser.find_element("id", "answer").text
 
     def red(side):
-        """How much of the heat map lies over an image: its colours are red where they are half bright."""
+        """Share of an image that the similarity map colours red, its colour for medium scores."""
         image = browser.find_element("id", side).screenshot_as_png
         r, g, b = np.asarray(Image.open(io.BytesIO(image)).convert("RGB")).astype(int).reshape(-1, 3).T
         return ((r > g + 50) & (r > b + 20)).mean()
@@ -159,7 +159,7 @@ def test_a_click_and_the_keyboard_find_the_match_in_a_real_browser(server, brows
     ActionChains(browser).move_to_element_with_offset(stage, 0, 0).click().perform()  # its middle
     first = said()
     x, y = (float(number) for number in first.split("(")[1].split(")")[0].split(","))
-    assert abs(x - w / 2) < 2 and abs(y - h / 2) < 2 and "in the first image is at" in first
+    assert abs(x - w / 2) < 2 and abs(y - h / 2) < 2 and "in the first image matches" in first
     u, v = (float(number) for number in first.split("(")[2].split(")")[0].split(","))
     answer = server.match(0, [x, y])
     assert abs(u - answer["x"]) < 0.5 and abs(v - answer["y"]) < 0.5
@@ -171,7 +171,7 @@ def test_a_click_and_the_keyboard_find_the_match_in_a_real_browser(server, brows
         Keys.ARROW_LEFT, Keys.ARROW_LEFT, Keys.SHIFT + Keys.ARROW_UP, Keys.ENTER
     )
     second = said(unlike=first)
-    assert second.startswith(f"({120 - 2 * 240 / 50:.1f}, 99.0) in the second image is at")
+    assert second.startswith(f"({120 - 2 * 240 / 50:.1f}, 99.0) in the second image matches")
 
     Image.new("RGB", (64, 48), "green").save(tmp_path / "own.png")
     browser.find_element("id", "file-src").send_keys(str(tmp_path / "own.png"))

@@ -1,4 +1,4 @@
-"""`corrzoo match`, as it stands on the command line."""
+"""`corrzoo match` on the command line, and the zero-shot model."""
 
 import csv
 import importlib.util
@@ -23,7 +23,7 @@ TINY = ["--backbone=timm/test_vit.r160_in1k", "--weights=random", "--size=96"]
 
 @pytest.fixture(autouse=True)
 def pair(tmp_path, monkeypatch):
-    """Two images in the working folder, the second an enlargement of the first."""
+    """Two images in the working folder; the second is an enlargement of the first."""
     monkeypatch.chdir(tmp_path)
     image = corrzoo.create_dataset("synthetic", "", "test", size=160).read_image(0).resize((120, 90))
     image.save("a.png")
@@ -36,7 +36,7 @@ def match(*args):
 
 
 def failing(*args):
-    """The one line that a failing command prints."""
+    """One-line error of a failing command."""
     with pytest.raises(SystemExit) as leaving:
         match(*args)
     said = str(leaving.value.code)
@@ -44,7 +44,7 @@ def failing(*args):
     return said
 
 
-def test_points_go_in_and_come_out_in_the_images_own_pixels(capsys):
+def test_points_are_in_original_pixels(capsys):
     match("a.png", "b.jpg", "--points", " 30,40; 90.5,60.25;", *TINY)
     content = json.loads(Path("matches/matches.json").read_text())
     assert content["src"] == {"path": "a.png", "size": [120, 90]} and content["trg"]["size"] == [200, 180]
@@ -56,10 +56,10 @@ def test_points_go_in_and_come_out_in_the_images_own_pixels(capsys):
     assert "2 matches: matches/matches.json, matches/matches.png" in capsys.readouterr().out
 
 
-def test_a_table_and_the_flow_in_two_formats():
+def test_csv_and_dense_flow_files():
     match("a.png", "b.jpg", "--format=csv", "--dense", "--out=deep/er", *TINY)
     rows = list(csv.DictReader(open("deep/er/matches.csv")))
-    assert rows and all(float(row["round_trip"]) <= 0.25 * 12 for row in rows)
+    assert rows and all(float(row["cycle_error"]) <= 0.25 * 12 for row in rows)
     flow = np.load("deep/er/flow.npy")
     assert flow.shape == (90, 120, 2) and flow.dtype == np.float32
     content = Path("deep/er/flow.flo").read_bytes()
@@ -71,7 +71,7 @@ def test_a_table_and_the_flow_in_two_formats():
     assert Image.open("deep/er/warped.png").size == (120, 90) and Path("deep/er/flow.png").exists()
 
 
-def test_a_trained_checkpoint_is_used_as_it_was_trained():
+def test_a_saved_model_keeps_its_options_and_image_size():
     model = corrzoo.create_matcher("Baseline", "timm/test_resnet.r160_in1k", "random", readout="identity")
     model.image_size = 64
     corrzoo.save(model, "saved")
@@ -85,7 +85,7 @@ def test_a_trained_checkpoint_is_used_as_it_was_trained():
     assert "config.json" in failing("a.png", "b.jpg", "--ckpt=saved")
 
 
-def test_mistakes_are_one_line():
+def test_errors_are_one_line():
     Path("c.png").write_text("no image")
     Path("file").touch()
     assert "no image file nowhere.png" in failing("a.png", "nowhere.png")
@@ -104,7 +104,7 @@ def test_mistakes_are_one_line():
 
 
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite2"])
-def test_the_untrained_model_is_its_configuration_with_mutual_neighbours(name):
+def test_zero_shot_options_are_the_configuration_with_mutual(name):
     config = yaml.safe_load((CONFIGS / "backbone" / f"{name}.yaml").read_text())
     options, size = apps.zero_shot(name)
     assert options == {**config["model"]["init_args"], "mutual": True} and options["backbone"] == name
@@ -112,7 +112,7 @@ def test_the_untrained_model_is_its_configuration_with_mutual_neighbours(name):
 
 
 @pytest.mark.parametrize("name", ["dinov2_s14", "timm/test_vit.r160_in1k"])
-def test_an_untrained_backbone_without_a_configuration_is_read_at_its_own_level(name):
+def test_zero_shot_options_of_a_backbone_without_a_configuration(name):
     known, size = apps.zero_shot(apps.BACKBONE)
     options, other = apps.zero_shot(name)
     assert size == other and options["backbone"] == name and options["backbone_size"] is True
@@ -125,21 +125,21 @@ OFFLINE = pytest.mark.skipif(
 
 
 @OFFLINE
-def test_right_after_installation_an_enlarged_image_is_matched_to_itself():
+def test_zero_shot_matches_an_image_to_its_enlargement():
     match("a.png", "b.jpg", "--points=30,40; 60,45; 90,60")
     for m in json.loads(Path("matches/matches.json").read_text())["matches"]:
         assert abs(m["trg_x"] - m["src_x"] * 200 / 120) < 6 and abs(m["trg_y"] - m["src_y"] * 2) < 6
 
 
 @OFFLINE
-def test_the_lines_of_the_readme_run_as_they_stand():
+def test_the_commands_of_the_readme_run():
     section = (CONFIGS.parent / "README.md").read_text().split("## Match your own images")[1].split("\n## ")[0]
     Image.open("a.png").resize((240, 180)).save("a.jpg")
     shell, python = (section.split(f"```{language}\n")[1].split("```")[0] for language in ("bash", "python"))
-    for line in shell.splitlines():
+    for line in filter(None, (line.partition("#")[0] for line in shell.splitlines())):
         name, *args = shlex.split(line)
         assert name == "corrzoo" and args[0] in COMMANDS
-        if args[0] != "demo":  # which would wait for a click
+        if args[0] != "demo":  # it would wait for a click
             main(args)
     assert Path("pair/matches.csv").exists() and Path("matches/flow.flo").exists()
     corrzoo.save(corrzoo.create_matcher("Baseline", "timm/test_vit.r160_in1k", "random"), "saved")

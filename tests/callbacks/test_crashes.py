@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped or out of disk go on, and end as if nothing had happened."""
+"""Runs that are killed, stopped or out of disk space resume, and end like an uninterrupted run."""
 
 import ctypes
 import multiprocessing
@@ -40,14 +40,17 @@ STEPS = 5 * 2
 def run(
     folder: Path, args: list[str], trouble: Callable[[], None] | None = None, then: str = "", to_all: bool = False
 ) -> tuple[int, str]:
-    """The command line in a process of its own: its exit status, negative for a signal, and what it printed.
+    """Run a command line in a process of its own.
 
     Args:
-        folder: Where it runs.
-        args: The command line.
-        trouble: Called in the process before the command begins.
-        then: Of a signal that this process sends once the run has taken a step.
+        folder: Working folder.
+        args: Command line.
+        trouble: Called in the process before the command starts.
+        then: Name of a signal that is sent during a step.
         to_all: Send it to the loaders' workers, too, as Ctrl-C, systemd and scancel do.
+
+    Returns:
+        Exit status, negative for a signal, and output.
     """
     context = multiprocessing.get_context("forkserver")  # which imports everything once, for all runs
     context.set_forkserver_preload(["corrzoo.cli"])
@@ -83,7 +86,7 @@ def command(folder: Path, args: list[str], trouble: Callable[[], None] | None, e
 
 
 class KilledAfter:
-    """SIGKILL at a moment in the process' own time, which is the same on a machine that is busy."""
+    """Send SIGKILL after some CPU time of the process, which does not depend on the load of the machine."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -98,7 +101,7 @@ class KilledAfter:
 
 
 class KilledWriting:
-    """SIGKILL when half of a file is written: the n-th checkpoint, or a cache of annotations."""
+    """Send SIGKILL when half of a file is written: the n-th checkpoint or annotation cache."""
 
     def __init__(self, what: str, n: int = 1) -> None:
         self.what, self.n = what, n
@@ -125,13 +128,13 @@ def newest(folder: Path, name: str = "last.ckpt", run: str = "runs/*/*") -> Path
     return max(folder.glob(f"{run}/checkpoints/{name}"), key=lambda path: path.stat().st_mtime)
 
 
-def go_on(folder: Path) -> list[str]:
-    """What a user would type: go on where there is something to go on from."""
+def resume(folder: Path) -> list[str]:
+    """Command line that resumes if there is a checkpoint."""
     return [*FIT, "--ckpt_path=last"] if list(folder.glob("runs/*/*/checkpoints/last.ckpt")) else FIT
 
 
 def assert_same(a: object, b: object, at: str = "") -> None:
-    """Two checkpoints to the bit, but for the paths and times in them."""
+    """Compare two checkpoints bit by bit, except for paths and times."""
     assert type(a) is type(b), at
     if isinstance(a, dict):
         assert a.keys() == b.keys(), at
@@ -152,7 +155,7 @@ def read(path: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a dataset, where an uninterrupted run has been."""
+    """A folder with a dataset and an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     write_synthetic_spair(folder / "data", pairs_per_split=8, images_per_category=3, size=64)
     assert run(folder, FIT)[0] == 0
@@ -162,21 +165,21 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fresh(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the same dataset, an empty cache, and no runs."""
+    """A folder with the same dataset, an empty cache and no runs."""
     monkeypatch.setenv("CORRZOO_CACHE", str(tmp_path / "cache"))
     (tmp_path / "data").symlink_to(home / "data")
     return tmp_path
 
 
-def test_a_run_that_is_killed_ten_times_ends_as_one_that_is_not(home: Path, fresh: Path) -> None:
+def test_a_run_killed_ten_times_ends_like_an_uninterrupted_run(home: Path, fresh: Path) -> None:
     whole, seconds = newest(home), float((home / "seconds").read_text())
     moments, kills = random.Random(0), 0
     troubles = {0: KilledWriting("annotations"), 3: KilledWriting("checkpoint"), 6: KilledWriting("checkpoint", 3)}
-    while kills < 10:  # whole sequences of kills and resumptions, of which the first may end too soon
+    while kills < 10:  # repeat runs until there were ten kills
         status = -1
         while status:
             moment = KilledAfter(moments.uniform(0, 0.75 * seconds))
-            status, log = run(fresh, go_on(fresh), troubles.get(kills, moment) if kills < 10 else None)
+            status, log = run(fresh, resume(fresh), troubles.get(kills, moment) if kills < 10 else None)
             assert status in (0, -signal.SIGKILL), log
             kills += status != 0
         assert_same(read(newest(fresh)), read(whole))
@@ -185,7 +188,7 @@ def test_a_run_that_is_killed_ten_times_ends_as_one_that_is_not(home: Path, fres
 
 
 class InAStep:
-    """Something that happens in the middle of the n-th step."""
+    """Call `happening` in the middle of the n-th step."""
 
     def __init__(self, happening: Callable[[], None], name: str = "training_step", n: int = 3) -> None:
         self.happening, self.name, self.n = happening, name, n
@@ -211,7 +214,7 @@ def wait_for_a_signal() -> None:
 
 
 def fill_the_disk() -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # which holds for root, too
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # holds for root, too
 
 
 def take_the_images_away() -> None:
@@ -219,18 +222,21 @@ def take_the_images_away() -> None:
 
 
 def kill_a_worker() -> None:
-    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)  # as the kernel does when memory is short
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)  # as the kernel does when it is out of memory
 
 
 @pytest.mark.parametrize(
     "happening, said",
     [
-        (fill_the_disk, "error: cannot write the checkpoint .*last.ckpt \\(File too large; .*of before is whole"),
+        (
+            fill_the_disk,
+            "error: cannot write the checkpoint .*last.ckpt \\(File too large; the previous checkpoint is",
+        ),
         (take_the_images_away, "error: no image .*jpg: restore the file"),
         (kill_a_worker, "error: DataLoader worker .* killed by signal.*fewer --data.num_workers"),
     ],
 )
-def test_trouble_in_a_run_is_one_line_and_it_can_go_on(
+def test_a_failure_during_training_is_one_line_and_the_run_resumes(
     home: Path, fresh: Path, happening: Callable[[], None], said: str
 ) -> None:
     images = ["--data.packed=false"]
@@ -240,12 +246,12 @@ def test_trouble_in_a_run_is_one_line_and_it_can_go_on(
     assert status == 1 and re.fullmatch(said + ".*", log.splitlines()[-1]) and "Traceback" not in log, log
     assert read(newest(fresh))["global_step"] == 2
     shutil.copytree(home / "data", fresh / "data", dirs_exist_ok=True)
-    assert run(fresh, go_on(fresh))[0] == 0
+    assert run(fresh, resume(fresh))[0] == 0
     assert_same(read(newest(fresh)), read(newest(home)))
 
 
 def obey_permissions() -> None:
-    """Let folders that may not be written be so for root, too: without CAP_DAC_OVERRIDE (capabilities(7))."""
+    """Make root obey permissions, too: drop CAP_DAC_OVERRIDE (capabilities(7))."""
     libc, override = ctypes.CDLL(None, use_errno=True), 1 << 1
     header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     assert libc.capget(header, sets) == 0
@@ -265,7 +271,7 @@ def release(folder: Path) -> None:
 
 
 class Protected:
-    """In the middle of the third step, what these are may not be written any more."""
+    """Make folders read-only in the middle of the third step."""
 
     def __init__(self, folders: str) -> None:
         self.folders = folders
@@ -276,7 +282,7 @@ class Protected:
 
 
 @pytest.mark.parametrize("command", ["fit", "test"])
-def test_a_folder_that_cannot_be_written_is_said_at_the_start(fresh: Path, command: str) -> None:
+def test_an_unwritable_folder_is_reported_at_the_start(fresh: Path, command: str) -> None:
     (fresh / "runs").mkdir(mode=0o555)
     status, log = run(fresh, [command, *FIT[1:], "--data.test=[spair71k]"], obey_permissions)
     assert status == 1 and "Traceback" not in log, log
@@ -289,22 +295,22 @@ def test_a_folder_that_cannot_be_written_is_said_at_the_start(fresh: Path, comma
         ("runs/*/*", "error: Permission denied: .*metrics.csv"),
         (
             "runs/*/*/checkpoints",
-            "error: cannot write the checkpoint .*(best|last).ckpt \\(Permission denied; .*of before is whole.*",
+            "error: cannot write the checkpoint .*(best|last).ckpt \\(Permission denied; the previous checkpoint is.*",
         ),
     ],
 )
-def test_a_folder_that_cannot_be_written_any_more_leaves_the_last_good_checkpoint(
+def test_a_folder_that_becomes_unwritable_keeps_the_last_checkpoint(
     home: Path, fresh: Path, folders: str, said: str
 ) -> None:
     status, log = run(fresh, FIT, Protected(folders))
     assert status == 1 and re.fullmatch(said, log.splitlines()[-1]) and "Traceback" not in log, log
     assert read(newest(fresh))["global_step"] == 2
     release(fresh / "runs")
-    assert run(fresh, go_on(fresh), obey_permissions)[0] == 0
+    assert run(fresh, resume(fresh), obey_permissions)[0] == 0
     assert_same(read(newest(fresh)), read(newest(home)))
 
 
-def test_a_cache_that_cannot_be_written_is_named_done_without_or_read(home: Path, fresh: Path) -> None:
+def test_an_unwritable_cache_is_reported_skipped_or_read(home: Path, fresh: Path) -> None:
     (fresh / "cache").mkdir(mode=0o555)
     status, log = run(fresh, FIT, obey_permissions)
     said = "error: cannot keep .* of packed images in .*cache/images \\(Permission denied\\): .*--data.packed false"
@@ -313,7 +319,7 @@ def test_a_cache_that_cannot_be_written_is_named_done_without_or_read(home: Path
     assert status == 0 and f"cannot cache annotations in {fresh / 'cache'}" in log, log
     assert_same(read(newest(fresh))["state_dict"], read(newest(home))["state_dict"])
     release(fresh / "cache")
-    assert run(fresh, FIT)[0] == 0  # somebody else fills it
+    assert run(fresh, FIT)[0] == 0  # another user fills it
     protect(fresh / "cache")
     status, log = run(fresh, FIT, obey_permissions)
     assert status == 0 and not re.search("cannot (keep|cache)|packing", log), log
@@ -330,14 +336,14 @@ def test_a_cache_that_cannot_be_written_is_named_done_without_or_read(home: Path
         ("SIGINT", 3, True),
     ],
 )
-def test_a_signal_ends_the_step_and_leaves_a_checkpoint_to_go_on_from(
+def test_a_signal_finishes_the_step_and_saves_a_checkpoint(
     home: Path, fresh: Path, name: str, step: int, to_all: bool
 ) -> None:
     status, log = run(fresh, FIT, InAStep(wait_for_a_signal, n=step), then=name, to_all=to_all)
     assert status == 128 + getattr(signal, name)
     assert log.splitlines()[-1] == f"interrupted ({name}) after step {step}; resume with --ckpt_path last"
     assert "Traceback" not in log and read(newest(fresh))["global_step"] == step
-    assert run(fresh, go_on(fresh))[0] == 0
+    assert run(fresh, resume(fresh))[0] == 0
     assert_same(read(newest(fresh)), read(newest(home)))
     assert_same(read(newest(fresh, "best.ckpt"))["state_dict"], read(newest(home, "best.ckpt"))["state_dict"])
 
@@ -349,10 +355,10 @@ def test_a_signal_ends_an_evaluation_at_once(home: Path, fresh: Path) -> None:
 
 
 @pytest.mark.parametrize("name, reached", [("SIGUSR1", 4), ("SIGTERM", 3), ("SIGKILL", 2)])
-def test_a_job_that_slurm_requeues_goes_on_where_it_was(
+def test_a_requeued_slurm_job_resumes(
     home: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch, name: str, reached: int
 ) -> None:
-    """As far as it goes without SLURM: its variables, its signals, and a `scontrol` that ends a job as SLURM's does."""
+    """SLURM is imitated by its variables, its signals, and a `scontrol` that ends the job."""
     for variable, value in {"JOB_ID": "123", "JOB_NAME": "zoo", "NTASKS": "1", "NTASKS_PER_NODE": "1", "PROCID": "0",
                             "NODELIST": "here", "LOCALID": "0", "NODEID": "0", "NNODES": "1"}.items():  # fmt: skip
         monkeypatch.setenv(f"SLURM_{variable}", value)

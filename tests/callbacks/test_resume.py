@@ -1,4 +1,4 @@
-"""A run goes on from any of its checkpoints to the same weights, whatever reads its pairs; files are whole or not."""
+"""A run resumed from any of its checkpoints ends with the same weights, for any number of workers."""
 
 import errno
 import functools
@@ -25,12 +25,12 @@ CASES = {
     "ACTR, frozen CNN": {
         **{"backbone": "efficientnet_lite0", "finetune": "none", "grid": 4, "depth": 1, "width": 32},
         "levels": ["blocks.2.1", "blocks.4.2"],
-    },  # reuses features, and has to compute them again
+    },  # its feature cache is empty after a resume
 }
 
 
 class KeepAll(Callback):
-    """A checkpoint at each place where a run may leave one."""
+    """Save a checkpoint at every place where a run can be resumed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -49,7 +49,7 @@ class KeepAll(Callback):
 
 
 def fit(folder: Path, case: str, start: str | None = None, workers: int = 0) -> tuple[corrzoo.Matcher, Trainer]:
-    """Three epochs of three steps; the pairs of an epoch are not quite used up."""
+    """Train three epochs of three steps. 14 pairs are not a multiple of the batch size 4."""
     seed_everything(3)
     options = {"backbone": VIT, "schedule": "cosine", "lr": 1e-3} | CASES[case]
     model = corrzoo.create_matcher(case.split(",")[0], weights="random", **options)
@@ -61,7 +61,7 @@ def fit(folder: Path, case: str, start: str | None = None, workers: int = 0) -> 
         augment="none" if reuses else "cats", options={"synthetic": {"length": {"trn": 14, "val": 5}}}, packed=False,
     )  # fmt: skip
     trainer = Trainer(
-        # Lightning resumes otherwise where max_steps is given
+        # with max_steps, Lightning resumes in another way
         max_epochs=3, max_steps=9 if case == "LPMFlow" else -1,
         logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
         devices=1, enable_checkpointing=False, callbacks=[] if start else [KeepAll(folder)], num_sanity_val_steps=0,
@@ -79,7 +79,7 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize(
     "start, workers", [("batch2", 0), ("batch4", 2), ("batch6", 0), ("epoch3", 2), ("validation3", 0)]
 )
-def test_a_resumed_run_ends_with_the_same_weights_to_the_bit(whole: tuple, start: str, workers: int) -> None:
+def test_a_resumed_run_ends_with_bit_identical_weights(whole: tuple, start: str, workers: int) -> None:
     folder, case, model, trainer = whole
     again, resumed = fit(folder, case, start, workers)
     assert resumed.global_step == trainer.global_step == 9
@@ -88,13 +88,13 @@ def test_a_resumed_run_ends_with_the_same_weights_to_the_bit(whole: tuple, start
     assert torch.equal(torch.get_rng_state(), torch.load(folder / "epoch9.ckpt")["random"]["cpu"])
 
 
-def test_the_same_seed_gives_the_same_run_whatever_reads_the_pairs(whole: tuple, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_run_for_any_number_of_workers(whole: tuple, tmp_path: Path) -> None:
     _, case, model, _ = whole
     again, _ = fit(tmp_path, case, workers=2)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
 
 
-def test_validation_afterwards_gives_the_number_that_was_logged(whole: tuple) -> None:
+def test_validation_of_the_checkpoint_gives_the_logged_scores(whole: tuple) -> None:
     folder, _, _, trainer = whole
     fresh = corrzoo.load(folder / "epoch9.ckpt")
     quiet = Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", devices=1)
@@ -103,9 +103,7 @@ def test_validation_afterwards_gives_the_number_that_was_logged(whole: tuple) ->
     assert len(scores) == 3
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, original = tmp_path / "deeper" / "last.ckpt", torch.save
     WholeFiles().save_checkpoint({"step": 1}, path)
 
@@ -115,13 +113,13 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(
-        ZooError, match=r"cannot write .*last\.ckpt \(No space left.*of before is whole.*ckpt_path last"
+        ZooError, match=r"cannot write .*last\.ckpt \(No space left.*previous checkpoint is intact.*ckpt_path last"
     ):
         WholeFiles().save_checkpoint({"step": 2}, path)
     assert torch.load(path) == {"step": 1} and [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
 
 
-def test_a_checkpoint_from_an_address_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pickled_checkpoint_from_a_url_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Evil:
         def __reduce__(self) -> tuple:
             return (tmp_path.joinpath("owned").touch, ())
@@ -139,9 +137,9 @@ def test_a_checkpoint_from_an_address_is_not_run(tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "owned").exists()
 
 
-def test_the_last_is_of_every_epoch_and_the_best_moves_along(tmp_path: Path) -> None:
+def test_last_is_written_every_epoch_and_a_resumed_run_copies_the_best(tmp_path: Path) -> None:
     class Model(corrzoo.Matcher):
-        """Its first epoch is its best."""
+        """A model whose first epoch is the best."""
 
         def match(self, src: object, trg: object) -> corrzoo.Match:
             return corrzoo.Match(src.maps[0].sum() * torch.zeros(len(src.image), 2, 4, 4))
@@ -168,7 +166,7 @@ def test_the_last_is_of_every_epoch_and_the_best_moves_along(tmp_path: Path) -> 
     assert [torch.load(second / f"{name}.ckpt")["global_step"] for name in ("best", "last")] == [1, 3]
 
 
-def test_the_last_of_an_epoch_s_steps_is_kept_behind_its_validation_alone(tmp_path: Path) -> None:
+def test_the_checkpoint_of_an_epochs_last_step_is_written_after_validation(tmp_path: Path) -> None:
     happened: list[str] = []
 
     class Noting(Checkpoints):
@@ -189,8 +187,8 @@ def test_the_last_of_an_epoch_s_steps_is_kept_behind_its_validation_alone(tmp_pa
     assert happened == ["step 1", "step 2", "validation", "step 3"]
 
 
-@pytest.mark.parametrize("first", [3, 4])  # at an epoch's end, and in the midst of one
-def test_a_run_goes_on_from_where_max_steps_ended_it(tmp_path: Path, first: int) -> None:
+@pytest.mark.parametrize("first", [3, 4])  # at the end and in the middle of an epoch
+def test_a_run_that_max_steps_ended_resumes(tmp_path: Path, first: int) -> None:
     def run(name: str, steps: int, start: Path | None = None) -> dict[str, torch.Tensor]:
         seed_everything(0)
         trainer = Trainer(
@@ -208,7 +206,7 @@ def test_a_run_goes_on_from_where_max_steps_ended_it(tmp_path: Path, first: int)
     assert all(torch.equal(value, again[name]) for name, value in whole.items())
 
 
-def test_a_signal_ends_evaluation_and_the_check_before_training_at_once(tmp_path: Path) -> None:
+def test_a_signal_ends_evaluation_and_sanity_check_at_once(tmp_path: Path) -> None:
     found: list[bool] = []
 
     class Asking(Baseline):
@@ -225,4 +223,4 @@ def test_a_signal_ends_evaluation_and_the_check_before_training_at_once(tmp_path
     model = Asking(backbone=VIT, weights="random")
     trainer.fit(model, data)
     trainer.validate(model, data, verbose=False)
-    assert found == [True, False, True]  # that of an epoch's end waits: there is something to save
+    assert found == [True, False, True]  # the second is the validation of an epoch: training has something to save

@@ -1,4 +1,4 @@
-"""PCK over two gloo processes equals PCK in one: with an odd number of pairs, and with fewer pairs than processes."""
+"""Metrics of two gloo processes equal those of one, also for an odd number of pairs and fewer pairs than processes."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ COUNTS = (9, 1, 0)
 
 
 def pairs(count: int) -> tuple[torch.Tensor, Pair]:
-    """(pred, pair) of `count` random pairs with up to 6 keypoints."""
+    """Predictions and batch of `count` random pairs with up to 6 keypoints."""
     g = torch.Generator().manual_seed(count)
     kps = torch.randint(0, 64, (2, count, 6, 2), generator=g).float()
     mask = torch.rand(count, 6, generator=g) < 0.7
@@ -26,7 +26,7 @@ def pairs(count: int) -> tuple[torch.Tensor, Pair]:
 
 
 def results(count: int, mine: list[int]) -> dict[str, object] | str:
-    """Everything that the metrics say after this process has seen the pairs `mine`, one at a time."""
+    """All outputs of the metrics after this process has added the pairs `mine`, one at a time."""
     pred, pair = pairs(count)
     metric, masks = PCK(), LabelTransfer()
     for i in mine:
@@ -58,7 +58,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[int, ob
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
 @pytest.mark.parametrize("count", COUNTS)
-def test_two_processes_say_what_one_says(two_processes: list[dict[int, object]], count: int) -> None:
+def test_two_processes_compute_the_same_scores_as_one(two_processes: list[dict[int, object]], count: int) -> None:
     alone = results(count, list(range(count)))
     assert two_processes[0][count] == alone and two_processes[1][count] == alone
     if count == 0:

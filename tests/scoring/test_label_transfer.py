@@ -1,4 +1,4 @@
-"""Label transfer against scikit-image's documented results, loops over pixels, and numbers by hand."""
+"""Label transfer against scikit-image's documented results, loops over pixels, and hand counts."""
 
 import math
 import random
@@ -10,8 +10,8 @@ from corrzoo.scoring.label_transfer import LabelTransfer, polygon_mask, warp_mas
 from corrzoo.types import ZooError
 
 
-def test_a_polygon_is_rasterised_as_scikit_image_does() -> None:
-    """The pictures of its documentation and the count of its own test (skimage.draw.polygon, polygon2mask)."""
+def test_polygon_mask_equals_scikit_images_documented_results() -> None:
+    """Masks of its documentation and a pixel count of its tests (skimage.draw.polygon, polygon2mask)."""
     mask = polygon_mask(torch.tensor([[1, 1], [7, 2], [4, 8]]), (10, 10))
     runs = {1: (1, 1), 2: (2, 7), 3: (2, 6), 4: (3, 6), 5: (3, 5), 6: (4, 5), 7: (4, 4), 8: (4, 4)}
     for y in range(10):
@@ -21,8 +21,8 @@ def test_a_polygon_is_rasterised_as_scikit_image_does() -> None:
     assert polygon_mask(torch.tensor([columns, rows]).T, (512, 512)).sum() == 57653
 
 
-def test_polygons_against_loops_over_pixels() -> None:
-    """The crossings of a ray to the right are odd, or the way over the pixel is no detour from an edge."""
+def test_polygon_mask_equals_a_loop_over_pixels() -> None:
+    """A pixel is inside if a ray to the right crosses an odd number of edges, or if it lies on an edge."""
     rng = random.Random(0)
     for trial in range(20):
         whole = trial % 2 == 0  # whole vertices fall on pixels and edges all the time
@@ -40,7 +40,7 @@ def test_polygons_against_loops_over_pixels() -> None:
                 assert mask[y, x].item() == (on_edge or crossings % 2 == 1)
 
 
-def test_polygons_out_of_sight_and_bad_ones() -> None:
+def test_polygons_outside_the_image_and_invalid_polygons() -> None:
     assert polygon_mask(torch.tensor([[-9, -9], [30, -9], [30, 30], [-9, 30]]), (4, 3)).all()
     assert not polygon_mask(torch.tensor([[20, 20], [30, 20], [30, 30]]), (4, 3)).any()
     for bad in ([[0.0, 0.0], [1.0, 1.0]], [[0.0, 0.0], [1.0, 1.0], [math.nan, 2.0]]):
@@ -48,7 +48,7 @@ def test_polygons_out_of_sight_and_bad_ones() -> None:
             polygon_mask(torch.tensor(bad), (4, 3))
 
 
-def test_warping_a_mask_moves_it_by_whole_pixels() -> None:
+def test_warp_mask_shifts_by_whole_pixels() -> None:
     mask = polygon_mask(torch.tensor([[3, 2], [8, 2], [8, 6], [3, 6]]), (12, 9))
     y, x = torch.meshgrid(torch.arange(9) + 0.5, torch.arange(14) + 0.5, indexing="ij")
     warped = warp_mask(mask, torch.stack([x - 2, y + 1], dim=-1))  # target (x, y) comes from source (x - 2, y + 1)
@@ -58,8 +58,8 @@ def test_warping_a_mask_moves_it_by_whole_pixels() -> None:
     assert not warp_mask(torch.ones(4, 4, dtype=torch.bool), torch.full((2, 2, 2), 40.0)).any()
 
 
-def test_label_transfer_by_hand() -> None:
-    """A 6 x 5 rectangle that lands two columns too far right in a 12 x 9 image, or one, or where it should."""
+def test_label_transfer_equals_hand_counts() -> None:
+    """A 6 x 5 rectangle in a 12 x 9 image, transferred with an error of two columns, one, or none."""
     gt, two, one = (
         polygon_mask(torch.tensor([[3 + off, 2], [8 + off, 2], [8 + off, 6], [3 + off, 6]]), (12, 9))
         for off in (0, 2, 1)

@@ -1,4 +1,4 @@
-"""PCK against the protocol matrix written out again in plain Python, known numbers, and properties it must have."""
+"""PCK against an evaluator in plain Python, published numbers, and invariances."""
 
 import copy
 import csv
@@ -44,13 +44,13 @@ def make_record(rng: random.Random, n: int, boxes: bool, whole: bool, category: 
 
 
 def make_pred(rng: random.Random, record: Record, evaluated: str) -> torch.Tensor:
-    """Predictions at all sorts of distances from the truth, one of them exact."""
+    """Predictions at various distances from the ground truth; the first is exact."""
     gt = record.trg_kps if evaluated == "trg" else record.src_kps
     spread = [0.0] + [rng.choice([2, 10, 40, 150]) for _ in gt[1:]]
     return gt + torch.tensor([[rng.gauss(0, s), rng.gauss(0, s)] for s in spread], dtype=torch.float64)
 
 
-# ---- section 3 of the specification once more: plain lists, one small function for each thing a protocol decides
+# ---- every protocol in plain Python: lists, and one small function per choice of a protocol
 
 FRAMES = {  # preset -> (how, side)
     "default": ("original", None), "hpf": ("shrink", 300), "dhpf": ("stretch", 240), "cats": ("stretch", 256),
@@ -151,12 +151,12 @@ def by_hand(pred: torch.Tensor, record: Record, protocol: str, alphas: tuple[flo
     return fractions
 
 
-def test_the_presets_are_exactly_the_matrix() -> None:
+def test_presets_equal_the_protocol_matrix() -> None:
     assert set(list_protocols()) == EVERY
 
 
 @pytest.mark.parametrize("protocol", sorted(EVERY))
-def test_every_protocol_is_the_matrix_by_hand(protocol: str) -> None:
+def test_every_protocol_equals_a_plain_python_evaluator(protocol: str) -> None:
     rng = random.Random(protocol)
     for trial in range(40):
         n, boxes, whole = [1, 4, 10, 30][trial % 4], trial % 8 < 4, trial % 16 < 8
@@ -181,12 +181,12 @@ def example(**changes: object) -> Record:
     return replace(record, **changes)
 
 
-def test_thresholds_computed_on_paper() -> None:
-    """Errors of 10 px in original x: each threshold is bracketed from both sides."""
+def test_thresholds_equal_hand_computed_values() -> None:
+    """Errors of 10 px in original x. Bisection finds the alpha at which they become correct."""
     boxed, boxless = example(), example(src_box=None, trg_box=None)
 
     def critical(record: Record, protocol: str) -> float:
-        """10 px over L: the alpha from which a point 10 px off in x is right."""
+        """Smallest alpha at which a prediction that is 10 px off in x is correct: 10 px / L."""
         kps = record.src_kps if get_protocol(protocol).evaluated == "src" else record.trg_kps
         low, high = 0.0, 1.0
         while high - low > 1e-12:
@@ -222,7 +222,7 @@ def test_thresholds_computed_on_paper() -> None:
     assert critical(boxed, "visualai:bbox") == pytest.approx((10 * 839 / 399) / (100 * 839 / 199))
 
 
-def test_a_tie_is_right_or_wrong_as_the_protocol_says() -> None:
+def test_compare_decides_ties() -> None:
     pred = example().trg_kps + torch.tensor([0.0, 20.0])  # 0.1 of the 200 px box
     assert score(pred, example(), "dift:bbox", (0.1,)).item() == 1
     assert score(pred, example(), "default:bbox", (0.1,)).item() == 1
@@ -230,8 +230,8 @@ def test_a_tie_is_right_or_wrong_as_the_protocol_says() -> None:
     assert score(example().trg_kps, example(src_box=None, trg_box=None), "visualai:bbox", (0.0,)).item() == 1
 
 
-def test_threshold_side_is_an_option_of_its_own() -> None:
-    """The default on the query's side is what ACTR does, in original pixels."""
+def test_threshold_side_can_be_changed_alone() -> None:
+    """The default protocol with the query's threshold: ACTR's choice, in original pixels."""
     query = replace(get_protocol("default:bbox"), threshold_side="query")
     pred = example().trg_kps + torch.tensor([15.0, 0.0])
     assert score(pred, example(), "default:bbox", (0.1,)).item() == 1  # 15 <= 20
@@ -239,13 +239,13 @@ def test_threshold_side_is_an_option_of_its_own() -> None:
     assert "query" not in get_protocol("default:bbox").flaw and "src image's" in query.flaw
 
 
-def test_one_keypoint_has_an_empty_box_and_only_exact_hits_count() -> None:
+def test_the_box_of_one_keypoint_accepts_exact_predictions_only() -> None:
     record = example(src_kps=torch.tensor([[5.0, 5.0]]).double(), trg_kps=torch.tensor([[7.0, 9.0]]).double())
     assert score([[7, 9]], record, "default:bbox-kp").tolist() == [1, 1, 1]
     assert score([[7, 9.001]], record, "default:bbox-kp").tolist() == [0, 0, 0]
 
 
-def test_flaws_are_marked_and_the_default_has_none() -> None:
+def test_flaws_are_marked_and_default_has_none() -> None:
     flawed = {name for name in list_protocols() if get_protocol(name).flaw}
     assert flawed == {
         "default:bbox-kp-padded", "dhpf:bbox", "dhpf:bbox-kp-padded", "cats:bbox", "cats:bbox-kp-padded",
@@ -258,7 +258,7 @@ def test_flaws_are_marked_and_the_default_has_none() -> None:
     assert get_protocol("catspp:bbox-kp").meaning == "larger side of the src keypoint box; frame: stretch 512"
 
 
-def test_names_that_are_wrong_get_one_line() -> None:
+def test_unknown_protocols_are_one_line_errors() -> None:
     for name, message in {
         "actrr:bbox": "unknown protocol 'actrr': did you mean 'actr'\\? see list_protocols\\(\\)",
         "cats:bbox-kp": "'cats' has no threshold kind 'bbox-kp': choose one of 'cats:img', 'cats:bbox', 'cats:bbox-kp-",
@@ -269,7 +269,7 @@ def test_names_that_are_wrong_get_one_line() -> None:
         assert "\n" not in str(error.value)
 
 
-def test_bad_predictions_are_refused() -> None:
+def test_invalid_predictions_raise() -> None:
     record = example()
     with pytest.raises(ZooError, match=r"shape \(n, 2\), got \(2, 3\)"):
         score(torch.zeros(2, 3), record)
@@ -285,8 +285,8 @@ def test_bad_predictions_are_refused() -> None:
 
 
 @pytest.mark.parametrize("grid", [64, 128])
-def test_pck_of_the_released_code(shared: Path, grid: int) -> None:
-    """ACTR's (64) and LPMFlow's (128) own evaluator on given predictions, in its 512 frame."""
+def test_pck_equals_the_released_evaluators(shared: Path, grid: int) -> None:
+    """Against the evaluators of ACTR (grid 64) and LPMFlow (128) on stored predictions, in their 512 px frame."""
     data = np.load(shared / "golden" / "data.npz")
     est, gt, L = (torch.from_numpy(data[f"{k}_{grid}"]) for k in ("est_kps", "pck_trg_kps", "pck_thres"))
     mask = torch.arange(40) < torch.from_numpy(data["n_pts"]).unsqueeze(1)
@@ -313,8 +313,8 @@ def pfwillow(shared: Path) -> list[Record]:
     ]
 
 
-def test_the_same_relative_position_on_pfwillow(pfwillow: list[Record]) -> None:
-    """The floor that the data's notes state, of an evaluator that is not this one: 12.2 / 27.0 / 41.7."""
+def test_identity_baseline_on_pfwillow(pfwillow: list[Record]) -> None:
+    """PCK of the same relative position, as another evaluator gave it: 12.2 / 27.0 / 41.7."""
     scores = []
     for record in pfwillow:
         scale = torch.tensor(record.trg_size).double() / torch.tensor(record.src_size)
@@ -324,7 +324,7 @@ def test_the_same_relative_position_on_pfwillow(pfwillow: list[Record]) -> None:
 
 
 def test_padding_lengthens_pfwillows_thresholds(pfwillow: list[Record]) -> None:
-    """431.8 against 350.2 px at 512, 1.28 times on average and 2.16 at most: the notes, and the text of `flaw`."""
+    """431.8 instead of 350.2 px in a 512 px frame: 1.28 times on average, as `flaw` says, and 2.16 at most."""
     tight, padded = [], []
     for record in pfwillow:
         w, h = record.trg_size
@@ -346,7 +346,7 @@ seeds = st.integers(0, 10**6)
 
 @settings(max_examples=40, deadline=None)
 @given(seeds, st.sampled_from(sorted(EVERY)), st.integers(1, 12))
-def test_alpha_only_ever_helps(seed: int, protocol: str, n: int) -> None:
+def test_pck_increases_with_alpha(seed: int, protocol: str, n: int) -> None:
     rng = random.Random(seed)
     record = make_record(rng, n, boxes=True, whole=seed % 2 == 0)
     fractions = score(make_pred(rng, record, get_protocol(protocol).evaluated), record, protocol, ALPHAS)
@@ -355,8 +355,8 @@ def test_alpha_only_ever_helps(seed: int, protocol: str, n: int) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(seeds, st.sampled_from(["default:bbox", "default:bbox-kp", "dift:bbox", "weakalign:bbox-kp"]), st.integers(1, 9))
-def test_moving_or_magnifying_an_image_changes_nothing(seed: int, protocol: str, n: int) -> None:
-    """By powers of two and whole numbers, which floats carry exactly."""
+def test_pck_is_invariant_to_translation_and_scale(seed: int, protocol: str, n: int) -> None:
+    """Shifts are integers and scales powers of two, so that float arithmetic is exact."""
     rng = random.Random(seed)
     record = make_record(rng, n, boxes=True, whole=True)
     pred = make_pred(rng, record, get_protocol(protocol).evaluated).round()
@@ -373,8 +373,8 @@ def test_moving_or_magnifying_an_image_changes_nothing(seed: int, protocol: str,
 
 @settings(max_examples=30, deadline=None)
 @given(seeds, st.sampled_from(["actr:img", "cats:bbox", "lucaosti:bbox", "catspp:bbox-kp"]))
-def test_a_square_frame_forgets_the_aspect(seed: int, protocol: str) -> None:
-    """An image stretched before it is annotated scores alike: by a power of two on one axis."""
+def test_pck_in_a_square_frame_is_invariant_to_the_aspect_ratio(seed: int, protocol: str) -> None:
+    """Stretching images and annotations by 2 along x does not change PCK."""
     rng = random.Random(seed)
     record, both = make_record(rng, 7, boxes=True, whole=False), torch.tensor([2.0, 1.0]).double()
     pred = make_pred(rng, record, get_protocol(protocol).evaluated)
@@ -391,7 +391,7 @@ def test_a_square_frame_forgets_the_aspect(seed: int, protocol: str) -> None:
 
 
 def collate(records: list[Record], indices: list[int], K: int = 12, network: tuple[int, int] = (96, 160)) -> Pair:
-    """What a dataset makes of records at a (H, W) network size: float32, padded to K rows, boxes NaN where absent."""
+    """A batch of records at network size (H, W), as a dataset makes it: float32, K rows, NaN for missing boxes."""
     H, W = network
     B = len(records)
     kps, box, size = {}, {}, {}
@@ -432,7 +432,7 @@ def feed(metric: PCK, records: list[Record], preds: list[torch.Tensor], order: l
 
 
 @pytest.mark.parametrize("protocol", ["default:bbox", "cats:bbox", "actr:bbox", "probe3d:bbox", "visualai:bbox-kp"])
-def test_the_averages_by_hand(protocol: str) -> None:
+def test_averages_equal_plain_loops(protocol: str) -> None:
     records, preds = benchmark(23, protocol)
     got = feed(PCK(protocol), records, preds, list(range(23)), 4).compute()
     fractions = [score(pred, record, protocol) for pred, record in zip(preds, records, strict=True)]
@@ -459,7 +459,7 @@ def test_the_averages_by_hand(protocol: str) -> None:
         assert all(value.ndim == 0 and value.dtype == torch.float64 for value in got.values())
 
 
-def test_rows_and_breakdown_by_hand() -> None:
+def test_rows_and_breakdown_equal_plain_loops() -> None:
     records, preds = benchmark(17)
     metric = feed(PCK(alphas=(0.1,), categories=("ant", "bee", "cow", "dog")), records, preds, list(range(17)), 5)
     rows = metric.rows()
@@ -483,7 +483,7 @@ def test_rows_and_breakdown_by_hand() -> None:
     assert counted == sum(r.flags["viewpoint"] >= 0 for r in records) < 17
 
 
-def test_neither_order_nor_batches_nor_repeats_show_in_the_result() -> None:
+def test_scores_do_not_depend_on_order_batches_or_repeats() -> None:
     records, preds = benchmark(31)
     one = feed(PCK(), records, preds, list(range(31)), 31)
     order = random.Random(1).sample(range(31), 31)
@@ -493,7 +493,7 @@ def test_neither_order_nor_batches_nor_repeats_show_in_the_result() -> None:
 
 
 def test_float32_network_pixels_keep_integer_annotations_exact() -> None:
-    """Ties and single-point boxes with integer predictions come out as in `score`, at any network size."""
+    """Ties and boxes of one keypoint are scored as by `score`, at any network size."""
     rng = random.Random(3)
     for _ in range(20):
         record = make_record(rng, rng.choice([1, 5]), True, True)
@@ -507,7 +507,7 @@ def test_float32_network_pixels_keep_integer_annotations_exact() -> None:
             assert [metric.rows()[0][f"pck@{a}"] for a in (0.05, 0.1)] == (100 * want).tolist()
 
 
-def test_pairs_without_keypoints_contribute_nothing() -> None:
+def test_pairs_without_keypoints_do_not_count() -> None:
     records, preds = benchmark(5)
     empty = replace(records[0], src_kps=torch.zeros(0, 2), trg_kps=torch.zeros(0, 2))
     plain = feed(PCK(), records, preds, list(range(5)), 5)
@@ -521,7 +521,7 @@ def test_pairs_without_keypoints_contribute_nothing() -> None:
             ask()
 
 
-def test_the_metric_refuses_what_it_cannot_score() -> None:
+def test_invalid_batches_raise() -> None:
     records, _ = benchmark(2)
     pair = collate(records, [0, 1])
     with pytest.raises(ZooError, match=r"expected predictions of shape \(2, 12, 2\), got \(2, 11, 2\)"):
@@ -545,8 +545,8 @@ def test_a_batch_may_mix_pairs_with_and_without_boxes() -> None:
     assert [row["pck@0.1"] for row in metric.rows()] == [100 * w[1].item() for w in want]
 
 
-def test_predictions_of_a_swapped_pair_are_scored_by_protocols_that_evaluate_src() -> None:
-    """`cats:img` of (pred, pair) is what a mirrored protocol says of the swapped records."""
+def test_protocols_that_evaluate_the_source_equal_swapped_records() -> None:
+    """`cats:img` of (pred, pair) equals a protocol that evaluates the target of swapped records."""
     records, preds = benchmark(6, "cats:img")
     swapped = [
         replace(r, src_kps=r.trg_kps, trg_kps=r.src_kps, src_size=r.trg_size, trg_size=r.src_size) for r in records
@@ -557,7 +557,7 @@ def test_predictions_of_a_swapped_pair_are_scored_by_protocols_that_evaluate_src
     assert one.compute() == other.compute()
 
 
-def test_correct_points_are_those_that_the_metric_counts() -> None:
+def test_correct_points_agree_with_the_metric() -> None:
     records, preds = benchmark(3)
     pred, pair = torch.zeros(3, 12, 2).double(), collate(records, [0, 1, 2])
     for b in range(3):
@@ -568,7 +568,7 @@ def test_correct_points_are_those_that_the_metric_counts() -> None:
 
 
 def test_buffered_batches_of_any_width_and_size_score_as_one_batch() -> None:
-    """700 batches of 16 pairs, more than the buffer holds, with other numbers of columns and another network size."""
+    """700 batches of 16 pairs exceed the buffer; numbers of keypoint rows and network sizes differ."""
     records, preds = benchmark(29)
     one = feed(PCK(), records, preds, list(range(29)), 29)
     metric = PCK()
@@ -582,7 +582,7 @@ def test_buffered_batches_of_any_width_and_size_score_as_one_batch() -> None:
     assert metric.compute() == one.compute() and metric.rows() == one.rows()
 
 
-def test_a_later_batch_that_cannot_be_scored_raises_when_the_result_is_asked_for() -> None:
+def test_an_invalid_buffered_batch_raises_in_compute() -> None:
     records, preds = benchmark(4)
     metric = feed(PCK(), records, preds, [0, 1], 2)
     metric.update(torch.full((1, 12, 2), torch.inf), collate(records[:1], [3]))
@@ -590,7 +590,7 @@ def test_a_later_batch_that_cannot_be_scored_raises_when_the_result_is_asked_for
         metric.compute()
 
 
-def test_the_metric_resets_copies_and_takes_any_dtype() -> None:
+def test_reset_deepcopy_and_dtypes() -> None:
     records, preds = benchmark(4)
     metric = feed(PCK(), records, preds, [0, 1, 2, 3], 4)
     other = copy.deepcopy(metric).to(torch.bfloat16)

@@ -1,8 +1,8 @@
-"""Checkpoints and saved folders that version 0.1.0 (commit 783f026) wrote still load, and match as they did.
+"""Checkpoints and saved folders of version 0.1.0 (commit 783f026) load and give the same flow.
 
-`written_by_0.1.0.tar.xz` has, for each head of that version, a checkpoint of `Trainer.save_checkpoint` after one epoch,
-the folder that `corrzoo.save` made of it, and its flow on fixed images. The weights follow a short pattern, and the
-optimiser's state is zero, so that the archive is small.
+`written_by_0.1.0.tar.xz` has for each head of that version a checkpoint of `Trainer.save_checkpoint` after one epoch, a
+folder of `corrzoo.save`, and the flow on fixed images. The weights follow a short pattern and the optimiser state is
+zero, so that the archive is small.
 """
 
 import json
@@ -29,7 +29,7 @@ def written(tmp_path_factory):
 
 
 def images() -> torch.Tensor:
-    """(2, 1, 3, 64, 64) uint8, as when the archive was made."""
+    """(2, 1, 3, 64, 64) uint8 images of the stored flows."""
     i = torch.arange(2 * 3 * 64 * 64)
     return ((i * 7919 + i // 977) % 256).to(torch.uint8).view(2, 1, 3, 64, 64)
 
@@ -57,5 +57,5 @@ def test_an_old_gsf_with_a_removed_option_is_refused(written, tmp_path, name, va
     config = json.loads((folder / "config.json").read_text())
     config["options"][name] = value
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ZooError, match=f"needs GSF's {name}='{value}', which is gone: load it with corrzoo 0.1.0"):
+    with pytest.raises(ZooError, match=f"needs GSF's {name}='{value}', which was removed: load it with corrzoo 0.1.0"):
         corrzoo.load(folder)

@@ -1,4 +1,4 @@
-"""Released checkpoints: what loads, what is refused, and that every parameter is accounted for."""
+"""Released checkpoints load completely, and files that do not fit are refused."""
 
 import argparse
 import math
@@ -13,12 +13,12 @@ from corrzoo.store.official import LAYOUTS, _state_of, official_key
 from corrzoo.types import ZooError
 
 PUBLISHED = {"actr": (172_810_369, 28_564_481), "lpmflow": (179_136_194, 2_969_088)}
-"""Parameters of the released models, and those among them that never had a gradient."""
+"""Number of parameters of the released models, and of those without a gradient."""
 
 
 @pytest.fixture(scope="module", params=sorted(LAYOUTS))
 def released(request, golden):
-    """A released model's name, its state dict with every tensor one stored number, and our model that loaded it."""
+    """Name of a released model, a state dict in which every tensor has its own constant, and our model of it."""
     name = request.param
     state = {
         key: torch.full([], float(i)).expand(shape) if kind == "float32" else torch.zeros(shape, dtype=torch.int64)
@@ -27,7 +27,7 @@ def released(request, golden):
     return name, state, corrzoo.load_official(name, state)
 
 
-def test_parameters_are_accounted_for_to_the_unit(golden, released):
+def test_every_parameter_is_loaded_or_known_to_be_unused(golden, released):
     name, _, model = released
     sizes = {key: math.prod(shape) for key, shape, kind in golden.manifest(name) if kind == "float32"}
     unused = sum(size for key, size in sizes.items() if re.fullmatch(LAYOUTS[name].unused, key))
@@ -37,7 +37,7 @@ def test_parameters_are_accounted_for_to_the_unit(golden, released):
     assert all(f"{count:,}" in type(model).__doc__ for count in (ours, *PUBLISHED[name]))
 
 
-def test_every_key_goes_where_it_belongs(released):
+def test_every_key_maps_to_its_weight(released):
     name, state, model = released
     for key, value in model.state_dict().items():
         theirs = state[official_key(key, LAYOUTS[name].names)]
@@ -45,8 +45,8 @@ def test_every_key_goes_where_it_belongs(released):
     assert not model.training
 
 
-def test_the_training_dictionary_and_its_file_load(released, tmp_path):
-    """As the authors save it: an optimiser's state, a score of numpy's, a pickled Namespace beside it."""
+def test_the_training_dictionary_loads_from_memory_and_file(released, tmp_path):
+    """The authors' dictionary has more than weights: an epoch, a NumPy score, a pickled Namespace."""
     name, state, model = released
     path = tmp_path / "model_best.pth"
     content = {"epoch": 3, "state_dict": {f"module.{key}": value for key, value in state.items()}}
@@ -57,7 +57,7 @@ def test_the_training_dictionary_and_its_file_load(released, tmp_path):
         assert torch.equal(ours, value), key
 
 
-def test_what_does_not_fit_is_named(released):
+def test_keys_that_do_not_fit_are_named(released):
     name, state, _ = released
     (other,) = set(LAYOUTS) - {name}
     refused(other, state, "missing")
@@ -73,11 +73,11 @@ def refused(name, state, match):
     assert "\n" not in str(error.value)
 
 
-def test_as_the_test_script_loads_it(released):
-    """LPMFlow's embeddings share their memory then, and what is loaded last stays (the order is the manifest's)."""
+def test_as_tested_loads_like_the_released_test_script(released):
+    """There, embeddings of LPMFlow share memory, and the one loaded last remains (in the manifest's order)."""
     name, state, _ = released
     if name == "actr":
-        with pytest.raises(ZooError, match="LPMFlow"):
+        with pytest.raises(ZooError, match="expected 'lpmflow'"):
             corrzoo.load_official(name, state, as_tested=True)
         return
     encoder = corrzoo.load_official(name, state, as_tested=True).encoder
@@ -87,7 +87,7 @@ def test_as_the_test_script_loads_it(released):
     assert list(state).index("encoder.pos_embed_trg") < list(state).index("encoder.pos_embed_src")
 
 
-def test_mistakes(tmp_path):
+def test_unknown_names_missing_files_and_unsafe_files_raise(tmp_path):
     with pytest.raises(ZooError, match="did you mean 'lpmflow'"):
         corrzoo.load_official("lpm", {})
     with pytest.raises(ZooError, match="no checkpoint at"):

@@ -1,4 +1,4 @@
-"""Commands for one's own images, `corrzoo match` and `corrzoo demo`, and the model that both run."""
+"""Commands for user images, `corrzoo match` and `corrzoo demo`, and the model that both use."""
 
 import argparse
 from typing import Any
@@ -14,25 +14,25 @@ from corrzoo.registry import import_plugins
 from corrzoo.store.checkpoints import load
 
 BACKBONE = "efficientnet_lite0"
-"""The backbone without --ckpt and --backbone: its weights come with the extra `offline`."""
+"""Default backbone, whose weights come with the extra `offline`."""
 
 
 def add_model(parser: Parser) -> None:
-    """The options that `matcher_of` reads."""
+    """Add the options that `matcher_of` reads."""
     model = parser.add_argument_group("model")
     model.add_argument("--ckpt", help="a checkpoint, a folder of corrzoo.save(), or hf://user/model")
-    model.add_argument("--plugins", help="modules that register its head or backbone, with commas between them")
-    model.add_argument("--head", help="without --ckpt: Baseline, which matches untrained")
-    model.add_argument("--backbone", help=f"without --ckpt: any of list_backbones() ({BACKBONE})")
-    model.add_argument("--weights", help="without --ckpt: pretrained, random, or a file of the backbone's weights")
-    model.add_argument("--size", type=int, help="side of the network image; default: as trained, or 320")
+    model.add_argument("--plugins", help="modules that register its head or backbone, separated by commas")
+    model.add_argument("--head", help="head without --ckpt (Baseline, the only one that needs no training)")
+    model.add_argument("--backbone", help=f"backbone without --ckpt, a name in docs/backbones.md ({BACKBONE})")
+    model.add_argument("--weights", help="backbone weights without --ckpt: a file, random, or pretrained (pretrained)")
+    model.add_argument("--size", type=int, help="side of the network image in pixels (as trained; 320 without --ckpt)")
 
 
 def zero_shot(backbone: str) -> tuple[dict[str, Any], int]:
-    """Options of the Baseline without training, and the side of its network image in pixels.
+    """Options of the Baseline for zero-shot matching, and the side of its network image in pixels.
 
-    They are those of `zoo_configs/backbone/<backbone>.yaml`, with soft mutual nearest neighbours, which score best on
-    PF-WILLOW. A backbone without such a file takes EfficientNet-Lite0's, but its own levels, at the default stride.
+    The options are those of `zoo_configs/backbone/<backbone>.yaml`, with soft mutual nearest neighbours, which score
+    best on PF-WILLOW. A backbone without such a file uses EfficientNet-Lite0's, with default levels and stride.
     """
     folder = recipes.FOLDER / "backbone"
     known = (folder / f"{backbone}.yaml").is_file()
@@ -45,10 +45,10 @@ def zero_shot(backbone: str) -> tuple[dict[str, Any], int]:
 
 
 def matcher_of(args: argparse.Namespace) -> Matcher:
-    """The matcher that the options ask for, on a GPU if there is one, with its `image_size`.
+    """Create or load the matcher that the options describe, on a GPU if there is one.
 
     Raises:
-        ZooError: for a checkpoint that is another model than the options say, and for heads that need training.
+        ZooError: if an option contradicts the checkpoint, or the head needs training.
     """
     if args.plugins:
         import_plugins(args.plugins)
@@ -58,7 +58,7 @@ def matcher_of(args: argparse.Namespace) -> Matcher:
             if getattr(args, name) not in (None, found):
                 raise ZooError(f"{args.ckpt} has the {name} {found}, not {getattr(args, name)}: leave --{name} out")
         if args.weights:
-            raise ZooError(f"{args.ckpt} brings its own weights: leave --weights out")
+            raise ZooError(f"{args.ckpt} contains weights: leave --weights out")
     else:
         if args.head and HEADS[args.head] is not Baseline:
             raise ZooError(f"{args.head} needs trained weights: give --ckpt, or --head Baseline")
@@ -69,6 +69,6 @@ def matcher_of(args: argparse.Namespace) -> Matcher:
             raise ZooError(str(error).replace("--model.", "--")) from error
         matcher.image_size = size
     if args.size is not None and args.size < 1:
-        raise ZooError(f"--size {args.size}: expected the side of an image in pixels")
+        raise ZooError(f"--size {args.size}: expected the side of the network image in pixels, 1 or more")
     matcher.image_size = args.size or matcher.image_size
     return matcher.to("cuda" if torch.cuda.is_available() else "cpu")

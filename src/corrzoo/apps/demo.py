@@ -1,4 +1,4 @@
-"""`corrzoo demo`: a page on this machine. Click a point in one image, see its match and the heat map in the other."""
+"""`corrzoo demo`: a local page. Click a point in one image, see its match and similarity map in the other."""
 
 import io
 import json
@@ -19,7 +19,7 @@ from corrzoo.inference import ImagePair, open_pair
 from corrzoo.matcher import Matcher
 
 LIMIT = 32 * 2**20
-"""Bytes of an image that may be sent."""
+"""Largest size of an uploaded image in bytes."""
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -28,13 +28,13 @@ SIDES = ("src", "trg")
 
 
 class Server(ThreadingHTTPServer):
-    """The demo's pair of images behind an address of this machine alone.
+    """Server of the demo page, reachable from this machine only.
 
     Args:
-        matcher: What matches.
-        src: The first image.
-        trg: The second.
-        port: Where to listen; 0 for any free port.
+        matcher: The model.
+        src: First image.
+        trg: Second image.
+        port: Port; 0 for any free one.
     """
 
     daemon_threads = True
@@ -45,22 +45,21 @@ class Server(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where the page is."""
+        """Address of the page."""
         return f"http://127.0.0.1:{self.server_port}/"
 
     @cached_property
     def pair(self) -> ImagePair:
-        """The features of both images, computed when they are first asked for."""
+        """Features of both images, computed at the first query."""
         return open_pair(self.matcher, self.images[0], self.images[1])
 
     def state(self) -> dict[str, Any]:
-        """What the page shows."""
-        options = self.matcher.hparams
+        """Name of the model and sizes of the images, for the page."""
         sizes = {side: image.size for side, image in zip(SIDES, self.images, strict=True)}
-        return {"model": f"{type(self.matcher).__name__} on {options['backbone']}", "sizes": sizes}
+        return {"model": f"{type(self.matcher).__name__} on {self.matcher.hparams.backbone}", "sizes": sizes}
 
     def replace(self, side: int, content: bytes) -> dict[str, Any]:
-        """Another image on one side."""
+        """Replace the image of one side, and return the new state."""
         image = as_rgb(content)
         with self.lock:
             self.images[side] = image
@@ -68,24 +67,24 @@ class Server(ThreadingHTTPServer):
             return self.state()
 
     def match(self, side: int, point: list[float]) -> dict[str, Any]:
-        """A point's match in the other image, how far from the point it is matched back to, and the heat map."""
+        """Match a point of one side: match (x, y), cycle error, and similarity map scaled to [0, 1]."""
         with self.lock:
             pair = self.pair if side == 0 else self.pair.swapped()
             found, heat = pair.match_both_ways([point]), pair.heat_map(point)
         x, y = found.trg_points[0].tolist()
-        shown = ((heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)).numpy().round(3)
-        return {"x": x, "y": y, "round_trip": found.round_trip.item(), "heat": shown.tolist()}
+        scaled = ((heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)).numpy().round(3)
+        return {"x": x, "y": y, "cycle_error": found.cycle_error.item(), "heat": scaled.tolist()}
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Four addresses, and nothing that is a path of this machine's disk."""
+    """Requests of the page. No request is read as a path on this machine's disk."""
 
     server: Server
     timeout = 30
     server_version, sys_version = "corrzoo", ""
 
     def do_GET(self) -> None:
-        """The page, and its images."""
+        """Send the page, its state or an image."""
         path = self.path.partition("?")[0]
         if not self._is_own():
             return
@@ -96,35 +95,35 @@ class Handler(BaseHTTPRequestHandler):
         elif path in ("/src", "/trg"):
             self._send(_jpeg(self.server.images[SIDES.index(path[1:])]), "image/jpeg")
         else:
-            self._fail(404, "there is no such page")
+            self._fail(404, "no such page")
 
     def do_POST(self) -> None:
-        """An image for one side, or a point to match."""
+        """Take an image for one side, or match a point."""
         if not self._is_own():
             return
         length = self.headers.get("Content-Length", "")
         if not length.isdigit() or int(length) > LIMIT:
-            self.close_connection = True  # what was sent is not read
-            return self._fail(413, f"an image may have up to {LIMIT >> 20} MiB")
+            self.close_connection = True  # the body is not read
+            return self._fail(413, f"the file is larger than {LIMIT >> 20} MiB: choose a smaller image")
         content = self.rfile.read(int(length))
         try:
             if self.path in ("/src", "/trg"):
                 self._send_json(self.server.replace(SIDES.index(self.path[1:]), content))
             elif self.path == "/match":
-                self._send_json(self.server.match(*_asked(content)))
+                self._send_json(self.server.match(*_read_query(content)))
             else:
-                self._fail(404, "there is no such page")
+                self._fail(404, "no such page")
         except ZooError as error:
             self._fail(400, str(error))
 
     def _is_own(self) -> bool:
-        """Whether this page asks: other sites' pages reach this port too, by a name that they make point to it."""
+        """Whether the request comes from this page. Pages of other sites can reach this port, too (DNS rebinding)."""
         own = {f"{name}:{self.server.server_port}" for name in ("127.0.0.1", "localhost")}
         origin = self.headers.get("Origin")
         if self.headers.get("Host") in own and (origin is None or origin.removeprefix("http://") in own):
             return True
         self.close_connection = True
-        self._fail(403, f"open {self.server.url} itself")
+        self._fail(403, f"request from another page: open {self.server.url}")
         return False
 
     def _send_json(self, content: dict[str, Any], status: int = 200) -> None:
@@ -142,25 +141,25 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the terminal is for the address."""
+        """Print nothing: the terminal shows the address."""
 
 
 def main(args: list[str]) -> None:
     """Run the command."""
     parser = Parser(prog="corrzoo demo", description=__doc__)
-    parser.add_argument("images", nargs="*", help="two images; a drawn pair when not given")
-    parser.add_argument("--port", type=int, default=0, help="where to listen (any free port)")
-    parser.add_argument("--no-browser", action="store_true", help="only say the address")
+    parser.add_argument("images", nargs="*", help="two images (a synthetic pair if not given)")
+    parser.add_argument("--port", type=int, default=0, help="port of the page (any free one)")
+    parser.add_argument("--no-browser", action="store_true", help="print the address, but open no browser")
     add_model(parser)
-    said = parser.parse_args(args)
-    if len(said.images) not in (0, 2):
-        raise ZooError(f"{len(said.images)} image given: expected two, or none for a drawn pair")
-    if not 0 <= said.port < 65536:
-        raise ZooError(f"--port {said.port}: expected 0 to 65535")
-    src, trg = [as_rgb(path) for path in said.images] or drawn_pair()
-    with Server(matcher_of(said), src, trg, said.port) as server:
-        print(f"{server.state()['model']}: {server.url} (Ctrl+C ends it)", flush=True)
-        if not said.no_browser:
+    options = parser.parse_args(args)
+    if len(options.images) not in (0, 2):
+        raise ZooError(f"{len(options.images)} images given: expected two, or none for a synthetic pair")
+    if not 0 <= options.port < 65536:
+        raise ZooError(f"--port {options.port}: expected 0 to 65535")
+    src, trg = [as_rgb(path) for path in options.images] or synthetic_pair()
+    with Server(matcher_of(options), src, trg, options.port) as server:
+        print(f"{server.state()['model']}: {server.url} (Ctrl+C to stop)", flush=True)
+        if not options.no_browser:
             webbrowser.open(server.url)
         try:
             server.serve_forever()
@@ -168,16 +167,16 @@ def main(args: list[str]) -> None:
             print()
 
 
-def drawn_pair() -> list[Image.Image]:
-    """Two drawn objects of one kind."""
+def synthetic_pair() -> list[Image.Image]:
+    """Render two objects of one category."""
     dataset = create_dataset("synthetic", "", "test", size=480)
     return [dataset.read_image(number) for number in dataset.image_numbers(0)]
 
 
-def _asked(content: bytes) -> tuple[int, list[float]]:
+def _read_query(content: bytes) -> tuple[int, list[float]]:
     try:
-        asked = json.loads(content)
-        return SIDES.index(asked["side"]), [float(asked["x"]), float(asked["y"])]
+        query = json.loads(content)
+        return SIDES.index(query["side"]), [float(query["x"]), float(query["y"])]
     except (ValueError, KeyError, TypeError) as error:
         raise ZooError('expected {"side": "src" or "trg", "x": ..., "y": ...}') from error
 

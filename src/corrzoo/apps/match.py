@@ -1,4 +1,4 @@
-"""`corrzoo match`: points of one image found in another, as a picture and as numbers."""
+"""`corrzoo match`: match points of one image to another, as numbers and as a picture."""
 
 from pathlib import Path
 
@@ -12,68 +12,64 @@ from corrzoo.apps import add_model, matcher_of
 from corrzoo.callbacks.results import write_csv, write_json
 from corrzoo.errors import Parser, ZooError
 from corrzoo.images import as_rgb
-from corrzoo.inference import GRID, ROUND_TRIP, ImagePair, open_pair
+from corrzoo.inference import GRID, MAX_CYCLE_ERROR, ImagePair, open_pair
 
-ABOUT = f"""Find points of one image in another.
+ABOUT = f"""Match points of one image to another.
 
-Coordinates are (x, y) in pixels of the images as they are shown (upright, if the camera was turned): (0, 0) is the
-top-left corner of the top-left pixel, whose centre is (0.5, 0.5). Without --points, those of a grid of
-{GRID} x {GRID} points are answered whose match is matched back to within {ROUND_TRIP:g} of a grid step.
+Coordinates are (x, y) in pixels of the original images, after EXIF rotation. (0, 0) is the top-left corner of the
+top-left pixel, whose centre is (0.5, 0.5).
 
-Without --ckpt nothing is trained: the Baseline on ImageNet features (pip install "corrzoo[offline]").
+Without --points, a grid of {GRID} x {GRID} points is matched. Matches with a cycle error of at most {MAX_CYCLE_ERROR:g}
+grid steps are kept. The cycle error is the distance between a point and its match matched back.
+
+Without --ckpt, matching is zero-shot: the Baseline on ImageNet features (pip install "corrzoo[offline]").
 """
-DENSE = """also write the flow and what it makes: flow.npy (H, W, 2) float32 and flow.flo (Middlebury) hold (dx, dy) for
-each pixel of A, so that the pixel in column x and row y of A, whose centre is (x + 0.5, y + 0.5), has its match at
-(x + 0.5 + dx, y + 0.5 + dy) in pixels of B; flow.png shows it; warped.png is B pulled into the frame of A by it"""
+DENSE = """also write the dense flow: flow.npy (H, W, 2) float32 and flow.flo (Middlebury) have (dx, dy) for each pixel
+of A. The pixel in column x and row y of A, whose centre is (x + 0.5, y + 0.5), matches (x + 0.5 + dx, y + 0.5 + dy) in
+B. flow.png shows the flow, and warped.png is B warped to A by the flow"""
 
 
 def main(args: list[str]) -> None:
     """Run the command."""
     parser = Parser(prog="corrzoo match", description=ABOUT)
-    parser.add_argument("a", help="image whose points are asked for")
-    parser.add_argument("b", help="image in which they are found")
-    parser.add_argument("--points", help="points of A, such as '120,80; 200.5,91'")
-    parser.add_argument("--out", default="matches", help="folder to write into (matches)")
-    parser.add_argument("--format", choices=("json", "csv"), default="json", help="of the matches (json)")
+    parser.add_argument("a", help="source image, whose points are matched")
+    parser.add_argument("b", help="target image, in which their matches are found")
+    parser.add_argument("--points", help="query points of A, such as '120,80; 200.5,91'")
+    parser.add_argument("--out", default="matches", help="output folder (matches)")
+    parser.add_argument("--format", choices=("json", "csv"), default="json", help="format of the matches (json)")
     parser.add_argument("--dense", action="store_true", help=DENSE)
     add_model(parser)
-    said = parser.parse_args(args)
-    points = None if said.points is None else parse_points(said.points)
-    images = as_rgb(said.a), as_rgb(said.b)  # before the model is loaded
-    pair = open_pair(matcher_of(said), *images)
+    options = parser.parse_args(args)
+    points = None if options.points is None else parse_points(options.points)
+    images = as_rgb(options.a), as_rgb(options.b)  # fail before the model is loaded
+    pair = open_pair(matcher_of(options), *images)
     found = pair.confident_matches() if points is None else pair.match_both_ways(points)
 
-    out = Path(said.out)
+    out = Path(options.out)
     rows = [
-        {"src_x": x, "src_y": y, "trg_x": u, "trg_y": v, "round_trip": back}
-        for (x, y), (u, v), back in zip(*(np.round(field.numpy(), 3).tolist() for field in found), strict=True)
+        {"src_x": x, "src_y": y, "trg_x": u, "trg_y": v, "cycle_error": error}
+        for (x, y), (u, v), error in zip(*(np.round(field.numpy(), 3).tolist() for field in found), strict=True)
     ]
-    if said.format == "csv":
+    if options.format == "csv":
         write_csv(out / "matches.csv", rows)
     else:
-        options = dict(pair.matcher.hparams)
-        write_json(
-            out / "matches.json",
-            {
-                "src": {"path": said.a, "size": pair.src.size},
-                "trg": {"path": said.b, "size": pair.trg.size},
-                "model": {"head": type(pair.matcher).__name__, "backbone": options["backbone"], "ckpt": said.ckpt},
-                "matches": rows,
-            },
+        model = {"head": type(pair.matcher).__name__, "backbone": pair.matcher.hparams.backbone, "ckpt": options.ckpt}
+        src, trg = (
+            {"path": path, "size": image.size} for path, image in zip((options.a, options.b), images, strict=True)
         )
-    src, trg = pixels(pair.src), pixels(pair.trg)
-    figure = visualize.draw_matches([src], [trg], [found.src_points], [found.trg_points])
-    written = [out / f"matches.{said.format}", visualize.save_figure(figure, out / "matches.png")]
-    if said.dense:
+        write_json(out / "matches.json", {"src": src, "trg": trg, "model": model, "matches": rows})
+    figure = visualize.draw_matches([pixels(pair.src)], [pixels(pair.trg)], [found.src_points], [found.trg_points])
+    written = [out / f"matches.{options.format}", visualize.save_figure(figure, out / "matches.png")]
+    if options.dense:
         written += write_dense(pair, out)
     print(f"{len(rows)} matches: {', '.join(map(str, written))}")
 
 
 def parse_points(text: str) -> list[list[float]]:
-    """Points (x, y) from `x,y; x,y`.
+    """Read points (x, y) from text such as `x,y; x,y`.
 
     Raises:
-        ZooError: for anything else.
+        ZooError: if the text has another form.
     """
     try:
         points = [[float(number) for number in point.split(",")] for point in text.strip("; ").split(";")]
@@ -85,7 +81,7 @@ def parse_points(text: str) -> list[list[float]]:
 
 
 def write_dense(pair: ImagePair, out: Path) -> list[Path]:
-    """The flow as .npy and .flo, its picture, and the target image warped by it: see DENSE."""
+    """Write the flow, its picture and the warped target image, see DENSE."""
     flow, src, trg = pair.flow(), pixels(pair.src), pixels(pair.trg)
     np.save(out / "flow.npy", flow.permute(1, 2, 0).numpy())
     Image.fromarray(visualize.flow_warp(trg, flow).permute(1, 2, 0).numpy()).save(out / "warped.png")
@@ -94,5 +90,5 @@ def write_dense(pair: ImagePair, out: Path) -> list[Path]:
 
 
 def pixels(image: Image.Image) -> Tensor:
-    """(3, H, W) uint8."""
+    """RGB image -> (3, H, W) uint8."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)

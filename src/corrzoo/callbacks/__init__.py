@@ -1,4 +1,4 @@
-"""Lightning callbacks: result files, tables, pictures, and resuming to the bit."""
+"""Lightning callbacks: result files, score tables, pictures, and exact resume."""
 
 from lightning.pytorch import Callback
 
@@ -12,6 +12,6 @@ __all__ = ["PICTURES", "MatchImages", "ResultsWriter", "ScoreTable", "default_ca
 
 
 def default_callbacks() -> list[Callback]:
-    """What every run has: the loss is checked, results and pictures are written, signals end it cleanly."""
+    """Callbacks of every run: the finite-loss check, result files, pictures, stop signals and the random state."""
     pictures = MatchImages(kinds=list(PICTURES), stages=["predict"])
     return [Compile(), FiniteLoss(), ResultsWriter(), pictures, StopSignals(), RandomState()]

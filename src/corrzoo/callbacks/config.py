@@ -1,4 +1,4 @@
-"""The configuration of a run, saved beside its results."""
+"""Save the configuration of a run in its folder."""
 
 import re
 import shutil
@@ -11,16 +11,16 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from corrzoo.callbacks.folder import run_folder
 
 ALWAYS = re.compile(r"(config|hparams)\.yaml|events\.")
-"""Names of the files that every run writes before it begins."""
+"""Files that every run writes before it starts."""
 
 
 class SaveConfig(SaveConfigCallback):
-    """Save `config.yaml` into the run's folder.
+    """Save `config.yaml` in the run's folder.
 
     Args:
         parser: Writes the configuration.
-        config: The configuration of this run, which names its folder.
-        saved: The configuration to save, which does not: it may run again.
+        config: Configuration of this run, with the name of its folder. LightningCLI passes it; it is not saved.
+        saved: Configuration without that name, so that it can be run again.
     """
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, saved: Namespace) -> None:
@@ -35,8 +35,8 @@ class SaveConfig(SaveConfigCallback):
         self.parser.save(self.config, self.folder / "config.yaml", skip_unset=False, overwrite=True, multifile=False)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the folder of a run that failed before it wrote any result."""
+        """Remove the folder of a run that failed before it wrote results."""
         folder = getattr(trainer.logger, "log_dir", None)
         if folder and trainer.is_global_zero and all(ALWAYS.match(path.name) for path in Path(folder).glob("*")):
-            trainer.loggers = []  # so that no logger writes into the folder afterwards
+            trainer.loggers = []  # they would write the folder again
             shutil.rmtree(folder, ignore_errors=True)

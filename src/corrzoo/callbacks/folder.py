@@ -1,4 +1,4 @@
-"""The folder of a run: `runs/<head>-<backbone>/<run>`, with its configuration, checkpoints, results and pictures."""
+"""Folder of a run, `runs/<head>-<backbone>/<run>`: its configuration, checkpoints, results and pictures."""
 
 from pathlib import Path
 from typing import Any
@@ -9,19 +9,20 @@ from lightning.pytorch.loggers import WandbLogger
 
 
 def group_name(head: str, backbone: str) -> str:
-    """Name of the folder of all runs of a head on a backbone."""
+    """Name of the folder of all runs of a head on a backbone, `<head>-<backbone>`."""
     return f"{head}-{backbone.replace('/', '-')}"
 
 
 def name_run(config: Namespace, command: str, root: Path) -> None:
-    """Give the logger `<root>/<head>-<backbone>`, and an evaluation the name of the run that it evaluates.
+    """Set the logger's folder, and name an evaluation after the run that it evaluates.
 
-    Lightning's loggers count on, `version_0`, `version_1`; `version_0-test` is a test of `version_0`'s checkpoint.
+    Lightning's loggers number training runs: `version_0`, `version_1`. A test of `version_0`'s checkpoint becomes
+    `version_0-test`. Names that the user has given stay.
 
     Args:
-        config: Options of the command, completed in place. What the user has named stays.
-        command: fit, validate, test or predict.
-        root: The folder of all runs, unless `trainer.default_root_dir` is given.
+        config: Options of the command, completed in place.
+        command: `fit`, `validate`, `test` or `predict`.
+        root: Folder of all runs, unless `trainer.default_root_dir` is given.
     """
     logger, head = config.trainer.logger, config.model.class_path.rpartition(".")[2]
     options: Any = getattr(logger, "init_args", {})
@@ -29,8 +30,8 @@ def name_run(config: Namespace, command: str, root: Path) -> None:
         options.save_dir = config.trainer.default_root_dir or str(root)
     if "name" in options and options.name == "":
         options.name = group_name(head, config.model.init_args.backbone)
-    counts = logger and str(getattr(logger, "class_path", "")).endswith(("CSVLogger", "TensorBoardLogger"))
-    if command != "fit" and counts and options.version is None:
+    numbered = logger and str(getattr(logger, "class_path", "")).endswith(("CSVLogger", "TensorBoardLogger"))
+    if command != "fit" and numbered and options.version is None:
         source = Path(config.ckpt_path or "").parent
         name = f"{source.parent.name}-" * (source.name == "checkpoints") + command
         taken = {path.name for path in Path(options.save_dir, options.name).glob(f"{name}*")}
@@ -40,7 +41,7 @@ def name_run(config: Namespace, command: str, root: Path) -> None:
 def run_folder(trainer: Trainer) -> Path:
     """Output folder of the run. A collective call: every process must make it."""
     logger, model = trainer.logger, trainer.lightning_module
-    if isinstance(logger, WandbLogger):  # all runs share its `log_dir`; only the first process knows its version
+    if isinstance(logger, WandbLogger):  # all its runs share `log_dir`, and only the first process knows the version
         group = group_name(type(model).__name__, str(model.hparams.get("backbone", "")))
         return Path(trainer.strategy.broadcast(f"{logger.save_dir}/{group}/{logger.version}"))
     return Path(trainer.log_dir or trainer.default_root_dir)

@@ -1,4 +1,4 @@
-"""Pictures of matches, in the run's folder and in the loggers that show pictures."""
+"""Pictures of matches, saved in the run's folder and logged to wandb or TensorBoard."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,25 +23,25 @@ PICTURES = ("matches", "warp", "flow", "heat", "foreground")
 
 
 class MatchImages(Callback):
-    """Pictures of some validation, test or prediction pairs, in the run's folder and in wandb or TensorBoard.
+    """Draw pictures of some validation, test or prediction pairs: `<kind>-<stage>.png` in the run's folder.
 
-    They are `<kind>-<stage>.png`: `matches` has right ones green and wrong ones red and dashed; `warp` the source
-    warped onto the target by its matches; `flow` the dense flow; `heat` the scores of the target for one source point;
-    `foreground` what the backbone takes for the object.
+    Kinds: `matches` (correct matches green, wrong ones red and dashed), `warp` (the source warped to the target by the
+    matches), `flow` (dense flow), `heat` (similarity map of a source point), `foreground` (foreground map of the
+    backbone).
 
     Args:
-        pairs: How many pairs, spread evenly over the dataset.
-        alpha: Share of the reference length within which a match counts as right.
-        kinds: Which pictures.
-        stages: After what they are drawn, of `fit`, `test` and `predict`.
-        every: Draw also after every so many validations while training; 0 for the end alone.
+        pairs: Number of pairs, spread evenly over the dataset.
+        alpha: PCK tolerance of a correct match.
+        kinds: Pictures to draw.
+        stages: Stages after which to draw: `fit`, `test` and `predict`.
+        every: Draw after every so many validations during training, too; 0 for never.
     """
 
     def __init__(
         self,
         pairs: int = 4,
         alpha: float = 0.1,
-        kinds: list[str] = ["matches"],  # noqa: B006 - never written to; a plain default is what --help shows
+        kinds: list[str] = ["matches"],  # noqa: B006 - --help shows this default, and nothing changes it
         stages: list[str] = ["fit", "test", "predict"],  # noqa: B006
         every: int = 0,
     ) -> None:
@@ -68,12 +68,12 @@ class MatchImages(Callback):
         self._save(trainer, pl_module, trainer.predict_dataloaders, "predict")
 
     def _save(self, trainer: Trainer, module: Any, loaders: Any, stage: str, step: str = "") -> None:
-        folder = run_folder(trainer)  # asked by every process
+        folder = run_folder(trainer)  # a collective call
         if not trainer.is_global_zero or not loaders or stage not in (*self.stages, "val"):
             return
         loaders = loaders if isinstance(loaders, list) else [loaders]
         for loader, (name, metric) in zip(loaders, module.evaluation.by_name(), strict=True):
-            if loader.dataset.outlines:  # they have no points that one could draw
+            if loader.dataset.outlines:  # without keypoints there are no matches to draw
                 continue
             place = stage if len(loaders) == 1 else f"{stage}-{name}"
             for kind, figure in self.draw(module, loader.dataset, metric).items():
@@ -83,14 +83,12 @@ class MatchImages(Callback):
 
     @torch.no_grad()
     def draw(self, module: Any, dataset: Any, metric: BenchmarkMetric) -> dict[str, Figure]:
-        """The pictures of some of a dataset's pairs, by their kinds, drawn as the metric's protocol asks."""
+        """Draw some pairs of a dataset: a figure by kind. The metric's protocol decides which image is the query."""
         count = min(self.pairs, len(dataset))
-        chosen = [
-            dataset[(i * len(dataset) // count + i) % len(dataset)] for i in range(count)
-        ]  # + i: not one category
+        # + i: even steps may hit the same category each time
+        chosen = [dataset[(i * len(dataset) // count + i) % len(dataset)] for i in range(count)]
         pair = Pair(*(field.to(module.device) for field in dataset.collate(chosen)))
         module.eval()
-        # swapped: an evaluator that asks the other way round draws the other way round
         asked = pair if metric.query == "src" else pair.swapped()
         pred = predict_points(module, asked)
         right = correct_points(pred, pair, metric.protocol, self.alpha)
@@ -125,13 +123,13 @@ class MatchImages(Callback):
         for kind in self.kinds:
             try:
                 figures[kind] = drawn[kind]()
-            except ZooError as error:  # without a class token there is no foreground; the other pictures stand
+            except ZooError as error:  # the foreground map needs a class token
                 print(f"{kind}: not drawn, {error}")
         return figures
 
 
 def log_image(trainer: Trainer, name: str, path: Path, figure: Figure) -> None:
-    """Hand a picture to the loggers that show pictures."""
+    """Log a picture to wandb and TensorBoard."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_image(name, [str(path)], step=trainer.global_step)

@@ -1,4 +1,4 @@
-"""Result files of a run, and tables of its scores in the terminal."""
+"""Result files of a run, and score tables in the terminal."""
 
 import csv
 import io
@@ -30,15 +30,16 @@ from corrzoo.types import Pair, ZooError
 
 
 class ResultsWriter(Callback):
-    """`lightning test` leaves `results/<dataset>.json` and, a row a pair, `results/<dataset>.csv` in the run's folder.
+    """Write the scores of `corrzoo test` and the points of `corrzoo predict` into the run's folder.
 
-    The JSON says what was run, on what, how it was scored, and what it cost: see `describe_run`. `lightning predict`
-    leaves the matched points in `predictions/<dataset>.csv`, in original pixels of the protocol's evaluated image.
+    `results/<dataset>.json` has the scores, the model, the protocol and the cost, see `describe_run`.
+    `results/<dataset>.csv` has one row per pair. `predictions/<dataset>.csv` has predicted points in original pixels of
+    the protocol's evaluated image.
 
     Args:
-        folder: Where to write; the run's own folder when not given.
+        folder: Output folder of the results; `results` in the run's folder if None.
         table: Print the scores by category.
-        label: What the leaderboard calls this run beside its head and backbone, such as an ablation's name.
+        label: Name of this run in the leaderboard beside head and backbone, such as the name of an ablation.
     """
 
     def __init__(self, folder: str | None = None, table: bool = True, label: str = "") -> None:
@@ -57,7 +58,7 @@ class ResultsWriter(Callback):
         pl_module.image_size = (pl_module.trained or {}).get("size") or pl_module.image_size
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        writable(self._folder(trainer))  # before an hour of evaluation, not after it
+        writable(self._folder(trainer))  # fail before an hour of evaluation, not after it
         self._seconds: dict[int, float] = defaultdict(float)
         self._pairs: dict[int, int] = defaultdict(int)
         if torch.cuda.is_available():
@@ -67,19 +68,13 @@ class ResultsWriter(Callback):
         self._tick = _now()
 
     def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Pair,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Pair, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._seconds[dataloader_idx] += _now() - self._tick
         self._pairs[dataloader_idx] += len(batch.index)
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
-        folder = self._folder(trainer)  # every process asks, for Lightning lets the first tell the others
+        folder = self._folder(trainer)  # a collective call
         datasets = pl_module.evaluation.datasets
         for which, (dataset, (name, metric)) in enumerate(zip(datasets, pl_module.evaluation.by_name(), strict=True)):
             values = {key: value.item() for key, value in metric.compute().items()}
@@ -91,7 +86,7 @@ class ResultsWriter(Callback):
             result |= {
                 "trained": trained,
                 "seed": trained.get("seed") if trained else _seed(),
-                "ms_per_pair": 1000 * self._seconds[which] / max(self._pairs[which], 1),  # features are reused
+                "ms_per_pair": 1000 * self._seconds[which] / max(self._pairs[which], 1),  # features are cached
                 "peak_memory_mb": _peak_memory_mb(),
             }
             result |= {"measures": [list(column) for column in metric.columns()], "dataset_title": dataset.title}
@@ -105,13 +100,7 @@ class ResultsWriter(Callback):
                 print(f"results: {folder / name}.json and .csv")
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Pair,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Pair, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         rows = self._predictions.setdefault(dataloader_idx, [])
         for index, kps, mask in zip(outputs["index"].tolist(), outputs["points"], outputs["kps_mask"], strict=True):
@@ -126,11 +115,9 @@ class ResultsWriter(Callback):
                 torch.distributed.all_gather_object(parts, self._predictions.get(which, []))
             if trainer.is_global_zero:
                 image = metric.evaluated
-                rows = sorted({(index, k): (x, y) for part in parts for index, k, x, y in part}.items())
-                write_csv(
-                    folder / f"{name}.csv",
-                    [{"index": i, "keypoint": k, "image": image, "x": x, "y": y} for (i, k), (x, y) in rows],
-                )
+                points = sorted({(index, k): (x, y) for part in parts for index, k, x, y in part}.items())
+                rows = [{"index": i, "keypoint": k, "image": image, "x": x, "y": y} for (i, k), (x, y) in points]
+                write_csv(folder / f"{name}.csv", rows)
                 print(f"predictions: {folder / name}.csv, in original pixels of the {image} images")
         self._predictions.clear()
 
@@ -139,7 +126,7 @@ class ResultsWriter(Callback):
 
 
 class ScoreTable(Callback):
-    """Print PCK before and after training. Needs `trainer.num_sanity_val_steps: -1`, which scores before training."""
+    """Print PCK before and after training. Needs `trainer.num_sanity_val_steps: -1`, a validation before training."""
 
     def __init__(self) -> None:
         self.before: dict[str, float] = {}
@@ -168,9 +155,9 @@ class ScoreTable(Callback):
 
 
 def describe_run(trainer: Trainer, module: Any, dataset: str, metric: BenchmarkMetric) -> dict[str, Any]:
-    """Everything a number needs to be compared with another: who, on what, scored how, from which code and weights.
+    """Describe a result: model, options, dataset, protocol, cost, checkpoint, machine and versions.
 
-    For the first process alone: nothing in here may wait for the others.
+    Only the first process calls this, so it must not make a collective call.
     """
     data = getattr(trainer, "datamodule", None)
     backbone = sum(p.numel() for b in module.backbones() for p in b.parameters())
@@ -200,7 +187,7 @@ def describe_run(trainer: Trainer, module: Any, dataset: str, metric: BenchmarkM
 
 
 def describe_training(trainer: Trainer) -> dict[str, Any] | None:
-    """What the weights have learnt from, and for how long; None when nothing was learnt. Checkpoints keep it."""
+    """Training data and schedule of the weights, for checkpoints; None before the first step."""
     if not trainer.global_step:
         return None
     data = getattr(trainer, "datamodule", None)
@@ -235,28 +222,27 @@ def breakdown_table(name: str, metric: BenchmarkMetric, values: dict[str, float]
 
 
 def writable(folder: Path) -> Path:
-    """The folder, made if it was not there.
+    """Create a folder if it is missing, and return it.
 
     Raises:
-        ZooError: when it cannot be written to.
+        ZooError: if it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # a name of its own: several processes ask at once
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ZooError(f"cannot write results into {folder}: {error.strerror}; choose another folder") from error
     return folder
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file whole or not at all."""
+    """Write a JSON file atomically."""
     writable(path.parent)
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write a file whole or not at all; its columns are the keys of the first row."""
+    """Write a CSV file atomically. Its columns are the keys of the first row."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
@@ -287,26 +273,18 @@ def _peak_memory_mb() -> float:
 
 
 def _versions() -> dict[str, str]:
-    import lightning
-    import timm
-
-    return {
-        "corrzoo": version("corrzoo"),
-        "torch": torch.__version__,
-        "lightning": lightning.__version__,
-        "timm": timm.__version__,
-        "python": platform.python_version(),
-    }
+    installed = {package: version(package) for package in ("corrzoo", "lightning", "timm")}
+    return installed | {"torch": torch.__version__, "python": platform.python_version()}
 
 
 @cache
 def _commit() -> str | None:
-    """The commit of the checkout that this package runs from, with '+' for uncommitted changes; None elsewhere."""
+    """Commit of the checkout that holds this file, with '+' for uncommitted changes; None outside a checkout."""
     here = Path(__file__).parent
     try:
         run = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty=+"], cwd=here, capture_output=True, text=True
         )
-    except FileNotFoundError:  # no git on this machine
+    except FileNotFoundError:  # git is not installed
         return None
     return run.stdout.strip() if run.returncode == 0 else None

@@ -1,4 +1,4 @@
-"""What lets a run go on after a crash: checkpoints that are whole, signals that wait for a step's end."""
+"""Exact resume after an interruption, with the work-arounds for Lightning that it needs."""
 
 import os
 import pickle
@@ -24,54 +24,56 @@ from corrzoo.types import ZooError
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Checkpoints that are there whole or not at all, and that run no code. Lightning's own pass through the system's
-    folder for temporary files, from which they are copied: a run that is killed meanwhile leaves half a `last.ckpt`.
+    """Write checkpoints atomically, and load only tensors and plain values.
+
+    Lightning copies checkpoints from the folder for temporary files. A run that is killed during the copy leaves half a
+    `last.ckpt`.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write beside the file, then take its place.
+        """Write a checkpoint atomically.
 
         Raises:
-            ZooError: when it cannot be written; the file of before is still there.
+            ZooError: if it cannot be written. A previous checkpoint stays.
         """
         if "://" in str(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
         path = Path(path)
         try:
-            for stale in path.parent.glob(f".{path.name}.*.part"):  # of a run that was killed while it wrote
+            for stale in path.parent.glob(f".{path.name}.*.part"):  # left by a run that was killed
                 stale.unlink(missing_ok=True)
             with whole_file(path) as partial, open(partial, "wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:  # torch's writer hides a full disk behind its own error
+        except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
-            kept = f"{path} of before is whole" if path.is_file() else "nothing was kept here"
+            kept = "the previous checkpoint is intact" if path.is_file() else "there is no previous checkpoint"
             raise ZooError(
-                f"cannot write the checkpoint {path} ({getattr(cause, 'strerror', None) or cause}; {kept}): make room, "
-                "or choose another --checkpoint.dirpath, and resume with --ckpt_path last"
+                f"cannot write the checkpoint {path} ({getattr(cause, 'strerror', None) or cause}; {kept}): free disk "
+                "space, or choose another --checkpoint.dirpath, and resume with --ckpt_path last"
             ) from error
 
     def load_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> dict[str, Any]:
-        """Tensors and plain values alone, also from the addresses that Lightning would trust.
+        """Load tensors and plain values only, also from URLs, which Lightning would trust.
 
         Raises:
-            ZooError: for a file that holds more.
+            ZooError: if the file contains pickled objects or is damaged.
         """
         try:
             return super().load_checkpoint(path, *args, **options | {"weights_only": True})
         except pickle.UnpicklingError as error:
-            raise ZooError(f"{path} is refused: it holds more than tensors and plain values, or is damaged") from error
+            raise ZooError(f"{path} is refused: it is damaged, or contains pickled objects") from error
 
 
 class RandomState(Callback):
-    """Random numbers of the model go on in a resumed run; those of the data depend on seed, epoch and pair alone."""
+    """Save and restore torch's random state. Data need no state: their randomness depends on (seed, epoch, pair)."""
 
     def __init__(self) -> None:
         self._saved: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Lightning 2.6 resumes a run with max_steps behind its epoch's end by an epoch without steps.
+        # With max_steps, Lightning 2.6 resumes a checkpoint of an epoch's end with an epoch of no steps.
         trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -91,13 +93,15 @@ class RandomState(Callback):
 
 
 class Checkpoints(ModelCheckpoint):
-    """The best checkpoint by validation PCK, and the last: at every epoch's end, where Lightning's own keeps no other
-    than the best. A resumed run has a folder of its own, which begins with the best so far.
+    """Save the best checkpoint by validation PCK, and `last.ckpt` after every epoch.
+
+    Lightning writes its `last.ckpt` only together with a new best checkpoint. A resumed run copies the best checkpoint
+    so far into its own folder.
 
     Args:
-        save_last: Keep `last.ckpt`, from which `--ckpt_path last` goes on.
-        last_every_n_steps: Write it in the middle of long epochs, too.
-        **options: Those of Lightning's ModelCheckpoint, for the best.
+        save_last: Write `last.ckpt`, which `--ckpt_path last` resumes.
+        last_every_n_steps: Write it every so many steps, too.
+        **options: Options of Lightning's ModelCheckpoint for the best checkpoint.
     """
 
     def __init__(self, save_last: bool = True, last_every_n_steps: int | None = None, **options: Any) -> None:
@@ -107,7 +111,7 @@ class Checkpoints(ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         scores = [f"val/pck@{alpha:g}" for alpha in getattr(pl_module.hparams, "alphas", ())]
         if stage == "fit" and str(self.monitor).startswith("val/pck@") and self.monitor not in scores:
-            # Lightning would find this after an epoch of training
+            # Lightning would notice after an epoch of training
             raise ZooError(f"{self.monitor} is not among the logged metrics: give --checkpoint.monitor one of {scores}")
         self.dirpath = self.dirpath or str(run_folder(trainer) / "checkpoints")
         super().setup(trainer, pl_module, stage)
@@ -117,12 +121,12 @@ class Checkpoints(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        ends = trainer.global_step == trainer.max_steps
-        if (ends or (self._every and trainer.global_step % self._every == 0)) and may_go_on_from(trainer, batch_idx):
+        due = trainer.global_step == trainer.max_steps or (self._every and trainer.global_step % self._every == 0)
+        if due and can_resume_from(trainer, batch_idx):
             self._write_last(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A run that max_steps ends before its first validation has no best checkpoint, and needs no warning of it.
+        # Lightning would warn if max_steps ends a run before its first validation: there is no best checkpoint yet.
         logged = trainer.callback_metrics
         if self.monitor in (None, *logged) or any(name.startswith("val/") for name in logged):
             super().on_train_epoch_end(trainer, pl_module)
@@ -134,7 +138,7 @@ class Checkpoints(ModelCheckpoint):
             trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt", weights_only=False)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Bring along the best checkpoints of the run that is resumed."""
+        """Copy the best checkpoints of the resumed run into the folder of this run."""
         best, folder = state_dict["best_k_models"], str(self.dirpath)
         if self._trains and folder != state_dict["dirpath"] and all(Path(path).is_file() for path in best):
             here = {path: str(Path(folder) / Path(path).name) for path in best}
@@ -150,9 +154,11 @@ class Checkpoints(ModelCheckpoint):
         super().load_state_dict(state_dict)
 
 
-def may_go_on_from(trainer: Trainer, batch_idx: int) -> bool:
-    """Not between two optimiser steps, for gradients are in no checkpoint; nor behind an epoch's last: Lightning would
-    go on with the next epoch, and leave the validation out.
+def can_resume_from(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether a checkpoint written now can be resumed.
+
+    Not during gradient accumulation, as gradients are not saved. Not after an epoch's last batch, as Lightning would
+    skip that epoch's validation.
     """
     return not trainer.is_last_batch and (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
@@ -164,7 +170,7 @@ def _copy(old: Path, new: Path) -> None:
 
 
 class Stopped(Exception):
-    """A signal ended training; what it says is for the user."""
+    """A signal ended training. The message is for the user."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
@@ -172,55 +178,58 @@ class Stopped(Exception):
 
 
 class StopSignals(Callback):
-    """SIGTERM and Ctrl-C end training behind the running step, with a `last.ckpt` that goes on from there; a second one
-    ends it at once, and the first does an evaluation, which has nothing to save. SLURM's signal to requeue waits for
-    the step, too: in its middle, weights and optimiser disagree.
+    """Handle SIGTERM and Ctrl-C: finish the current training step, save `last.ckpt`, and end.
+
+    A second signal ends training at once. An evaluation, which has nothing to save, ends at the first signal. SLURM's
+    requeue signal waits for the end of the step, too: during a step, weights and optimiser state do not fit together.
     """
 
     def __init__(self) -> None:
-        self._asked, self._done, self._speaks = 0, 0, False
-        self._heard: HostCopy | None = None
+        self._received, self._handled, self._prints = 0, 0, False
+        self._sent: HostCopy | None = None
         self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._speaks = trainer.is_global_zero  # one process for all
+        self._prints = trainer.is_global_zero
         if threading.current_thread() is threading.main_thread():
             numbers = [signal.SIGINT, signal.SIGTERM]
-            if callable(signal.getsignal(signal.SIGUSR1)):  # Lightning's, under SLURM
+            if callable(signal.getsignal(signal.SIGUSR1)):  # Lightning's handler under SLURM
                 numbers.append(signal.SIGUSR1)
             self._before = {number: signal.signal(number, self._note) for number in numbers}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if may_go_on_from(trainer, batch_idx):
-            self._heed(self._agree(trainer, pl_module, wait=False), trainer, pl_module)
+        if can_resume_from(trainer, batch_idx):
+            self._stop_if_asked(self._agree(trainer, pl_module, wait=False), trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # the checkpoint callbacks' turn would be after this
-        self._heed(self._agree(trainer, pl_module, wait=True), trainer, pl_module, trainer.checkpoint_callbacks)
+        number = self._agree(trainer, pl_module, wait=True)
+        self._stop_if_asked(number, trainer, pl_module, trainer.checkpoint_callbacks)
 
     def _agree(self, trainer: Trainer, pl_module: LightningModule, wait: bool) -> int:
-        """A signal that any process has got, so that all stop after the same step; of the step before without `wait`.
+        """The signal that any process received, or 0: all processes must stop after the same step.
 
-        Without `wait`, no process waits for the device to finish the running step.
+        Without `wait`, it is what was received until the step before, so that no process waits for its device.
         """
         if trainer.world_size == 1:
-            return self._asked
-        heard = torch.full((), self._asked, device=pl_module.device)
-        torch.distributed.all_reduce(heard, ReduceOp.MAX)
-        before, self._heard = self._heard, HostCopy(heard)
+            return self._received
+        received = torch.full((), self._received, device=pl_module.device)
+        torch.distributed.all_reduce(received, ReduceOp.MAX)
+        before, self._sent = self._sent, HostCopy(received)
         if wait:
-            return int(self._heard.read())
+            return int(self._sent.read())
         return 0 if before is None else int(before.read())
 
-    def _heed(self, asked: int, trainer: Trainer, pl_module: LightningModule, first: Sequence[Callback] = ()) -> None:
-        if not asked or asked == self._done:
+    def _stop_if_asked(
+        self, number: int, trainer: Trainer, pl_module: LightningModule, first: Sequence[Callback] = ()
+    ) -> None:
+        """Save and stop if there was a signal. The callbacks `first` would run after this one: run them before."""
+        if not number or number == self._handled:
             return
-        self._done = asked
-        if asked == signal.SIGUSR1 and callable(handler := self._before.get(asked)):
-            return handler(asked, None)
-        name = signal.Signals(asked).name
+        self._handled = number
+        if number == signal.SIGUSR1 and callable(handler := self._before.get(number)):
+            return handler(number, None)
         folder = getattr(trainer.checkpoint_callback, "dirpath", None)
         where = "no checkpoint was saved"
         for callback in first:
@@ -229,32 +238,33 @@ class StopSignals(Callback):
             trainer.save_checkpoint(Path(folder) / "last.ckpt", weights_only=False)
             where = "resume with --ckpt_path last"
         self._restore()
-        if not self._speaks:
+        if not self._prints:
             raise SystemExit(0)
-        raise Stopped(f"interrupted ({name}) after step {trainer.global_step}; {where}", asked)
+        name = signal.Signals(number).name
+        raise Stopped(f"interrupted ({name}) after step {trainer.global_step}; {where}", number)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Lightning's handler would note it and go on
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Lightning's handler would not stop
 
     on_predict_start = on_test_start
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._before:  # `lightning validate`, or the check before training
+        if not self._before:  # `corrzoo validate`, or the validation before training
             self.on_test_start(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._asked == number and number != signal.SIGUSR1:
+        if self._received == number and number != signal.SIGUSR1:
             self._restore()
             raise KeyboardInterrupt
-        self._asked = number
-        if self._speaks and number != signal.SIGUSR1:
+        self._received = number
+        if self._prints and number != signal.SIGUSR1:
             os.write(2, b"\nfinishing this step or validation, then saving; send the signal again to stop now\n")
 
     def _restore(self) -> None:

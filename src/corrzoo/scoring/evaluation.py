@@ -1,4 +1,4 @@
-"""Scoring: matches of annotated points in original pixels, and one metric for each dataset that is evaluated."""
+"""Evaluation of a model: predictions for annotated points in original pixels, and one metric per dataset."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,13 +21,13 @@ PairFeatures = Callable[[Pair], tuple[Features, Features]]
 def predict_points(
     matcher: PointMatcher, pair: Pair, query: str = "src", features: PairFeatures | None = None
 ) -> Tensor:
-    """Match a batch's annotated points.
+    """Match the annotated points of a batch.
 
     Args:
         matcher: The model.
         pair: The batch.
-        query: Whose points are given: `src`, or `trg` for protocols that predict the source.
-        features: Computes prepared features; `matcher.features` when None.
+        query: Image whose points are given: `src`, or `trg` for protocols that predict source points.
+        features: Computes prepared features of a batch; `matcher.features` if None.
 
     Returns:
         (B, K, 2) float64 predictions in original pixels of the other image.
@@ -43,11 +43,11 @@ class Evaluation:
     """Metrics and feature cache of one pass over one or more datasets.
 
     Args:
-        matcher: The model; its features are computed once per image and dataset.
+        matcher: The model. Its features are computed once per image and dataset.
         loaders: One loader per dataset.
-        protocol: PCK protocol; the dataset's usual threshold is added when it names none.
+        protocol: PCK protocol. Without a threshold kind, the dataset's own is added.
         alphas: PCK tolerances.
-        cache_mb: Memory for features; 0 turns the cache off.
+        cache_mb: Size of the feature cache in MiB; 0 turns it off.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Evaluation:
         self.release()
 
     def features(self, pair: Pair) -> tuple[Features, Features]:
-        """Prepared features of both images, each image computed once."""
+        """Prepared features of both images, from the cache if possible."""
         ids = [*pair.src_id.tolist(), *pair.trg_id.tolist()]
         if min(ids) < 0:
             return self.matcher.features(pair)
@@ -72,7 +72,7 @@ class Evaluation:
         return self._cache(images, ids, lambda new: self.matcher.prepare(self.matcher.backbone(new))).halves()
 
     def predict(self, pair: Pair, which: int) -> Tensor:
-        """Predictions for a batch of dataset `which`, see `predict_points`."""
+        """(B, K, 2) predictions for a batch of dataset `which`, see `predict_points`."""
         self._enter(which)
         if self.datasets[which].outlines:
             raise ZooError(f"{self.datasets[which].name} has no keypoints to predict: `lightning test` scores it")
@@ -87,7 +87,7 @@ class Evaluation:
             self.metrics[which].update(self.predict(pair, which), pair)
 
     def scores(self, stage: str) -> dict[str, float]:
-        """The headline numbers, `<stage>/pck@0.1`, with the dataset's name between when there are several."""
+        """Headline scores: `<stage>/pck@0.1`, or `<stage>/<dataset>/pck@0.1` for several datasets."""
         out: dict[str, float] = {}
         for dataset, metric in zip(self.datasets, self.metrics, strict=True):
             prefix = stage if len(self.metrics) == 1 else f"{stage}/{dataset.name}"
@@ -95,34 +95,34 @@ class Evaluation:
         return out
 
     def release(self) -> None:
-        """Free the cached features; metrics stay."""
+        """Empty the feature cache."""
         self._current, self._cache = -1, FeatureCache(0)
 
     @property
     def cached_bytes(self) -> int:
-        """Memory of the cached features."""
+        """Size of the cached features in bytes."""
         return self._cache.used
 
     def by_name(self) -> list[tuple[str, BenchmarkMetric]]:
-        """Each dataset's name and its metric."""
+        """Name and metric of each dataset."""
         return [(dataset.name, metric) for dataset, metric in zip(self.datasets, self.metrics, strict=True)]
 
     def _enter(self, which: int) -> None:
-        if which != self._current:  # image numbers are a dataset's own
+        if which != self._current:  # datasets use the same image numbers
             self._current, self._cache = which, FeatureCache(self.cache_bytes)
 
     @torch.no_grad()
     def _score_outlines(self, pair: Pair, which: int) -> None:
-        """Label transfer both ways: source vertices to the target, and target pixels back to the source mask."""
+        """Transfer outlines in both ways: source vertices to the target, and target pixels to the source mask."""
         src, trg = self.features(pair)
         network = size_of(src.image)
         records = [self.datasets[which].record(index) for index in pair.index.tolist()]
         vertices = [resize_points(r.src_polygon, _wh(r.src_size), _wh(network[::-1])).float() for r in records]
         padded = pad_sequence(vertices, batch_first=True).to(src.image.device)
-        carried = self.matcher.match_points(src, trg, padded).cpu().double()
+        matched = self.matcher.match_points(src, trg, padded).cpu().double()
         back = self.matcher.match(trg, src).flow.cpu().float()
         for k, r in enumerate(records):
-            polygon = resize_points(carried[k, : len(vertices[k])], _wh(network[::-1]), _wh(r.trg_size))
+            polygon = resize_points(matched[k, : len(vertices[k])], _wh(network[::-1]), _wh(r.trg_size))
             (w, h) = r.trg_size
             seen = transfer(cell_centres((h, w), network)[None], back[k : k + 1], network)[0].double()
             seen = resize_points(seen, _wh(network[::-1]), _wh(r.src_size)).unflatten(0, (h, w))

@@ -1,4 +1,4 @@
-"""Label transfer: LT-ACC and IoU of object outlines (Caltech-101). Everything is scored in float64 on the CPU."""
+"""Label transfer accuracy (LT-ACC) and IoU of object outlines (Caltech-101), in float64 on the CPU."""
 
 import math
 from collections.abc import Sequence
@@ -13,19 +13,20 @@ from corrzoo.types import ZooError, as_points
 
 
 class LabelTransfer(BenchmarkMetric):
-    """LT-ACC and IoU of object outlines that are carried from source to target (Caltech-101), in percent.
+    """LT-ACC and IoU of source object masks that are transferred to the target (Caltech-101), in percent.
 
-    The field has two readings of the carried mask, with different numbers, and both are scored: `polygon`, which is
-    `polygon_mask` of the source outline's carried vertices (HPF with images of at most 300 px, DHPF at 240 x 240), and
-    `mask`, which is `warp_mask` of the source outline's mask (WeakAlign and the papers that follow it).
+    The field transfers masks in two ways, with different numbers. Both are scored:
 
-    `compute()` returns means over pairs, 0-d float64, for each reading (of which `polygon` stands here):
-    `lt_acc_polygon`, the fraction of the target image's pixels that are labelled rightly, and `iou_polygon`; `rows()`
-    and `breakdown()` name them alike.
+    - `polygon`: `polygon_mask` of the matched vertices of the source outline (HPF with images of at most 300 px, DHPF
+      at 240 x 240);
+    - `mask`: `warp_mask` of the source mask (WeakAlign and the papers that follow it).
+
+    `compute()` returns means over pairs, 0-d float64: `lt_acc_polygon`, the share of target pixels with the correct
+    label, `iou_polygon`, `lt_acc_mask` and `iou_mask`. `rows()` and `breakdown()` have the same names.
 
     Args:
-        categories: The dataset's names for `Pair.category`; it stays a number when empty.
-        **kwargs: For torchmetrics.Metric.
+        categories: Names of the values of `Pair.category`; numbers if empty.
+        **kwargs: Options of torchmetrics.Metric.
     """
 
     name = "Label transfer"
@@ -39,25 +40,25 @@ class LabelTransfer(BenchmarkMetric):
         """Score one pair.
 
         Args:
-            polygon: (h, w) bool, what is inside the outline that was carried to the target image.
-            mask: (h, w) bool, the source object's mask as the target image sees it.
+            polygon: (h, w) bool, inside of the outline that was matched to the target image.
+            mask: (h, w) bool, the source object's mask warped to the target image.
             gt: (h, w) bool, the target object's mask.
-            index: The pair's position in the benchmark.
+            index: Position of the pair in the benchmark.
             category: As in `Pair.category`.
 
         Raises:
-            ZooError: when the shapes differ, or the target mask is empty.
+            ZooError: if shapes differ, or the target mask is empty.
         """
         counts = [index, category, gt.numel()]
         for pred in (polygon, mask):
             if pred.shape != gt.shape or not gt.any():
                 got = f"got {pred.shape} for {gt.shape}"
-                raise ZooError(f"pair {index}: expected masks of one shape, the target's not empty: {got}")
+                raise ZooError(f"pair {index}: expected masks of one shape and a target mask that is not empty, {got}")
             counts += [int((pred == gt).sum()), int((pred & gt).sum()), int((pred | gt).sum())]
         self.table.append(torch.tensor([counts], device=self.device))
 
     def compute(self) -> dict[str, Tensor]:
-        """The four means, see the class."""
+        """Means over pairs by name, see the class."""
         return {name: values.mean() for name, values in self._scores(self._distinct()).items()}
 
     def describe(self) -> dict[str, Any]:
@@ -79,18 +80,17 @@ class LabelTransfer(BenchmarkMetric):
 def polygon_mask(polygon: Tensor, size: tuple[int, int]) -> Tensor:
     """Rasterise a polygon as skimage.draw.polygon does.
 
-    Pixel (row, column) is inside when the point (x, y) = (column, row) is inside by the even-odd rule, or lies on an
-    edge or a vertex. What is outside the image is cut off.
+    Pixel (row, column) is inside if the point (x, y) = (column, row) is inside by the even-odd rule, or on an edge.
 
     Args:
-        polygon: (n, 2) vertices, at least three; the last is joined to the first.
+        polygon: (n, 2) vertices, three or more; the last is joined to the first.
         size: (w, h) of the image.
 
     Returns:
         (h, w) bool.
 
     Raises:
-        ZooError: for fewer than three vertices, or one that is not finite.
+        ZooError: if there are fewer than three vertices, or one is not finite.
 
     >>> polygon_mask(torch.tensor([[1, 0], [3, 0], [1, 2]]), (4, 3)).int()
     tensor([[0, 1, 1, 1],
@@ -103,23 +103,23 @@ def polygon_mask(polygon: Tensor, size: tuple[int, int]) -> Tensor:
     x, y = torch.arange(size[0], dtype=torch.float64), torch.arange(size[1], dtype=torch.float64).unsqueeze(1)
     inside, on_edge = torch.zeros(2, size[1], size[0], dtype=torch.bool)
     for (x0, y0), (x1, y1) in zip(vertices.tolist(), vertices.roll(-1, 0).tolist(), strict=True):
-        level = slice(max(math.ceil(min(y0, y1)), 0), max(math.floor(max(y0, y1)) + 1, 0))  # rows that the edge is in
+        level = slice(max(math.ceil(min(y0, y1)), 0), max(math.floor(max(y0, y1)) + 1, 0))  # rows that the edge crosses
         rows = y[level]
-        side = (x1 - x0) * (rows - y0) - (y1 - y0) * (x - x0)  # zero on the edge's line
-        inside[level] ^= ((y0 <= rows) != (y1 <= rows)) & ((side > 0) == (y1 > y0))  # crossed on the right
+        side = (x1 - x0) * (rows - y0) - (y1 - y0) * (x - x0)  # 0 on the line through the edge
+        inside[level] ^= ((y0 <= rows) != (y1 <= rows)) & ((side > 0) == (y1 > y0))  # the edge is crossed to the right
         on_edge[level] |= (side == 0) & (x >= min(x0, x1)) & (x <= max(x0, x1))
     return inside | on_edge
 
 
 def warp_mask(mask: Tensor, points: Tensor) -> Tensor:
-    """The source mask as the target sees it through a dense target -> source grid.
+    """Warp a source mask to the target image.
 
     Args:
         mask: (h, w) bool, of the source image.
-        points: (h', w', 2) for each target pixel its source position, in pixels of the source image (`geometry`).
+        points: (h', w', 2) source position of each target pixel, in pixels of the source image.
 
     Returns:
-        (h', w') bool: the mask read bilinearly, over one half. Outside the source image is background.
+        (h', w') bool: whether the bilinearly sampled mask is above 0.5. Outside the source image is background.
     """
     grid = 2 * points.cpu().double() / torch.tensor([mask.shape[1], mask.shape[0]]) - 1
     read = F.grid_sample(mask.cpu().double()[None, None], grid[None], padding_mode="zeros", align_corners=False)

@@ -1,4 +1,4 @@
-"""The metric of a benchmark: one int64 row per pair, so that the result is exact over any number of processes."""
+"""Base class of metrics: one int64 row per pair, so results are exact for any number of processes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ from corrzoo.types import ZooError
 
 
 class BenchmarkMetric(torchmetrics.Metric, ABC):
-    """Scores of a benchmark's pairs: `PCK`, or `LabelTransfer` for annotated outlines.
+    """Scores of the pairs of a benchmark.
 
-    A row starts with the pair's index and category. Rows are gathered over processes, each pair counts once, and pairs
-    are ordered by index. Every process must call `compute()`, `rows()` and `breakdown()`; each gets the result over all
-    processes. They raise ZooError if no pair was scored.
+    A row starts with the pair's index and category. Rows are gathered over all processes, sorted by index, and each
+    pair counts once. `compute()`, `rows()` and `breakdown()` are collective calls: every process must make them. They
+    raise ZooError if no pair was scored.
 
     Attributes:
-        name: Name in tables; result files use it in lower case, with underscores.
+        name: Name in tables. Result files use it in lower case, with underscores.
         protocol: How pairs are scored.
         query: Image whose points or outline are given, `src` or `trg`.
-        evaluated: Image in which they are predicted.
+        evaluated: Image in which they are predicted, `src` or `trg`.
     """
 
     full_state_update = False
@@ -40,18 +40,18 @@ class BenchmarkMetric(torchmetrics.Metric, ABC):
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Protocol, flaw, alphas and average, for a result file."""
+        """Protocol, flaw, alphas and average, for result files."""
 
     @abstractmethod
     def columns(self) -> list[tuple[str, str, str]]:
-        """Columns of a table of scores: heading, key in `breakdown()`, key in `compute()`."""
+        """Columns of a score table: heading, key in `breakdown()`, key in `compute()`."""
 
     @abstractmethod
     def _scores(self, table: Tensor) -> dict[str, Tensor]:
-        """(N,) columns that `rows` shows of N pairs."""
+        """Scores by name, (N,) each, of N rows."""
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per pair, ordered by index: `index`, `category` and the scores."""
+        """One dict per pair, sorted by index: `index`, `category` and scores."""
         with self.sync_context():
             table = self._distinct()
         scores = {name: column.tolist() for name, column in self._scores(table).items()}
@@ -77,16 +77,15 @@ class BenchmarkMetric(torchmetrics.Metric, ABC):
         return self.categories[number] if self.categories else str(number)
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather the rows of all processes; torchmetrics calls this."""
-        if not len(self.table):  # torchmetrics would send a flat float tensor for a process without pairs
+        """Gather the rows of all processes. torchmetrics calls this method."""
+        if not len(self.table):  # without pairs, torchmetrics would send a float tensor of shape (0,)
             self.table = [torch.empty(0, self.width, dtype=torch.int64, device=self.device)]
         super().sync(*args, **kwargs)
 
     def _distinct(self) -> Tensor:
         """(N, width) rows on the CPU, one per index.
 
-        Samplers repeat pairs so that all processes get the same number. Whole rows are sorted, so that the result does
-        not depend on which process scored a repeated pair.
+        Distributed samplers repeat pairs. Sorting whole rows makes the result independent of who scored the repeats.
         """
         parts = [self.table] if isinstance(self.table, Tensor) else self.table
         if not sum(map(len, parts)):
@@ -94,5 +93,5 @@ class BenchmarkMetric(torchmetrics.Metric, ABC):
         rows = torch.cat([part.cpu() for part in parts])
         rows = rows[rows[:, 0].argsort()]
         if (rows[:, 0].diff() == 0).any():
-            rows = rows.unique(dim=0)  # slow
+            rows = rows.unique(dim=0)  # slow, so only if pairs are repeated
         return rows[rows[:, 0].diff(prepend=rows[:1, 0] - 1) != 0]

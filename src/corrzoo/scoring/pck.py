@@ -1,4 +1,4 @@
-"""PCK of one pair (`score`) and of a benchmark (`PCK`), in float64 on the CPU. Both use `pck_update`, `pck_compute`."""
+"""PCK of one pair (`score`) and of a benchmark (`PCK`), in float64 on the CPU."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,33 +13,33 @@ from corrzoo.scoring.protocols import AVERAGES, Protocol, Side, get_protocol
 from corrzoo.types import DIFFICULTIES, Pair, Record, ZooError, as_points
 
 ALPHAS = (0.05, 0.1, 0.15)
-"""The tolerances that most tables report."""
+"""Tolerances that most papers report."""
 BUFFERED = 4096
-"""our choice: pairs that `PCK` buffers before it scores them together, which costs a tenth of scoring 16 at a time."""
+"""our choice: pairs that `PCK` buffers and scores at once. Scoring 16 at a time takes about 10 times as long."""
 
 
 def score(
     pred: Tensor, record: Record, protocol: str | Protocol = "default:bbox", alphas: Sequence[float] = ALPHAS
 ) -> Tensor:
-    """PCK of one pair.
+    """Compute the PCK of one pair.
 
     Args:
-        pred: (n, 2) predictions in original pixels of the evaluated image, whatever frame the protocol measures in.
-            `get_protocol(protocol).evaluated` is `trg`, or `src` for protocols such as CATs'.
+        pred: (n, 2) predictions in original pixels of the evaluated image, which is
+            `get_protocol(protocol).evaluated`: the target, or the source for protocols such as CATs'.
         record: The annotated pair.
         protocol: A name of `list_protocols()`, or a Protocol.
-        alphas: A tolerances.
+        alphas: Tolerances, A of them.
 
     Returns:
         (A,) float64 fractions of correct keypoints.
 
     Raises:
-        ZooError: if the protocol is unknown, the shape of `pred` is wrong, a prediction is not finite, or the record
-            has no keypoints or lacks the boxes that the protocol needs.
+        ZooError: if the protocol is unknown, `pred` has the wrong shape or is not finite, or the record lacks keypoints
+            or the boxes that the protocol needs.
     """
     protocol, points, n = get_protocol(protocol), as_points(pred).cpu(), len(record.trg_kps)
     if len(points) != n or n == 0:
-        raise ZooError(f"expected a prediction for each of the record's {n} keypoints (one or more), got {len(points)}")
+        raise ZooError(f"expected a prediction for each of {n} keypoints (one or more), got {len(points)}")
     sides = {
         "src": _record_side(record.src_kps, record.src_size, record.src_box),
         "trg": _record_side(record.trg_kps, record.trg_size, record.trg_box),
@@ -55,16 +55,16 @@ def pck_update(
 
     Args:
         pred: (B, K, 2) float64 predictions in original pixels of the evaluated image.
-        sides: Annotations by image, "src" and "trg"; the query's only if `protocol.asks_query`.
-        mask: (B, K) bool, which rows are keypoints.
+        sides: Annotations of "src" and "trg"; those of the query only if `protocol.asks_query`.
+        mask: (B, K) bool, True for rows that are keypoints.
         protocol: The protocol.
-        alphas: A tolerances.
+        alphas: Tolerances, A of them.
 
     Returns:
         (B, 1 + A) int64: number of keypoints, then number of correct keypoints for each alpha.
 
     Raises:
-        ZooError: if a prediction of a keypoint is not finite, or boxes are missing that the protocol needs.
+        ZooError: if a prediction is not finite, or a pair lacks the boxes that the protocol needs.
     """
     hits = _hits(pred, sides, mask, protocol, alphas)
     return torch.cat([mask.sum(1, keepdim=True), hits.sum(1)], dim=1)
@@ -76,21 +76,21 @@ def pck_compute(rows: Tensor) -> Tensor:
 
 
 def correct(pred: Tensor, gt: Tensor, threshold: Tensor, alphas: Sequence[float], mask: Tensor, compare: str) -> Tensor:
-    """Whether predictions are correct, for points and thresholds in one frame.
+    """Compare predictions with ground truth. All lengths are in one frame.
 
     Args:
         pred: (..., n, 2) predictions.
         gt: (..., n, 2) ground truth.
         threshold: (...) length L of each pair.
-        alphas: A tolerances: the error must be within alpha * L.
-        mask: (..., n) bool, which rows are keypoints.
-        compare: `<=` or `<`: whether an error of exactly alpha * L is correct.
+        alphas: Tolerances, A of them.
+        mask: (..., n) bool, True for rows that are keypoints.
+        compare: `<=` or `<`, applied to the error and alpha * L.
 
     Returns:
-        (..., n, A) bool, False where `mask` is.
+        (..., n, A) bool: correct keypoints.
 
     Raises:
-        ZooError: if a prediction of a keypoint is not finite.
+        ZooError: if a prediction is not finite.
     """
     bad = (~pred.isfinite().all(-1) & mask).nonzero()
     if len(bad):
@@ -104,14 +104,14 @@ def correct(pred: Tensor, gt: Tensor, threshold: Tensor, alphas: Sequence[float]
 
 
 def correct_points(pred: Tensor, pair: Pair, protocol: str | Protocol, alpha: float) -> Tensor:
-    """(B, K) bool, which predictions of a batch are correct, for pictures; arguments as for `PCK.update`."""
+    """(B, K) bool: correct predictions of a batch, for pictures. Arguments as for `PCK.update`."""
     protocol = get_protocol(protocol)
     sides, mask = _pair_sides(pair, protocol), pair.kps_mask.cpu()
     return _hits(pred.detach().cpu().double(), sides, mask, protocol, (alpha,))[..., 0]
 
 
 def _hits(pred: Tensor, sides: dict[str, Side], mask: Tensor, protocol: Protocol, alphas: Sequence[float]) -> Tensor:
-    """(B, K, A) bool, for points in original pixels."""
+    """(B, K, A) bool: correct keypoints, from points in original pixels."""
     evaluated = sides[protocol.evaluated]
     query = sides.get(protocol.query, evaluated)
     gt = protocol.frame.points(evaluated.kps, evaluated.size, annotated=True)
@@ -125,18 +125,18 @@ def _record_side(kps: Tensor, size: tuple[int, int], box: Tensor | None) -> Side
 
 
 def _pair_sides(pair: Pair, protocol: Protocol) -> dict[str, Side]:
-    """Annotations of the images that the protocol needs."""
+    """Annotations of the images that the protocol reads."""
     needed = (protocol.evaluated, protocol.query) if protocol.asks_query else (protocol.evaluated,)
     return {side: _pair_side(pair, side) for side in needed}
 
 
 def _pair_side(pair: Pair, side: str) -> Side:
-    """One image of each pair of a batch, with keypoints in original pixels."""
+    """Annotations of one image of each pair, in original pixels."""
     kps, size, box = (getattr(pair, f"{side}_{what}").cpu().double() for what in ("kps", "size", "box"))
     H, W = getattr(pair, f"{side}_img").shape[-2:]
     points = resize_points(kps, size.new_tensor([W, H]), size)
-    # float32 network pixels and back move an annotated integer by up to 1e-4 px. That would decide ties with integer
-    # predictions, and what VisualAI rounds down to: undo it.
+    # Resizing to float32 network pixels and back moves an integer annotation by up to 1e-4 px. Undo it: it would decide
+    # ties with integer predictions, and the integer that VisualAI rounds down to.
     whole = points.round()
     return Side(torch.where((points - whole).abs() < 1e-3, whole, points), size, box)
 
@@ -144,26 +144,25 @@ def _pair_side(pair: Pair, side: str) -> Side:
 class PCK(BenchmarkMetric):
     """Percentage of correct keypoints over a benchmark.
 
-    `compute()` returns 0-d float64 tensors in percent. For each alpha, here 0.1:
+    `compute()` returns 0-d float64 tensors in percent, for each alpha (here 0.1):
 
     - `pck@0.1`: the average that the protocol's authors report, one of the next four;
     - `pck@0.1/image`: mean over pairs;
-    - `pck@0.1/point`: all correct points over all points;
-    - `pck@0.1/category`: mean over categories of their mean over pairs;
-    - `pck@0.1/category-point`: mean over categories of their share of correct points.
+    - `pck@0.1/point`: correct points over all points;
+    - `pck@0.1/category`: mean over categories of their `image` average;
+    - `pck@0.1/category-point`: mean over categories of their `point` average.
 
-    Pairs without keypoints do not count. A pair that was seen twice (by index) counts once.
+    Pairs without keypoints do not count.
 
-    `rows()` have the flags of `DIFFICULTIES` (-1 if not annotated), `points` (number of keypoints), and `pck@0.1` in
-    percent for each alpha. `breakdown()` adds groups of the flags to the categories:
-    `{"viewpoint": {"0": row, "1": row, "2": row, ">0": row}, "scale": ..., ...}`, where a row has `pairs`, `points`,
-    and `pck@0.1/image` and `pck@0.1/point` in percent for each alpha. Empty groups are left out. A pair without a flag
-    is in none of its groups. `0` and `>0` are the two-valued form that Lucaosti reports.
+    `rows()` adds the flags of `DIFFICULTIES` (-1 if not annotated), `points` (number of keypoints), and `pck@0.1` in
+    percent. `breakdown()` adds groups by flag: `{"viewpoint": {"0": row, "1": row, "2": row, ">0": row}, ...}`, where a
+    row has `pairs`, `points`, `pck@0.1/image` and `pck@0.1/point`. Empty groups are left out. `0` and `>0` are the two
+    groups that Lucaosti reports.
 
     Args:
         protocol: A name of `list_protocols()`, or a Protocol.
         alphas: Tolerances.
-        categories: The dataset's names for `Pair.category`; without names, categories stay numbers.
+        categories: Names of the values of `Pair.category`; numbers if empty.
         **kwargs: Options of torchmetrics.Metric.
 
     Raises:
@@ -180,18 +179,18 @@ class PCK(BenchmarkMetric):
         categories: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
-        super().__init__(7 + len(alphas), categories, **kwargs)  # index, category, 4 flags, keypoints, correct ones
+        super().__init__(7 + len(alphas), categories, **kwargs)  # index, category, 4 flags, keypoints, correct by alpha
         self.protocol, self.alphas = get_protocol(protocol), tuple(alphas)
         self.query, self.evaluated = self.protocol.query, self.protocol.evaluated
         self._buffer: list[tuple[Tensor, Pair]] = []
         self._buffered = 0
 
     def update(self, pred: Tensor, pair: Pair) -> None:
-        """Add a batch. Batches are buffered and scored together, so errors may be raised by a later call.
+        """Add a batch. Batches are buffered, so a later call may raise the error of this one.
 
         Args:
             pred: (B, K, 2) predictions in original pixels of the protocol's evaluated image. Rows where `pair.kps_mask`
-                is False are ignored. If `src` is evaluated, predict with `pair.swapped()` and score with `pair`.
+                is False are ignored. If the source is evaluated, predict from `pair.swapped()`, but pass `pair` here.
             pair: The batch from the dataset.
 
         Raises:
@@ -204,9 +203,7 @@ class PCK(BenchmarkMetric):
             self._score_buffer()
         self._buffer.append((pred.detach(), small))
         self._buffered += len(pred)
-        if self._buffered >= BUFFERED or not len(
-            self.table
-        ):  # the first batch at once: mistakes in the set-up show early
+        if self._buffered >= BUFFERED or not len(self.table):  # the first batch at once, to find set-up errors early
             self._score_buffer()
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
@@ -240,7 +237,7 @@ class PCK(BenchmarkMetric):
         self.table.append(rows[rows[:, 6] > 0].to(self.device))
 
     def compute(self) -> dict[str, Tensor]:
-        """Every average, see the class."""
+        """Averages by name, see the class."""
         table = self._distinct()
         groups = [table[table[:, 1] == category] for category in table[:, 1].unique()]
         per_category = torch.stack([_means(group) for group in groups]).mean(0)
@@ -277,25 +274,19 @@ class PCK(BenchmarkMetric):
 
 
 def _means(table: Tensor) -> Tensor:
-    """(2, A) percentages of rows of PCK: mean over pairs, and over points."""
+    """Rows of PCK -> (2, A) percentages: `image` and `point` average."""
     return torch.stack(
         [(100 * pck_compute(table[:, 6:])).mean(0), 100 * table[:, 7:].sum(0).double() / table[:, 6].sum()]
     )
 
 
 def _without_images(pair: Pair) -> Pair:
-    """The batch with images of no channel, which keep their size and no memory; masks and ids are dropped."""
-    (B, _, *src), trg = pair.src_img.shape, pair.trg_img.shape[2:]
-    return pair._replace(
-        src_img=pair.index.new_empty(B, 0, *src),
-        trg_img=pair.index.new_empty(B, 0, *trg),
-        src_mask=pair.index.new_empty(B, 0),
-        trg_mask=pair.index.new_empty(B, 0),
-        kps_ids=pair.index.new_empty(B, 0),
-        mirror_ids=pair.index.new_empty(B, 0),
-    )
+    """The batch without what scoring does not read. Images keep their size, with 0 channels."""
+    empty, (B, _, *src), trg = pair.index.new_empty, pair.src_img.shape, pair.trg_img.shape[2:]
+    unread = dict.fromkeys(("src_mask", "trg_mask", "kps_ids", "mirror_ids"), empty(B, 0))
+    return pair._replace(src_img=empty(B, 0, *src), trg_img=empty(B, 0, *trg), **unread)
 
 
 def _pad(x: Tensor, K: int) -> Tensor:
-    """(B, k, ...) -> (B, K, ...), with zeros."""
+    """(B, k, ...) -> (B, K, ...), padded with zeros."""
     return x if x.shape[1] == K else F.pad(x, (0, 0) * (x.ndim - 2) + (0, K - x.shape[1]))

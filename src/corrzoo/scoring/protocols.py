@@ -1,9 +1,9 @@
-"""The evaluation protocols of the field, by name: whose points are scored, in which frame, against which length.
+"""Evaluation protocols of the field, by name.
 
-A keypoint is correct when its error is within alpha * L. Published numbers differ in what L is, in the frame it is
-measured in, in which of the two images is evaluated, and in how pairs are averaged. A preset with one of its threshold
-kinds, such as `actr:bbox` or `default:bbox-kp`, settles all of that. Presets follow what a project's released code
-does, which is not always what its paper says: where that is wrong it has a `flaw`, and it is never the default.
+A keypoint is correct if its error is within alpha * L. Published numbers differ in the length L, in the frame in which
+errors are measured, in the image that is evaluated, and in the average over pairs. A preset with one of its threshold
+kinds, such as `actr:bbox` or `default:bbox-kp`, fixes all four. A preset follows a project's released code, also where
+the paper differs. A preset whose threshold is wrong has a `flaw`, and is never the default.
 """
 
 from collections.abc import Mapping
@@ -16,39 +16,40 @@ from torch import Tensor
 from corrzoo.registry import Registry
 from corrzoo.types import ZooError
 
-IMG: Final = "img"  # larger side of the image
-BBOX: Final = "bbox"  # of the annotated box
-KP: Final = "bbox-kp"  # of the tight box of the pair's keypoints
-PADDED: Final = "bbox-kp-padded"  # of that box when what pads the keypoint array is taken for a keypoint
+# L is the larger side of
+IMG: Final = "img"  # the image
+BBOX: Final = "bbox"  # the annotated box
+KP: Final = "bbox-kp"  # the tight box around the keypoints
+PADDED: Final = "bbox-kp-padded"  # the tight box around the keypoints and the padding of the keypoint array
 KINDS = (IMG, BBOX, KP, PADDED)
 
 AVERAGES = ("image", "point", "category", "category-point")
-"""Means over pairs, over points, and over categories of either; `metrics.PCK` has the words."""
+"""Averages over a benchmark, defined in `pck.PCK`."""
 
 
 class Side(NamedTuple):
-    """One image of each pair as annotated: float64, in original pixels."""
+    """Annotations of one image of each pair: float64, in original pixels."""
 
     kps: Tensor
     """(B, K, 2)."""
     size: Tensor
     """(B, 2) original (w, h)."""
     box: Tensor
-    """(B, 4) xyxy; NaN where there is none."""
+    """(B, 4) xyxy; NaN if not annotated."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Where errors and thresholds are measured.
+    """Frame in which errors and thresholds are measured.
 
     Args:
-        fit: How a (w, h) image comes into the frame.
-            original: it stays as it is.
-            shrink: one factor for both axes, so that the larger side is at most `side`.
-            pad: one factor, so that the larger side is `side`. Where the padding goes is nothing to a distance.
+        fit: Map from an image of size (w, h) into the frame.
+            original: identity.
+            shrink: one factor for both axes; the larger side becomes at most `side`.
+            pad: one factor for both axes; the larger side becomes `side`. Distances do not depend on the padding.
             stretch: to a square, x * side / w and y * side / h.
             align-corners: to a square, x * (side - 1) / (w - 1), y likewise.
-        side: In pixels. It cancels from PCK when fit is stretch or pad: 1 stands for 'not recorded' there.
+        side: Side in pixels. It cancels from PCK if fit is stretch or pad; 1 then means that it is not known.
     """
 
     fit: Literal["original", "shrink", "pad", "stretch", "align-corners"] = "original"
@@ -58,7 +59,7 @@ class Frame:
         return f"{self.fit} {self.side}" if self.side else self.fit
 
     def scale(self, size: Tensor) -> Tensor:
-        """(B, 2) factors for x and y, for images of `size` (B, 2), (w, h)."""
+        """(B, 2) original (w, h) -> (B, 2) factors for x and y."""
         longest = size.amax(-1, keepdim=True).expand_as(size)
         match self.fit:
             case "original":
@@ -73,15 +74,15 @@ class Frame:
                 return (self.side - 1) / (size - 1)
 
     def image_side(self, size: Tensor) -> Tensor:
-        """(B,) larger side of the image in the frame."""
+        """(B, 2) original (w, h) -> (B,) larger side of the image in the frame."""
         if self.fit in ("original", "shrink"):
             return (size * self.scale(size)).amax(-1)
         return torch.full_like(size[:, 0], self.side)
 
     def points(self, kps: Tensor, size: Tensor, annotated: bool) -> Tensor:
-        """Points (B, K, 2) from original pixels into the frame.
+        """Points (B, K, 2) from original pixels to the frame.
 
-        VisualAI, the one with align-corners, rounds annotated points down first and clamps them into the frame last.
+        VisualAI, the only user of align-corners, first rounds annotated points down and finally clamps them.
         """
         if self.fit == "original":
             return kps
@@ -93,21 +94,21 @@ class Frame:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How predictions are scored. `get_protocol()` gives a preset; `dataclasses.replace()` changes one thing of it.
+    """How predictions are scored. `get_protocol()` returns a preset.
 
     Args:
-        name: Of the preset.
-        kinds: The threshold kinds it offers, each with the frame it is measured in.
-        source: Where the facts come from.
-        kind: The one in use.
-        evaluated: Whose points are predicted and scored; the other image is the query.
-        threshold_side: Whose image or box gives the threshold.
-        kps_side: Whose keypoints give it; None for `threshold_side`.
-        boxless: What `bbox` means for a pair without annotated boxes (PF-WILLOW); "" for an error.
+        name: Name of the preset.
+        kinds: Threshold kinds that the preset offers, each with its frame.
+        source: Source of the definition.
+        kind: Threshold kind in use.
+        evaluated: Image whose points are predicted and scored; the other image is the query.
+        threshold_side: Image whose size or box gives the threshold.
+        kps_side: Image whose keypoints give the threshold; `threshold_side` if None.
+        boxless: Threshold kind that replaces `bbox` for pairs without boxes (PF-WILLOW); if empty, they are an error.
         padding: Coordinate that pads the keypoint array, in the frame.
-        padded_max: `bbox-kp` takes its maximum over the padding as well (wrong only if all coordinates lie below it).
-        compare: Whether an error of exactly alpha * L is correct.
-        averages: What its authors report, the headline first, in the terms of `AVERAGES`.
+        padded_max: Whether the maximum of `bbox-kp` includes the padding (wrong only if all coordinates are below it).
+        compare: `<=` if an error of exactly alpha * L is correct, else `<`.
+        averages: Averages that the authors report, the headline first.
     """
 
     name: str
@@ -128,34 +129,35 @@ class Protocol:
 
     @property
     def frame(self) -> Frame:
-        """Where errors and thresholds are measured."""
+        """Frame of the threshold kind in use."""
         return self.kinds[self.kind]
 
     @property
     def query(self) -> str:
-        """The image whose points are given."""
+        """Image whose points are given, `src` or `trg`."""
         return "src" if self.evaluated == "trg" else "trg"
 
     @property
     def asks_query(self) -> bool:
-        """Whether a threshold may come from the query image."""
+        """Whether the threshold may depend on the query image."""
         return "query" in (self.threshold_side, self.kps_side)
 
     @property
     def meaning(self) -> str:
-        """What L is, in words.
+        """Description of L and the frame.
 
         >>> get_protocol("actr:bbox").meaning
-        'larger side of the src box, without boxes of the padded src keypoint box; frame: stretch 512'
+        'larger side of the src box, or of the padded src keypoint box if there is no box; frame: stretch 512'
         """
         words = {IMG: "{} image", BBOX: "{} box", KP: "{} keypoint box", PADDED: "padded {} keypoint box"}
         kinds = [self.kind] + [self.boxless] * (self.kind == BBOX and self.boxless != "")
         lengths = [words[kind].format(getattr(self, self._side(kind), self.query)) for kind in kinds]
-        return f"larger side of the {', without boxes of the '.join(lengths)}; frame: {self.frame}"
+        replaced = " if there is no box" if len(lengths) > 1 else ""
+        return f"larger side of the {', or of the '.join(lengths)}{replaced}; frame: {self.frame}"
 
     @property
     def flaw(self) -> str:
-        """What is wrong with it although it is published; empty when nothing is.
+        """Error in the published threshold; empty if there is none.
 
         >>> get_protocol("dhpf:bbox").flaw
         "padding counts as a keypoint where no box is annotated: PF-WILLOW's thresholds are 1.28 times too long"
@@ -173,18 +175,19 @@ class Protocol:
         return self.kps_side or self.threshold_side if kind in (KP, PADDED) else self.threshold_side
 
     def thresholds(self, evaluated: Side, query: Side, mask: Tensor) -> Tensor:
-        """The length L of each pair.
+        """Compute the length L of each pair.
 
         Args:
-            evaluated: The evaluated image of each pair.
-            query: The other one.
-            mask: (B, K) bool, which rows of the keypoints are keypoints.
+            evaluated: Annotations of the evaluated images.
+            query: Annotations of the query images.
+            mask: (B, K) bool, True for rows that are keypoints.
 
         Returns:
-            (B,) float64 in the protocol's frame. The box of a single keypoint is 0 long: only exact hits count.
+            (B,) float64 in the protocol's frame. The box of a single keypoint has length 0, so only exact predictions
+            are correct.
 
         Raises:
-            ZooError: when boxes are asked for and a pair has none.
+            ZooError: if the protocol needs boxes and a pair has none.
         """
         sides = {"evaluated": evaluated, "query": query}
         side = sides[self._side(self.kind)]
@@ -212,10 +215,10 @@ class Protocol:
 
 
 def get_protocol(name: str | Protocol) -> Protocol:
-    """The protocol called `<preset>:<kind>`; a Protocol is handed back as it is.
+    """Return the protocol `<preset>:<kind>`; a Protocol is returned unchanged.
 
     Raises:
-        ZooError: for a preset that is not known, or a kind that it does not offer.
+        ZooError: if the preset is unknown or does not offer the kind.
 
     >>> get_protocol("cats:img").evaluated
     'src'
@@ -231,12 +234,12 @@ def get_protocol(name: str | Protocol) -> Protocol:
 
 
 def check_protocol(name: str) -> None:
-    """Refuse a name that is neither a preset nor a preset with a kind that it offers."""
+    """Raise ZooError unless `name` is `<preset>` or `<preset>:<kind>`."""
     _ = get_protocol(name) if ":" in name else _PRESETS[name]
 
 
 def list_protocols() -> list[str]:
-    """Every protocol as `<preset>:<kind>`."""
+    """Names of all protocols, `<preset>:<kind>`."""
     return [f"{name}:{kind}" for name in _PRESETS.names() for kind in _PRESETS[name].kinds]
 
 
@@ -248,7 +251,7 @@ _ORIGINAL, _SQUARE_224, _SQUARE_240 = Frame(), Frame("stretch", 224), Frame("str
 _SQUARE_512, _UNIT_SQUARE = Frame("stretch", 512), Frame("stretch", 1)
 _UNRELEASED = "paper; no code, so the evaluated side and the frame are our choice"
 _CATSPP = Protocol("catspp", _in(_SQUARE_512, *KINDS), evaluated="src", boxless=PADDED, padded_max=True)
-# ACTR and LPMFlow answer in trg, but kept the src_bbox of CATs, which answers in src.
+# ACTR and LPMFlow predict target points, but kept src_bbox of CATs, which predicts source points.
 _ACTR = replace(
     _CATSPP,
     name="actr",
@@ -267,7 +270,7 @@ _TRAINING = "released eval code; the PCK of its training loop (float16 points, p
 
 _PRESETS: Registry[Protocol] = Registry("protocol", "list_protocols()")
 for _preset in (
-    Protocol("default", _in(_ORIGINAL, *KINDS), "our choice: the network's input size leaves no trace in the number"),
+    Protocol("default", _in(_ORIGINAL, *KINDS), "our choice: the number does not depend on the network's input size"),
     Protocol("hpf", _in(Frame("shrink", 300), IMG, BBOX, KP), boxless=KP),
     Protocol("dhpf", _in(_SQUARE_240, IMG, BBOX, PADDED), boxless=PADDED),
     Protocol("cats", _in(Frame("stretch", 256), IMG, BBOX, PADDED), evaluated="src", boxless=PADDED),
@@ -280,7 +283,7 @@ for _preset in (
     replace(_GEOAWARE, name="distilldift", source=_TRAINING),
     Protocol("probe3d", _in(Frame("pad", 1), IMG, BBOX), compare="<", averages=("category-point",)),
     Protocol("lucaosti", _in(_UNIT_SQUARE, BBOX), averages=("image", "point")),
-    # Our choice: the box goes through the points' own align-corners factors.
+    # Our choice: boxes are scaled by the same align-corners factors as points.
     Protocol("visualai", _in(Frame("align-corners", 840), IMG, BBOX, KP), boxless=KP),
     Protocol("ncnet", _in(_SQUARE_224, IMG), evaluated="src"),
     Protocol("weakalign", _in(_SQUARE_224, IMG) | _in(_ORIGINAL, KP), evaluated="src"),

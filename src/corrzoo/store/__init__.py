@@ -1,1 +1,1 @@
-"""Files of trained matchers: checkpoints, saved folders with their model cards, and the authors' released weights."""
+"""Saved models: checkpoints, folders with model cards, and checkpoints that the authors released."""

@@ -1,9 +1,11 @@
-"""The README of a saved matcher, with the front matter that the Hugging Face hub reads."""
+"""Model card of a saved matcher: a README whose front matter the Hugging Face hub reads."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import EvalResult, ModelCardData
 
 from corrzoo.backbones.specs import get_spec
 from corrzoo.files import table
@@ -13,70 +15,83 @@ if TYPE_CHECKING:
     from corrzoo.matcher import Matcher
 
 LICENCES = ("apache-2.0", "bsd-3-clause", "cc-by-nc-4.0", "mit")
-"""Those of backbones' weights that the hub knows by name."""
+"""Licences of backbone weights that the hub knows by name."""
 
 FREE = ("protocol", "alphas", "backend", "feature_cache_mb", "weights")
-"""Options that say how a score was taken or where weights once came from, not which model it is."""
+"""Options that may differ between a result and the model: they do not change predictions of trained weights."""
+
+CARD = """---
+{front}
+---
+# {head} on {backbone}
+
+Semantic correspondence: given two images of objects of one category, match points of one image to the other.
+
+```python
+import corrzoo{plugin}
+
+matcher = corrzoo.load("<this folder, or hf://user/model>")
+corrzoo.match_images(matcher, "a.jpg", "b.jpg", [[120, 80]]).trg_points
+```
+
+{about}
+
+{scores}## Options
+
+```json
+{options}
+```
+"""
 
 
 def model_card(matcher: "Matcher", config: dict[str, Any], results: Sequence[str | Path | dict[str, Any]]) -> str:
-    """Markdown: what the model is, what it learnt from, what it reaches, and under which licence its weights stand.
+    """Write the card in Markdown: model, training data, scores, licence and options.
 
     Args:
         matcher: The model.
-        config: What `save` writes beside its weights.
-        results: Result files of `lightning test`, or their contents.
+        config: Content of the saved `config.json`.
+        results: Result files of `corrzoo test`, or their contents.
 
     Raises:
-        ZooError: for a result file that cannot be read, or is another model's.
+        ZooError: if a result file cannot be read, or is of another model.
     """
     rows = [read_result(result, config) for result in results]
-    spec, options = get_spec(matcher.hparams.backbone), config["options"]
+    spec, head = get_spec(matcher.hparams.backbone), config["head"]
     trained = config["trained"] or next((row["trained"] for row in rows if row.get("trained")), None)
-    counts = [sum(p.numel() for p in module.parameters()) / 1e6 for module in (matcher.backbone, matcher)]
-    known = spec.licence in LICENCES
-    plugin = "" if config["module"].startswith("corrzoo.") else f", {config['module']}"
-    front = {
-        "library_name": "corrzoo",
-        "pipeline_tag": "keypoint-detection",
-        "tags": ["semantic-correspondence", config["head"], spec.key],
-        "license": spec.licence if known else "other",
-        **({} if known else {"license_name": spec.licence}),
-        "model-index": [{"name": f"{config['head']} on {spec.key}", "results": [_index_entry(row) for row in rows]}],
-    }
+    backbone, total = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (matcher.backbone, matcher))
+    front = ModelCardData(
+        license=spec.licence if spec.licence in LICENCES else "other",
+        license_name=None if spec.licence in LICENCES else spec.licence,
+        library_name="corrzoo",
+        pipeline_tag="keypoint-detection",
+        tags=["semantic-correspondence", head, spec.key],
+        model_name=f"{head} on {spec.key}",
+        eval_results=[result for row in rows for result in _eval_results(row)] or None,
+    )
     about = {
-        "head": f"{config['head']}: {(type(matcher).__doc__ or '').splitlines()[0]}",
-        "backbone": f"`{spec.key}` (timm's `{spec.timm}`), {counts[0]:.1f} M parameters",
-        "parameters": f"{counts[1]:.1f} M in all",
+        "head": f"{head}: {(type(matcher).__doc__ or '').splitlines()[0]}",
+        "backbone": f"`{spec.key}` (timm's `{spec.timm}`), {backbone:.1f} M parameters",
+        "parameters": f"{total:.1f} M in all",
         "network image": f"{config['image_size']} px",
         "trained on": _training(trained),
-        "licence": f"{spec.licence} for the backbone's weights, on which these are built; the datasets have their own",
+        "licence": f"{spec.licence}, the licence of the backbone's weights; datasets have their own",
     }
-    lines = [
-        "---",
-        *(f"{key}: {json.dumps(value)}" for key, value in front.items()),  # JSON is YAML
-        "---",
-        f"# {config['head']} on {spec.key}",
-        "",
-        "Semantic correspondence: points of one image are found in another image of the same kind of thing.",
-        "",
-        f'```python\nimport corrzoo{plugin}\n\nmatcher = corrzoo.load("<this folder, or hf://user/model>")',
-        'corrzoo.match_images(matcher, "a.jpg", "b.jpg", [[120, 80]]).trg_points\n```',
-        "",
-        "| | |\n|---|---|",
-        *(f"| {key} | {value} |" for key, value in about.items()),
-        "",
-        *_table(rows),
-        f"## Options\n\n```json\n{json.dumps(options, indent=1)}\n```",
-    ]
-    return "\n".join(lines) + "\n"
+    return CARD.format(
+        front=front.to_yaml(),
+        head=head,
+        backbone=spec.key,
+        plugin="" if config["module"].startswith("corrzoo.") else f", {config['module']}",
+        about=table(["", ""], list(about.items())),
+        scores=_scores(rows),
+        options=json.dumps(config["options"], indent=1),
+    )
 
 
 def read_result(result: str | Path | dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """What a result file holds, made sure to be of the model in `config`.
+    """Read a result file and check that it is of the model in `config`.
 
     Raises:
-        ZooError: when it cannot be read, or is another model's.
+        ZooError: if the file cannot be read, or is of another model.
     """
     name = "a result" if isinstance(result, dict) else str(result)
     try:
@@ -86,50 +101,44 @@ def read_result(result: str | Path | dict[str, Any], config: dict[str, Any]) -> 
     except OSError as error:
         raise ZooError(f"cannot read the result file {name}: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ZooError(f"{name} is no result file of `lightning test` ({type(error).__name__}: {error})") from error
-    if found != (config["head"], config["options"]["backbone"]):
-        raise ZooError(
-            f"{name} is of {found[0]} on {found[1]}, but the model is {config['head']} on "
-            f"{config['options']['backbone']}: give the files that `lightning test` wrote for it"
-        )
-    own = json.loads(json.dumps(config["options"]))  # lists for tuples, as the file has them
+        raise ZooError(f"{name} is not a result file of `corrzoo test` ({type(error).__name__}: {error})") from error
+    model = config["head"], config["options"]["backbone"]
+    if found != model:
+        told = "{} is of {} on {}, but the model is {} on {}: give the files that `corrzoo test` wrote for it"
+        raise ZooError(told.format(name, *found, *model))
+    own = json.loads(json.dumps(config["options"]))  # lists for tuples, as in the file
     for option, value in row.get("options", {}).items():
         if option in own and option not in FREE and value != own[option]:
-            raise ZooError(f"{name} was scored with {option}={value!r}, but the model has {own[option]!r}")
+            told = f"{name} was scored with {option}={value!r}, but the model has {own[option]!r}"
+            raise ZooError(f"{told}: give a result of this model")
     return row
 
 
-def _table(rows: list[dict[str, Any]]) -> list[str]:
+def _scores(rows: list[dict[str, Any]]) -> str:
+    """PCK by dataset as a section; empty without results."""
     if not rows:
-        return []
+        return ""
     alphas = sorted({alpha for row in rows for alpha in row["alphas"]})
     lines = []
     for row in rows:
         scores = [f"{row['pck'][f'pck@{a:g}']:.1f}" if a in row["alphas"] else "" for a in alphas]
         lines.append([row["dataset"], str(row["pairs"]), f"`{row['protocol']}`", *scores])
     titles = ["dataset", "pairs", "protocol", *(f"@{a:g}" for a in alphas)]
-    numbers = [1, *range(3, len(titles))]
-    return [
-        "## PCK",
-        "",
-        table(titles, lines, numbers),
-        "",
-        "Results of different protocols do not compare: see `corrzoo.scoring.protocols`.",
-        "",
-    ]
+    note = "Scores of different protocols are not comparable, see `corrzoo.scoring.protocols`."
+    return f"## PCK\n\n{table(titles, lines, [1, *range(3, len(titles))])}\n\n{note}\n\n"
 
 
-def _index_entry(row: dict[str, Any]) -> dict[str, Any]:
-    metrics = [
-        {"type": "pck", "name": f"PCK@{a:g} ({row['protocol']})", "value": round(row["pck"][f"pck@{a:g}"], 2)}
-        for a in row["alphas"]
-    ]
-    task = {"type": "keypoint-detection", "name": "semantic correspondence"}
-    return {"task": task, "dataset": {"type": row["dataset"], "name": row["dataset"]}, "metrics": metrics}
+def _eval_results(row: dict[str, Any]) -> list[EvalResult]:
+    """Entries of the hub's model index, one per alpha."""
+    scored: dict[str, Any] = {"task_type": "keypoint-detection", "task_name": "semantic correspondence"}
+    scored |= {"metric_type": "pck", "dataset_type": row["dataset"], "dataset_name": row["dataset"]}
+    values = {f"PCK@{a:g} ({row['protocol']})": row["pck"][f"pck@{a:g}"] for a in row["alphas"]}
+    return [EvalResult(metric_name=name, metric_value=round(v, 2), **scored) for name, v in values.items()]
 
 
 def _training(trained: dict[str, Any] | None) -> str:
     if not trained:
-        return "nothing that is recorded here; the backbone as its authors trained it"
-    said = [f"{name} {trained[name]}" for name in ("steps", "batch_size", "size", "augment", "seed") if name in trained]
-    return f"{trained.get('dataset') or 'unnamed data'} ({', '.join(said).replace('_', ' ')})"
+        return "not recorded; the backbone has its authors' weights"
+    names = ("steps", "batch_size", "size", "augment", "seed")
+    listed = ", ".join(f"{name} {trained[name]}" for name in names if name in trained).replace("_", " ")
+    return f"{trained.get('dataset') or 'an unnamed dataset'} ({listed})"

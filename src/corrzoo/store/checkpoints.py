@@ -1,4 +1,4 @@
-"""Trained matchers to and from files. Nothing but tensors and plain values is ever read."""
+"""Save and load trained matchers. Only tensors and plain values are read, never pickled code."""
 
 import json
 from collections.abc import Sequence
@@ -20,25 +20,28 @@ from corrzoo.types import ZooError
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 HUB = "hf://"
 RENAMED = {"resize": "backbone_size", "query": "point_query"}
-"""Options of checkpoints that version 0.1.0 wrote, and what they are called now."""
+"""Options of version 0.1.0 and their new names."""
 DROPPED = frozenset({"sha256", "geo_weight"})
-"""Options of version 0.1.0 that are gone and did not change what a loaded model predicts."""
+"""Options of version 0.1.0 that were removed and do not change predictions of a loaded model."""
 REMOVED = {"GSF": {"network": "unet", "soft_argmax": "kept"}}
-"""Options of version 0.1.0 that are gone, by head, and the only value that can still be loaded."""
+"""By head, options of version 0.1.0 that were removed, and the only value that can still be loaded."""
 IMPLIED = {"GSF": {"start": "guidance"}}
-"""Options that version 0.1.0 did not have, by head, and the value that reproduces its predictions."""
+"""By head, options that version 0.1.0 lacked, and the value that reproduces its predictions."""
 
 
 def save(matcher: Matcher, folder: str | Path, results: Sequence[str | Path | dict[str, Any]] = ()) -> Path:
-    """Write a matcher as `model.safetensors` and `config.json`, for `load`, and a model card as `README.md`.
+    """Save a matcher as `model.safetensors`, `config.json` and a model card, `README.md`.
 
     Args:
-        matcher: What to save.
-        folder: Where to; `hf upload user/model <folder>` shares it.
-        results: Result files of `lightning test` for this matcher, which the card quotes.
+        matcher: The model.
+        folder: Output folder. `hf upload user/model <folder>` shares it.
+        results: Result files of `corrzoo test` for this model. Their scores go into the card.
+
+    Returns:
+        The folder, for `load`.
 
     Raises:
-        ZooError: when the folder cannot be written to, and for results that are unreadable or another model's.
+        ZooError: if the folder cannot be written, or a result cannot be read or is of another model.
     """
     folder = Path(folder)
     options = {name: value for name, value in dict(matcher.hparams).items() if not name.startswith("_")}
@@ -56,31 +59,31 @@ def save(matcher: Matcher, folder: str | Path, results: Sequence[str | Path | di
 
 
 def load(path: str | Path) -> Matcher:
-    """The matcher of a checkpoint that `lightning fit` wrote, or of a folder that `save` did; in evaluation mode.
+    """Load a matcher in evaluation mode.
 
     Args:
-        path: The file or folder, or `hf://user/model` for a folder on the Hugging Face hub (`hf://user/model@revision`
-            for one of its revisions), which is fetched once and found in the hub's cache when offline.
+        path: A checkpoint of `corrzoo fit`, a folder of `save`, or a folder on the Hugging Face hub as
+            `hf://user/model` or `hf://user/model@revision`. The hub's cache is used when offline.
 
     Raises:
-        ZooError: for a file that is missing, unreadable, unsafe, or no checkpoint of the zoo.
+        ZooError: if the file is missing, damaged, contains pickled objects, or is not a corrzoo checkpoint.
     """
     path = _fetch(path) if str(path).startswith(HUB) else Path(path)
     content = _read(path)
     head, options, weights = content["head"], content["hyper_parameters"], content.get("state_dict", {})
     known = HEADS.options(head)
     for name in options.keys() - set(known):
-        hint = nearest(name, known) or ": it is of another version of corrzoo"
-        raise ZooError(f"{path} has an option {name!r} that {head} does not know{hint}")
+        hint = nearest(name, known) or ": another version of corrzoo wrote it"
+        raise ZooError(f"{path} has an unknown option {name!r} of {head}{hint}")
     try:
         matcher = HEADS[head](**options)
         matcher.trained = content.get("trained")
         size = content.get("image_size") or (matcher.trained or {}).get("size") or matcher.image_size
         matcher.image_size = size if isinstance(size, int) else (int(size[0]), int(size[1]))
         matcher.load_state_dict(weights)
-    except Exception as error:  # numbers that are words, too large, or of tensors that are not there
+    except Exception as error:  # options and weights of a stranger's file can be anything
         reason = " ".join(str(error).split())[:300]
-        raise ZooError(f"{path}: its options or its weights do not fit {head}: {reason}") from error
+        raise ZooError(f"{path}: its options or weights do not fit {head}: {reason}") from error
     return matcher.eval()
 
 
@@ -97,10 +100,10 @@ class Stored(NamedTuple):
 
 
 def read_checkpoint(path: Path) -> Stored:
-    """Model and progress of a checkpoint that `corrzoo fit` wrote.
+    """Read the options and the progress of a checkpoint of `corrzoo fit`.
 
     Raises:
-        ZooError: like `load`, and for what only `load` reads.
+        ZooError: as in `load`, and if the path is a folder.
     """
     if path.is_dir() or str(path).startswith("hf:"):
         raise ZooError(f"{path} is for corrzoo.load() and `corrzoo match`: give --ckpt_path a .ckpt of `corrzoo fit`")
@@ -111,16 +114,16 @@ def read_checkpoint(path: Path) -> Stored:
 
 
 def newest_checkpoint(folder: Path, name: str, head: str, backbone: str | None = None) -> Path:
-    """The newest file called `name` anywhere under `folder` that holds such a model.
+    """Find the newest checkpoint of a model.
 
     Args:
-        folder: Folder of runs.
+        folder: Folder of runs, searched recursively.
         name: `best.ckpt` or `last.ckpt`.
         head: Name of the head.
         backbone: Name of the backbone; None for any.
 
     Raises:
-        ZooError: if there is none, or if a newer one is damaged.
+        ZooError: if there is none, or a newer file is damaged.
     """
     others = []
     for path in sorted(folder.rglob(name), key=lambda path: path.stat().st_mtime, reverse=True):
@@ -135,42 +138,43 @@ def newest_checkpoint(folder: Path, name: str, head: str, backbone: str | None =
 
 
 def _fetch(address: str | Path) -> Path:
-    """The folder in the hub's cache that holds a shared model, brought there if need be."""
+    """Download a shared model, unless it is in the hub's cache, and return its folder."""
     repo, _, revision = str(address).removeprefix(HUB).partition("@")
     try:
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=[WEIGHTS, CONFIG]))
     except errors.HFValidationError as error:
-        raise ZooError(f"{address!r} is no address: expected hf://user/model or hf://user/model@revision") from error
+        raise ZooError(f"{address!r}: expected hf://user/model or hf://user/model@revision") from error
     except errors.LocalEntryNotFoundError as error:
         raise ZooError(
-            f"{address} is not in the hub's cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set): fetch it "
-            "once with a connection, or give the path of a folder"
+            f"{address} is not in the hub's cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set): download "
+            "it once while online, or give the path of a folder"
         ) from error
     except errors.HfHubHTTPError as error:
-        raise ZooError(
-            f"the hub does not give {address} ({type(error).__name__}): is it spelt right, and is it public?"
-        ) from error
+        told = f"cannot download {address} ({type(error).__name__})"
+        raise ZooError(f"{told}: check the spelling, and that the model is public") from error
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A checkpoint's `head`, its options as `hyper_parameters`, its `state_dict` and what else it says."""
+    """Content of a checkpoint, with `head`, `hyper_parameters` (the options) and `state_dict`."""
     content = _read_folder(path) if path.is_dir() else _read_file(path)
     head, options = content.get("head"), content.get("hyper_parameters")
     if not isinstance(head, str) or not isinstance(options, dict):
-        raise ZooError(f"{path} is no checkpoint of corrzoo: it does not say which head it holds")
+        raise ZooError(f"{path} is not a corrzoo checkpoint: it names no head")
     module = str(content.get("module", "corrzoo"))
-    if head not in HEADS and not module.startswith("corrzoo."):  # named, but not imported for a file's sake
-        raise ZooError(f"{path} holds a {head} of {module!r}: import that module first (--plugins {module})")
-    HEADS[head]  # an unknown head names the nearest
+    if head not in HEADS and not module.startswith("corrzoo."):  # loading a file must not import code
+        raise ZooError(f"{path} is a {head} model of {module!r}: import that module first (--plugins {module})")
+    HEADS[head]  # raises for an unknown head
     return content | {"hyper_parameters": _translated(path, head, options)}
 
 
 def _translated(path: Path, head: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Options as this version has them."""
+    """Options of a checkpoint under the names of this version."""
     removed = REMOVED.get(head, {})
     for name, value in removed.items():
         if options.get(name, value) != value:
-            raise ZooError(f"{path} needs {head}'s {name}={options[name]!r}, which is gone: load it with corrzoo 0.1.0")
+            raise ZooError(
+                f"{path} needs {head}'s {name}={options[name]!r}, which was removed: load it with corrzoo 0.1.0"
+            )
     gone = DROPPED | removed.keys()
     kept = {RENAMED.get(name, name): value for name, value in options.items() if name not in gone}
     return IMPLIED.get(head, {}) | kept
@@ -179,7 +183,7 @@ def _translated(path: Path, head: str, options: dict[str, Any]) -> dict[str, Any
 def _read_folder(path: Path) -> dict[str, Any]:
     for file in (path / CONFIG, path / WEIGHTS):
         if not file.is_file():
-            raise ZooError(f"no {file}: a saved matcher has {WEIGHTS} and {CONFIG}, see corrzoo.save()")
+            raise ZooError(f"no {file}: expected {WEIGHTS} and {CONFIG} of corrzoo.save()")
     try:
         config = dict(json.loads((path / CONFIG).read_text()))
         weights = load_file(path / WEIGHTS)
@@ -190,5 +194,5 @@ def _read_folder(path: Path) -> dict[str, Any]:
 
 def _read_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ZooError(f"no checkpoint at {path}: `lightning fit` writes checkpoints/best.ckpt into the run's folder")
+        raise ZooError(f"no checkpoint at {path}: `corrzoo fit` writes checkpoints/best.ckpt in the run's folder")
     return read_state(path)

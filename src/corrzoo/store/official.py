@@ -1,4 +1,4 @@
-"""Released checkpoints of ACTR and LPMFlow as matchers of the zoo. Only tensors and plain values are ever read."""
+"""Load checkpoints that the authors of ACTR and LPMFlow released. Only tensors and plain values are read."""
 
 import re
 from collections.abc import Mapping
@@ -16,16 +16,16 @@ from corrzoo.registry import nearest
 from corrzoo.types import ZooError
 
 Names: TypeAlias = "dict[str, str | tuple[str, Names]]"
-"""The beginnings of our keys and what the authors have there; beside it, if need be, the same for what follows."""
+"""Prefixes of our keys and the authors' prefixes, optionally with the same mapping for the rest of the key."""
 
 
 class Layout(NamedTuple):
-    """How a released model names what we have, and what it has beside it."""
+    """Mapping from the keys of our head to those of a released model."""
 
     head: str
     names: Names
     unused: str
-    """Pattern of the keys of theirs that no output depends on, and of index tables that we compute."""
+    """Pattern of their keys that we do not load: no output depends on them, or they are tables that we compute."""
 
 
 _COMMON: Names = {"backbone.trunk.model.": "feature_extraction.backbone.", "soft_argmax.": ""}
@@ -105,22 +105,22 @@ LAYOUTS = {
 def load_official(
     name: str, source: str | Path | Mapping[str, Any], as_tested: bool = False, **options: Any
 ) -> Matcher:
-    """The matcher of a checkpoint that the authors of ACTR or LPMFlow released, in evaluation mode, on the CPU.
+    """Load a released checkpoint of ACTR or LPMFlow, in evaluation mode, on the CPU.
 
     Args:
         name: `actr` or `lpmflow`.
-        source: The path of `model_best.pth` or the like, or what such a file holds: the state dict, with or without
-            the training dictionary around it and `module.` before its keys. The `args.pkl` beside it is not needed.
-        as_tested: LPMFlow's own test script loads a checkpoint other than it was trained: two embeddings overwrite two
-            others, which share their memory until the model is moved to a GPU. With this option that is done here
-            too; else the checkpoint is loaded as it was trained.
-        **options: Of the head and of `Matcher`, such as `finetune`.
+        source: Path of a file such as `model_best.pth`, or its content: a state dict, also inside the training
+            dictionary and with the prefix `module.`. `args.pkl` is not needed.
+        as_tested: Load LPMFlow as the released test script does. There, two pairs of embeddings share their memory
+            until the model is moved to a GPU, so that two embeddings of the checkpoint overwrite the other two.
+            Otherwise, load the weights as they were trained.
+        **options: Options of the head, such as `finetune`.
 
     Raises:
-        ZooError: for an unknown name, a file that cannot be read safely, a state dict that does not fit, naming keys.
+        ZooError: if the name is unknown, the file cannot be read safely, or keys or shapes do not fit.
     """
     if name not in LAYOUTS:
-        raise ZooError(f"no released checkpoint {name!r}{nearest(name, LAYOUTS)}: choose {' or '.join(LAYOUTS)}")
+        raise ZooError(f"unknown checkpoint {name!r}{nearest(name, LAYOUTS) or f': expected one of {list(LAYOUTS)}'}")
     layout = LAYOUTS[name]
     theirs = _state_of(source)
     papers: dict[str, Any] = {"backbone": "ibot_b16", "weights": "random", "backbone_size": 256}
@@ -137,7 +137,7 @@ def load_official(
 
 
 def official_key(key: str, names: Names) -> str:
-    """The authors' name for a key of ours."""
+    """Translate a key of ours to the authors' key."""
     for ours, theirs in names.items():
         if key.startswith(ours):
             prefix, following = theirs if isinstance(theirs, tuple) else (theirs, {})
@@ -146,7 +146,7 @@ def official_key(key: str, names: Names) -> str:
 
 
 def _state_of(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state dict in a file or a dictionary."""
+    """State dict of a file or a dictionary."""
     state: Mapping[str, Any]
     if isinstance(source, Mapping):
         state = source
@@ -154,7 +154,7 @@ def _state_of(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
         path = Path(source).expanduser()
         if not path.is_file():
             raise ZooError(f"no checkpoint at {path}: expected the authors' model_best.pth or epoch_<n>.pth")
-        # The best score in the training dictionary is a number of numpy's, which says where its function once lived.
+        # The best score in the training dictionary is a NumPy scalar, pickled under an old module name.
         scalar: Any = np.float64().__reduce__()[0]
         with torch.serialization.safe_globals(
             [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType]
@@ -170,9 +170,11 @@ def _state_of(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _as_tested(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """What the released test script evaluates: of two embeddings in one memory, the one loaded last."""
+    """Weights that the released test script evaluates: of two embeddings in one memory, the one loaded last."""
     if name != "lpmflow":
-        raise ZooError("as_tested is about LPMFlow's embeddings: leave it out for actr")
+        raise ZooError(
+            f"as_tested=True with {name!r}: expected 'lpmflow', as only LPMFlow's test script changes weights"
+        )
     return state | {
         "encoder.pos_embed_trg": state["encoder.pos_embed_src"],
         "encoder.cls_pos_embed_src": state["encoder.cls_pos_embed_trg"],
