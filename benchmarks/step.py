@@ -11,6 +11,7 @@ import re
 import resource
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -50,10 +51,20 @@ def timed(run: Callable[[], object], device: str) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-def measure(head: str, backbone: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One row of the table."""
+def measure(head: str, backbone: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of the table: one for each precision, and one more for the compiled model in the last of them."""
     torch.set_num_threads(args.threads)
+    rows = [measure_precision(head, backbone, precision, False, args) for precision in args.precisions]
+    return rows + [measure_precision(head, backbone, args.precisions[-1], True, args)] * args.compile
+
+
+def measure_precision(
+    head: str, backbone: str, precision: str, compiled: bool, args: argparse.Namespace
+) -> dict[str, Any]:
+    """One row of the table."""
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    bf16 = precision == "bf16"
     model = corrzoo.create_matcher(head, backbone, weights="random", **OPTIONS.get(head, {})).to(args.device)
     pair = pairs(args.batch, args.size, args.device)
     both = torch.cat([pair.src_img, pair.trg_img])
@@ -70,7 +81,7 @@ def measure(head: str, backbone: str, args: argparse.Namespace) -> dict[str, Any
         optimizer = kind(list(parameters), lr=1e-6)
 
         def step() -> None:
-            with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+            with torch.autocast(args.device, torch.bfloat16, enabled=bf16):
                 value = objective()
             value.backward()
             optimizer.step()
@@ -80,12 +91,13 @@ def measure(head: str, backbone: str, args: argparse.Namespace) -> dict[str, Any
 
     def forward(run: Callable[[], object]) -> Callable[[], None]:
         def evaluate() -> None:
-            with torch.no_grad(), torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+            with torch.no_grad(), torch.autocast(args.device, torch.bfloat16, enabled=bf16):
                 run()
 
         return evaluate
 
     row: dict[str, Any] = {"head": head, "backbone": backbone, "size": args.size, "batch": args.batch}
+    row |= {"precision": precision, "compiled": compiled}
     total = sum(p.numel() for p in model.parameters())
     row |= {"params_head_m": total - model.backbone.num_params, "params_total_m": total}
     row |= {key: round(row[key] / 1e6, 3) for key in ("params_head_m", "params_total_m")}
@@ -95,13 +107,33 @@ def measure(head: str, backbone: str, args: argparse.Namespace) -> dict[str, Any
         with FlopCounterMode(display=False) as counter:
             run()
         row[key] = round(counter.get_total_flops() / 1e9 / args.batch, 1)  # of a pair
+    if compiled:
+        model.backbone.compile()
+        model.match = torch.compile(model.match)
     row |= ratios("forward", *runs["forward"], args)
     model.train()
     alone = stepping(lambda: features(both), (p for p in model.backbone.parameters() if p.requires_grad))
-    row |= ratios("step", alone, stepping(loss, (p for p in model.parameters() if p.requires_grad)), args)
-    cuda = args.device == "cuda"
-    peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return row | {"peak_mb": peak // 2**20, "bf16": args.bf16, "threads": args.threads, "torch": torch.__version__}
+    whole = stepping(loss, (p for p in model.parameters() if p.requires_grad))
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    row |= ratios("step", alone, whole, args)
+    if args.device == "cuda":
+        row |= {"host_syncs": host_syncs(whole), "peak_mb": torch.cuda.max_memory_allocated() // 2**20}
+    else:
+        row |= {"host_syncs": "", "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10}
+    return row | {"threads": args.threads, "torch": torch.__version__}
+
+
+def host_syncs(step: Callable[[], None]) -> int:
+    """How often a training step waits for the GPU."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(warning.message) for warning in found)
 
 
 def ratios(
@@ -126,19 +158,20 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--batch", type=int, default=1, help="pairs")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--precisions", nargs="+", default=["fp32"], choices=["fp32", "tf32", "bf16"])
+    parser.add_argument("--compile", action="store_true", help="also compiled, in the last of the precisions")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="output folder of the CSV")
     args = parser.parse_args()
     name = re.sub(r"\W+", "_", torch.cuda.get_device_name() if args.device == "cuda" else "cpu").lower()
-    rows = []
+    rows: list[dict[str, Any]] = []
     context = multiprocessing.get_context("spawn")  # a fresh process each: peak memory is a process's
     for backbone in args.backbones:
         for head in args.heads:
             with ProcessPoolExecutor(1, mp_context=context) as pool:
                 try:
-                    rows.append(pool.submit(measure, head, backbone, args).result())
+                    rows += pool.submit(measure, head, backbone, args).result()
                 except ZooError as error:
                     print(f"{head} on {backbone} is skipped: {error}")
                     continue

@@ -302,5 +302,10 @@ if __name__ == "__main__":
     parser.add_argument("--data_root", default=str(ROOT / "data"), help="folder of CUB_200_2011/ and PF-WILLOW/")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--out", type=Path, help="folder of results and runs; default: benchmarks/results, runs/study")
     arguments = parser.parse_args()
+    if arguments.out:
+        RESULTS, RUNS = arguments.out.resolve(), arguments.out.resolve() / "runs"
+        RATES = RESULTS / "learning_rates.csv"
+        RESULTS.mkdir(parents=True, exist_ok=True)
     zero_shot(arguments) if arguments.study == "zero_shot" else study(arguments)
