@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import corrzoo
@@ -27,8 +29,19 @@ from corrzoo.types import Pair, ZooError
 OPTIONS: dict[str, dict[str, Any]] = {
     "ACTR": {"backbone_size": 256, "optimizer": "adamw"},
     "LPMFlow": {"backbone_size": 256, "optimizer": "adamw"},
+    "GeoAware": {"grid": 16, "optimizer": "adamw"},
+    "CATs": {"levels": [*range(12)], "optimizer": "adamw"},
+    "TransforMatcher": {"levels": [*range(12)]},
 }
 """Options of the paper's model that differ from the defaults; a CNN of stride 32 has the same 256 px input."""
+CONFIGS = Path(__file__).resolve().parents[1] / "zoo_configs"
+
+
+def options_of(head: str, backbone: str) -> dict[str, Any]:
+    """The head's options; its levels are those of its recipe, if the backbone is."""
+    recipe = yaml.safe_load((CONFIGS / f"{head.lower()}.yaml").read_text())["model"]["init_args"]
+    levels = {"levels": recipe.get("levels")} if recipe["backbone"] == backbone else {}
+    return OPTIONS.get(head, {}) | levels
 
 
 def pairs(count: int, size: int, device: str) -> Pair:
@@ -65,7 +78,7 @@ def measure_precision(
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     bf16 = precision == "bf16"
-    model = corrzoo.create_matcher(head, backbone, weights="random", **OPTIONS.get(head, {})).to(args.device)
+    model = corrzoo.create_matcher(head, backbone, weights="random", **options_of(head, backbone)).to(args.device)
     pair = pairs(args.batch, args.size, args.device)
     both = torch.cat([pair.src_img, pair.trg_img])
 
@@ -104,8 +117,8 @@ def measure_precision(
     model.eval()
     runs = {"forward": (forward(lambda: features(both)), forward(lambda: model(pair.src_img, pair.trg_img)))}
     for key, run in zip(("gflops_backbone", "gflops"), runs["forward"], strict=True):
-        with FlopCounterMode(display=False) as counter:
-            run()
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            run()  # the counter leaves out the CPU's fused attention
         row[key] = round(counter.get_total_flops() / 1e9 / args.batch, 1)  # of a pair
     if compiled:
         model.backbone.compile()

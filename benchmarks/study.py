@@ -299,7 +299,8 @@ if __name__ == "__main__":
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=HEADS)
     parser.add_argument("--pairs", type=int, default=10000, help="training pairs that each run sees")
     parser.add_argument("--ablations", action="store_true", help="also train each head without one of its parts")
-    parser.add_argument("--data_root", default=str(ROOT / "data"), help="folder of CUB_200_2011/ and PF-WILLOW/")
+    where = "folder of CUB_200_2011/ and PF-WILLOW/"
+    parser.add_argument("--data_root", default=ROOT / "data", type=lambda path: Path(path).absolute(), help=where)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--out", type=Path, help="folder of results and runs; default: benchmarks/results, runs/study")

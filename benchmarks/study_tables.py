@@ -13,8 +13,9 @@ from corrzoo.leaderboard.rows import Spread
 PAIRS = 10_000
 """Training pairs that a run must have seen to be shown."""
 ALPHAS = (0.05, 0.1, 0.15)
-NAMES = {"vitsc": "ViTSC", "lpmflow": "LPMFlow", "actr": "ACTR", "baseline": "Baseline", "gsf": "GSF (no keypoints)"}
+NAMES = {"vitsc": "ViTSC", "lpmflow": "LPMFlow", "actr": "ACTR", "baseline": "Baseline", "gsf": "GSF"}
 """Heads in the order of the rows: that of their published SPair-71k scores, and GSF, which needs no keypoints, last."""
+LEARNS = dict.fromkeys(NAMES, "keypoints") | {"gsf": "images"}
 SEEDS = {"cub_frozen": (0, 1, 2), "cub_finetuned": (0,), "synthetic": (0,), "leave_one_out": (0,)}
 """Seeds that a complete study has."""
 TITLES = {
@@ -58,21 +59,29 @@ def photographs() -> str:
     """CUB: every head untrained, trained on frozen features, and trained with the backbone."""
     frozen, finetuned = read("cub_frozen"), read("cub_finetuned")
     rows = [
-        [title, scores(frozen, f"{head}_untrained"), trained("cub_frozen", head, frozen), scores(finetuned, head)]
+        [
+            title,
+            LEARNS[head],
+            scores(frozen, f"{head}_untrained"),
+            trained("cub_frozen", head, frozen),
+            scores(finetuned, head),
+        ]
         for head, title in NAMES.items()
     ]
-    return table([SCORES, "untrained", "frozen features", "fine-tuned backbone"], rows, (1, 2, 3))
+    return table([SCORES, "learns from", "untrained", "frozen features", "fine-tuned backbone"], rows, (2, 3, 4))
 
 
 def synthetic() -> str:
     """Synthetic pairs: every head untrained, and trained with the backbone."""
     runs = read("synthetic")
-    rows = [[title, scores(runs, f"{head}_untrained"), scores(runs, head)] for head, title in NAMES.items()]
-    return table([SCORES, "untrained", "fine-tuned backbone"], rows, (1, 2))
+    rows = [
+        [title, LEARNS[head], scores(runs, f"{head}_untrained"), scores(runs, head)] for head, title in NAMES.items()
+    ]
+    return table([SCORES, "learns from", "untrained", "fine-tuned backbone"], rows, (2, 3))
 
 
 def transfer() -> str:
-    """PF-WILLOW, PCK @.10 of all pairs and of the ducks: every head untrained, and after training on CUB."""
+    """PF-WILLOW, all pairs, and PCK @.10 of the ducks: every head untrained, and after training on CUB."""
     frozen, finetuned = read("cub_frozen_pfwillow"), read("cub_finetuned_pfwillow")
     rows = []
     for head, title in NAMES.items():
@@ -82,18 +91,19 @@ def transfer() -> str:
             cells += [untrained, after, scores(finetuned, head, group)]
         rows.append(cells)
     columns = [f"{group}{state}" for group in ("", "ducks, ") for state in ("zero-shot", "frozen", "fine-tuned")]
-    return table(["PCK @.10", *columns], rows, range(1, 7))
+    return table([f"{SCORES}; ducks @.10", *columns], rows, range(1, 7))
 
 
 def curves() -> str:
     """PCK @.10 of validation pairs by the number of training pairs seen, the mean over seeds."""
     rows = []
+    steps = [mark // study.BATCH * study.BATCH for mark in study.MARKS]  # scored after whole batches
     for name in ("cub_frozen", "cub_finetuned", "synthetic"):
         runs = read(name)
         for head, title in NAMES.items():
             if found := runs.get(head):
                 points = curve(found)
-                rows.append([TITLES[name], title, *(f"{points[m]:.1f}" if m in points else "" for m in study.MARKS)])
+                rows.append([TITLES[name], title, *(f"{points[seen]:.1f}" if seen in points else "" for seen in steps)])
     return table(["study", "head", *(f"{mark:,}" for mark in study.MARKS)], rows, range(2, 2 + len(study.MARKS)))
 
 
@@ -106,7 +116,7 @@ def parts() -> str:
             gains = [[pck(whole[s], a) - pck(without[s], a) for a in ALPHAS] for s in sorted(whole.keys() & without)]
             spreads = map(Spread.of, zip(*gains, strict=True))
             shown = [f"{'' if spread.mean < 0 else '+'}{spread}" for spread in spreads] or [MISSING] * len(ALPHAS)
-            rows.append([NAMES[head].split()[0], f"`{part}`", *shown])
+            rows.append([NAMES[head], f"`{part}`", *shown])
     return table(["head", "without", "@.05", "@.10", "@.15"], rows, (2, 3, 4))
 
 

@@ -26,7 +26,7 @@ def test_every_head_is_cited():
     content = yaml.safe_load(CITATION.read_text())
     assert content["version"] == corrzoo.__version__ and content["cff-version"] == "1.2.0"
     assert {"message", "title", "authors", "license"} <= content.keys()
-    assert len(content["references"]) == 5
+    assert len(content["references"]) == 9
     assert all(reference.keys() >= {"type", "title", "authors"} for reference in content["references"])
     notes = " ".join(reference["notes"] for reference in content["references"])
     assert all(head in notes for head in corrzoo.list_heads())

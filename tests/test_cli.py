@@ -88,7 +88,10 @@ def base_of(config):
 
 
 def recipe_of(config):
-    return config.parent.name if config in ABLATIONS else "baseline"
+    if config in ABLATIONS:
+        return config.parent.name
+    head = config.stem.partition("_")[0]  # data/gsf_pfpascal is for GSF alone
+    return head if (CONFIGS / f"{head}.yaml").is_file() else "baseline"
 
 
 @pytest.mark.parametrize("config", STACKED, ids=label)

@@ -25,8 +25,12 @@ CASES = {
     "ACTR": {"grid": 4, "depth": 2},
     "ViTSC": {"head_resolution": 0.125, "low_stages": 1},
     "LPMFlow": {"grid": 4, "depth": 2, "foreground": "mean"},
+    "CATs": {"backbone": CNN, "levels": ["layer2.0:pre", 2], "grid": 4, "width": 32},
+    "TransforMatcher": {"grid": 4, "two_streams": True},
     "GSF, stage 1": {"grid": 8},
     "GSF, stage 2": {"grid": 8},
+    "GeoAware": {"backbone": CNN, "levels": [1, 2], "grid": 4, "width": 128, "noise": 0.0},
+    "NCNet": {"kernel_sizes": [3, 3], "channels": [4, 1]},
 }
 STEPS = 2  # a parameter that got no gradient is an error in the second
 

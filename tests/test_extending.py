@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import corrzoo
 from corrzoo.cli import main
 from corrzoo.registry import import_plugins
 from corrzoo.types import ZooError
@@ -142,7 +143,7 @@ def test_the_checkpoint_loads_back_and_matches_images(ran, folder):
     assert "import corrzoo, projection\n" in (folder / "saved" / "README.md").read_text()
     assert ran["python"][0].strip().splitlines()[-2:] == [
         "64 torch.Size([2, 2]) True",
-        "['ACTR', 'Baseline', 'GSF', 'LPMFlow', 'Projection', 'ViTSC']",
+        str(sorted([*corrzoo.list_heads(), "Projection"])),
     ]
     assert "Channels after the projection." in ran["help"][0]
 
@@ -156,8 +157,8 @@ def test_the_checkpoint_loads_back_and_matches_images(ran, folder):
         "match a folder without import": "saved is a Projection model of 'projection': import that module first",
         "no such plugin": "there is no plugin 'tow': expected the name of a module in the working folder",
         "no such plugin in a YAML": "there is no plugin 'projectoin'",
-        "plugins below the model": "unknown head 'Projection': choose one of ACTR, Baseline, GSF, LPMFlow, ViTSC, or "
-        "give --plugins <your module> first",
+        "plugins below the model": "unknown head 'Projection': choose one of "
+        f"{', '.join(corrzoo.list_heads())}, or give --plugins <your module> first",
     }.items(),
 )
 def test_errors_are_one_line(ran, command, words):

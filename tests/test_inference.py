@@ -14,6 +14,9 @@ SMALL = {
     "ViTSC": {"head_resolution": 0.125, "low_stages": 1},
     "ACTR": {"grid": 8, "depth": 2},
     "LPMFlow": {"grid": 4, "depth": 2},
+    "CATs": {"grid": 8, "width": 32},
+    "GeoAware": {"grid": 8, "width": 128},
+    "TransforMatcher": {"grid": 4},
 }
 
 
@@ -75,7 +78,7 @@ def test_every_head_matches_images_that_are_not_square(head, images):
     assert torch.equal(heat, pair.heat_map(torch.tensor([60.0, 45.0])))
     assert heat.ndim == 2 and torch.isfinite(heat).all() and heat.std() > 0
     h, w = heat.shape
-    assert h == w if head in ("ACTR", "GSF", "LPMFlow") else h * 96 == w * 64
+    assert h == w if head in ("ACTR", "CATs", "GSF", "GeoAware", "LPMFlow", "TransforMatcher") else h * 96 == w * 64
 
 
 def test_the_heat_map_is_highest_at_the_match(images):

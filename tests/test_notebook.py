@@ -68,7 +68,7 @@ def test_every_cell_was_executed_in_order_without_warnings(notebook):
 
 def test_every_figure_has_content(notebook):
     figures = [cell for cell in code_cells(notebook) if "figure" in cell.metadata.get("tags", [])]
-    assert len(figures) == 7
+    assert len(figures) == 6
     for cell in code_cells(notebook):
         assert len(pictures(cell)) == (cell in figures), cell.id
     for cell in figures:

@@ -12,6 +12,15 @@ from test_matcher import TINY, data, trainer
 STEPS_PER_EPOCH = 3
 
 
+def cosine(start, end, share):
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+
+
+TOP, LAST = 0.3 * 9 - 1, 8
+ONE_CYCLE = [cosine(1 / 25, 1, k / TOP) if k < TOP else cosine(1, 4e-6, (k - TOP) / (LAST - TOP)) for k in range(9)]
+"""From a 25th of the rate to the rate after 0.3 of the steps, then to a 250,000th of it."""
+
+
 def rates(tmp_path, epochs=3, **options):
     """The head's learning rate at each step of a training of three steps an epoch."""
     model = corrzoo.create_matcher("Baseline", **TINY, lr=1.0, backbone_lr=1.0, **options)
@@ -31,6 +40,7 @@ def rates(tmp_path, epochs=3, **options):
         (dict(schedule="constant"), [1.0] * 9),
         (dict(schedule="step", milestones=[1, 2], gamma=0.1), [1.0] * 3 + [0.1] * 3 + [0.01] * 3),
         (dict(schedule="cosine"), [0.5 + 0.5 * math.cos(math.pi * k / 9) for k in range(9)]),
+        (dict(schedule="one-cycle"), ONE_CYCLE),
         (dict(schedule="constant", warmup_steps=3), [0.25, 0.5, 0.75] + [1.0] * 6),
         (
             dict(schedule="cosine", warmup_steps=3),

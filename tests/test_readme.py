@@ -52,5 +52,5 @@ def test_links_have_a_target(page):
 def test_named_configurations_exist():
     for name in set(re.findall(r"zoo_configs/[\w/]+\.yaml", README + USAGE)):
         assert (ROOT / name).is_file(), name
-    for head in ("actr", "vitsc", "gsf", "lpmflow"):
+    for head in ("actr", "vitsc", "gsf", "lpmflow", "cats", "transformatcher"):
         assert (ROOT / "zoo_configs" / "demo" / f"{head}.yaml").is_file()

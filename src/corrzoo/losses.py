@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn
 from torch import Tensor
 
 Term = tuple[Tensor, Tensor]
@@ -63,3 +64,16 @@ def over_processes(x: Tensor) -> Tensor:
 def processes() -> int:
     """How many train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def next_in_batch(x: Tensor) -> Tensor:
+    """Each pair's next neighbour in the whole batch, the first after the last: x (B, ...) -> (B, ...), with gradient.
+
+    In distributed training, process r of P has the pairs r, r + P, ... of the joined batch, and every process has to
+    call this.
+    """
+    if processes() == 1:
+        return x.roll(-1, 0)
+    parts = dist.nn.functional.all_gather(x.contiguous())
+    joined = torch.stack(parts, dim=1).flatten(0, 1)  # (B * P, ...)
+    return joined.roll(-1, 0)[dist.get_rank() :: processes()]

@@ -36,8 +36,8 @@ class Matcher(LightningModule, ABC):
     Args:
         backbone: A name of `list_backbones()`, or any timm model as `timm/<name>`.
         weights: `pretrained`, `random`, or the path of a local file.
-        levels: Feature levels: block numbers (negative from the end), or CNN modules such as `layer3.22`.
-            The last level when not given.
+        levels: Feature levels: block numbers (negative from the end), or CNN modules such as `layer3.22`, and
+            `layer3.22:pre` for the map before that block's last ReLU. The last level when not given.
         finetune: What of the backbone trains: `all`, `none`, or the number of its last blocks.
         pos_interp: How a ViT's position embedding is resized: `official` as its authors do, `timm`, or the
             backbone's own default when not given.
@@ -47,7 +47,7 @@ class Matcher(LightningModule, ABC):
         backbone_lr: Learning rate of the backbone (ViTSC 5.2: 3e-6).
         optimizer: Which optimiser (ViTSC 5.2: Adam).
         weight_decay: Decay of every parameter.
-        schedule: Learning rate: `constant`, `cosine` (to zero at the last step), or `step` (after some epochs).
+        schedule: Learning rate: `constant`, `cosine` (to zero), `one-cycle` (up, then to zero) or `step` (by epochs).
         warmup_steps: Optimiser steps over which the rate rises linearly, for `constant` and `cosine`.
         milestones: Epochs at which `step` multiplies the rate by `gamma`.
         gamma: The factor of `step`.
@@ -80,7 +80,7 @@ class Matcher(LightningModule, ABC):
         backbone_lr: float = 3e-6,
         optimizer: Literal["adam", "adamw"] = "adam",
         weight_decay: float = 0.0,
-        schedule: Literal["constant", "cosine", "step"] = "constant",
+        schedule: Literal["constant", "cosine", "one-cycle", "step"] = "constant",
         warmup_steps: int = 0,
         milestones: list[int] | None = None,
         gamma: float = 0.5,
@@ -136,6 +136,10 @@ class Matcher(LightningModule, ABC):
     def match_points(self, src: Features, trg: Features, points: Tensor) -> Tensor:
         """(B, n, 2) source points -> (B, n, 2) matches, in network pixels; by default read from the dense flow."""
         return transfer(points, self.match(src, trg).flow, size_of(src.image))
+
+    def match_keypoints(self, src: Features, trg: Features, pair: Pair) -> Tensor:
+        """(B, K, 2) matches of a batch's source keypoints, by `match_points`. A head may ask which parts they mark."""
+        return self.match_points(src, trg, pair.src_kps)
 
     def heat_maps(self, src: Features, trg: Features, points: Tensor) -> Tensor:
         """(B, n, h, w) scores of target cells for (B, n, 2) source points: the correlation, else feature cosines."""

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.types import LRSchedulerConfigType
 from torch.optim import Adam, AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR, MultiStepLR
+from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, OneCycleLR
 
 
 def create_optimizer(name: str, groups: list[dict[str, Any]], weight_decay: float) -> Optimizer:
@@ -20,11 +20,14 @@ def create_optimizer(name: str, groups: list[dict[str, Any]], weight_decay: floa
 def create_schedule(options: Any, optimizer: Optimizer, trainer: Trainer) -> LRSchedulerConfigType | None:
     """The schedule of the options `schedule`, `warmup_steps`, `milestones` and `gamma`; None if the rate is constant.
 
-    `cosine` and the warm-up change the rate at every step, `step` after an epoch.
+    `cosine`, `one-cycle` and the warm-up change the rate at every step, `step` after an epoch.
     """
     if options.schedule == "step":
         by_epoch = MultiStepLR(optimizer, options.milestones or [], options.gamma)
         return {"scheduler": by_epoch, "interval": "epoch"}
+    if options.schedule == "one-cycle":
+        rates, steps = [group["lr"] for group in optimizer.param_groups], int(trainer.estimated_stepping_batches)
+        return {"scheduler": OneCycleLR(optimizer, rates, steps), "interval": "step"}
     if options.schedule == "constant" and not options.warmup_steps:
         return None
     # Asked for at a step: asked for here, Lightning would make the loaders before it has read a checkpoint to resume.

@@ -156,6 +156,8 @@ class PointMatcher(Protocol):
 
     def match_points(self, src: Features, trg: Features, points: Tensor) -> Tensor: ...
 
+    def match_keypoints(self, src: Features, trg: Features, pair: Pair) -> Tensor: ...
+
 
 def as_points(points: object) -> Tensor:
     """(n, 2) float64 points from a tensor, an array or nested lists.

@@ -100,7 +100,7 @@ class TestForward:
 
     @pytest.mark.parametrize(
         ("name", "options"),
-        [(VIT, {"pos_interp": "official"}), (VIT, {"finetune": "none"}), (RESNET, {"levels": ["layer2.0", 2]})],
+        [(VIT, {"pos_interp": "official"}), (VIT, {"finetune": "none"}), (RESNET, {"levels": ["layer2.0:pre", 2]})],
     )
     def test_compiles_without_graph_breaks(self, name, options):
         """At the first size and at others, as PyTorch makes the size symbolic the second time."""
@@ -201,8 +201,30 @@ class TestLevels:
         assert not any(p.requires_grad for p in backbone.trunk.model.layer3.parameters())
         assert all(p.requires_grad for p in backbone.trunk.model.layer2.parameters())
 
+    @pytest.mark.parametrize(
+        ("name", "block", "count"), [(RESNET, "layer2.0", 2), (RESNET, "layer3.0", 3), ("timm/regnetx_002", "s3.b1", 0)]
+    )
+    def test_the_level_before_the_last_relu_is_the_residual_sum(self, name, block, count):
+        backbone, seen = tiny(name, levels=[f"{block}:pre", block]).eval(), {}
+        module = backbone.trunk.model.get_submodule(block)
+        module.register_forward_pre_hook(lambda _, args: seen.update(x=args[0].clone()))
+        before, after = backbone(torch.randn(1, 3, 64, 96)).maps
+        assert (before < 0).any() and torch.equal(before.relu(), after)
+        if count:
+            x = shortcut = seen["x"]
+            for i in range(1, count + 1):
+                x = getattr(module, f"bn{i}")(getattr(module, f"conv{i}")(x.relu() if i > 1 else x))
+            torch.testing.assert_close(before, x + module.downsample(shortcut))
+
+    def test_the_level_before_the_last_relu_trains_its_block(self):
+        backbone = tiny(RESNET, levels=["layer2.0:pre"])
+        assert all(p.requires_grad for p in backbone.trunk.model.layer2.parameters())
+        assert not any(p.requires_grad for p in backbone.trunk.model.layer3.parameters())
+        backbone(torch.randn(1, 3, 64, 64)).maps[0].square().sum().backward()
+        assert all(p.grad is not None for p in backbone.parameters() if p.requires_grad)
+
     def test_a_copy_reads_its_own_features(self):
-        backbone = tiny(RESNET, levels=["layer2.0"])
+        backbone = tiny(RESNET, levels=["layer2.0:pre"])
         other = copy.deepcopy(backbone)
         with torch.no_grad():
             other.trunk.model.conv1[0].weight.mul_(-2)
@@ -215,6 +237,9 @@ class TestLevels:
             (VIT, 6, "level 6 of .*expected -6 to 5"),
             (RESNET, -6, "level -6"),
             (RESNET, "layer3.9", "no module 'layer3.9'.*did you mean 'layer3"),
+            (RESNET, "layer3.9:pre", "no module 'layer3.9'.*did you mean 'layer3"),
+            (RESNET, "layer3:pre", "level 'layer3:pre' .*no ReLU"),
+            (EFFNET, "blocks.2.0:pre", "no ReLU"),
             (RESNET, "global_pool", "gives no .*map"),
             (VIT, "blocks.2", "gives no .*map"),
         ],
@@ -307,3 +332,22 @@ def test_ibot_reproduces_the_authors_tokens(shared):
     tokens = torch.cat([out.cls.unsqueeze(1), out.maps[0].flatten(2).transpose(1, 2)], dim=1)
     # Float32 differs by 4e-6, LayerNorm eps 1e-5 by 1e-4, an embedding resized by size instead of scale by 0.3.
     torch.testing.assert_close(tokens[:, ::8, ::4], torch.from_numpy(golden["bb_tokens_src"][:1]), atol=2e-5, rtol=0)
+
+
+def test_a_block_by_name_is_a_level_without_the_final_norm():
+    """GeoAware reads such a level; the norm is then not reached, and does not train."""
+    image = torch.randn(2, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+    plain = Backbone(VIT, "random", levels=["blocks.3"]).eval()
+    with torch.no_grad():
+        plain.trunk.model.norm.weight.add_(torch.randn(64, generator=torch.Generator().manual_seed(1)))
+    normed = Backbone(VIT, "random", levels=[3, "blocks.1"]).eval()
+    normed.load_state_dict(plain.state_dict())
+    (level,), (expected, earlier) = plain(image).maps, normed(image).maps
+    assert level.shape == (2, 64, 3, 4) and plain.channels == [64] and plain.strides == [16]
+    assert plain.trunk.stop == 3 and not torch.allclose(level, earlier)
+    torch.testing.assert_close(normed.trunk.model.norm(level.movedim(1, -1)).movedim(-1, 1), expected)
+    trained = {key for key, p in plain.trunk.named_parameters() if p.requires_grad}
+    assert "model.norm.weight" not in trained and "model.blocks.3.norm1.weight" in trained
+    assert not any(key.startswith("model.blocks.4.") for key in trained)
+    last = Backbone(VIT, "random", levels=["blocks.3"], finetune=1)
+    assert all(key.startswith("model.blocks.3.") for key, p in last.trunk.named_parameters() if p.requires_grad)

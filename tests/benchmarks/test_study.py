@@ -266,16 +266,16 @@ def put(folder, name, run, score, curve=None, pairs_seen=10_000):
 def test_tables_are_means_over_seeds_and_say_what_is_missing(folders):
     put(folders, "cub_frozen", "actr_untrained-0", 2.0)
     for seed, (whole, without) in enumerate([(50.0, 44.0), (52.0, 48.0), (54.0, 46.0)]):
-        put(folders, "cub_frozen", f"actr-{seed}", whole, {0: 2.0, 800: 10.0 + seed})
+        put(folders, "cub_frozen", f"actr-{seed}", whole, {0: 2.0, 800: 10.0 + seed, 2496: 20.0})
         put(folders, "cub_frozen", f"actr_no_multi_path-{seed}", without)
     put(folders, "cub_frozen", "vitsc-0", 90.0, pairs_seen=800)  # too short to be shown
-    actr = "| ACTR | 2.0 / 2.0 / 2.0 | 52.0 ± 2.0 / 52.0 ± 2.0 / 52.0 ± 2.0 | not run yet |"
+    actr = "| ACTR | keypoints | 2.0 / 2.0 / 2.0 | 52.0 ± 2.0 / 52.0 ± 2.0 / 52.0 ± 2.0 | not run yet |"
     assert actr in study_tables.photographs()
-    assert "| ViTSC | not run yet | not run yet | not run yet |" in study_tables.photographs()
-    assert "| Baseline | not run yet | nothing to train | not run yet |" in study_tables.photographs()
+    assert "| ViTSC | keypoints | not run yet | not run yet | not run yet |" in study_tables.photographs()
+    assert "| Baseline | keypoints | not run yet | nothing to train | not run yet |" in study_tables.photographs()
     assert "| ACTR | `no_multi_path` | +6.0 ± 2.0 | +6.0 ± 2.0 | +6.0 ± 2.0 |" in study_tables.parts()
     assert "| ViTSC | `table4_none` | not run yet |" in study_tables.parts()
-    assert "| photographs (CUB), frozen features | ACTR | 2.0 | 11.0 |" in study_tables.curves()
+    assert "| photographs (CUB), frozen features | ACTR | 2.0 | 11.0 | 20.0 |  |" in study_tables.curves()
     (frozen,) = [line for line in study_tables.missing().splitlines() if "frozen" in line]
     assert "| 4 of 27 |" in frozen and "`vitsc` (0, 1, 2)" in frozen and "`actr_no_reweighting` (0)" in frozen
     assert "`actr` " not in frozen and "`actr_no_multi_path`" not in frozen
@@ -287,7 +287,7 @@ def test_transfer_and_left_out_kinds_are_read_by_kind(folders):
     (gsf,) = [line for line in study_tables.transfer().splitlines() if "GSF" in line]
     missing = study_tables.MISSING
     values = ["40.0 / 40.0 / 40.0", missing, "30.0 / 30.0 / 30.0", "50.0", missing, "40.0"]
-    assert gsf == f"| GSF (no keypoints) | {' | '.join(values)} |"
+    assert gsf == f"| GSF | {' | '.join(values)} |"
     put(folders, "leave_one_out", "gsf-0", 20.0)
     path = folders / "results" / "leave_one_out" / "gsf-0.json"
     result = json.loads(path.read_text())

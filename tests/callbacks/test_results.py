@@ -1,6 +1,7 @@
 """Result files are written atomically; errors name folders and pictures."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -40,3 +41,16 @@ def test_an_unknown_picture_suggests_the_nearest():
         callbacks.MatchImages(kinds=["flows"])
     with pytest.raises(ZooError, match="stages: unknown 'training'"):
         callbacks.MatchImages(stages=["training"])
+
+
+def test_pairs_seen_are_those_of_all_steps_and_processes():
+    """`batch_size` is that of all processes together, and a step accumulates some batches."""
+    data = SimpleNamespace(hparams={"train": "synthetic", "batch_size": 16})
+    trainer = SimpleNamespace(
+        global_step=10, accumulate_grad_batches=3, world_size=2, max_epochs=1, max_steps=-1, datamodule=data
+    )
+    assert results.describe_training(trainer)["pairs_seen"] == 10 * 3 * 16
+    trainer.datamodule = None
+    assert results.describe_training(trainer)["pairs_seen"] is None
+    trainer.global_step = 0
+    assert results.describe_training(trainer) is None

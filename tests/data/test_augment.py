@@ -49,10 +49,11 @@ def centre(channel: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("boxes", [True, False])
-@pytest.mark.parametrize("name", ["flip", "crop"])
+@pytest.mark.parametrize("name", ["flip", "crop", "crop around keypoints"])
 @pytest.mark.parametrize("seed", range(8))
 def test_dots_stay_under_their_keypoints(name: str, seed: int, boxes: bool) -> None:
-    change = create_augment(name) if name != "crop" else lambda s, rng: crop(s, rng, p=1.0)
+    around = "keypoints" if "keypoints" in name else "objects"
+    change = create_augment(name) if name == "flip" else lambda s, rng: crop(s, rng, p=1.0, around=around)
     before = sample(seed, boxes=boxes)
     after = change(before, generator(seed))
     for side in ("src", "trg"):
@@ -102,6 +103,38 @@ def test_crops_cover_what_the_papers_allow() -> None:
     assert (min(lefts), max(lefts), min(rights), max(rights)) == (0, x1, x2, 64)
     expected = 300 * torch.tensor([[0.09, 0.21], [0.21, 0.49]])
     assert (cropped - expected).abs().max() < 30  # more than three standard deviations
+
+
+@pytest.mark.parametrize(("name", "share"), [("cats_original", 0.5), ("transformatcher", 0.5), ("cats", 0.7)])
+def test_how_often_each_recipe_crops(name: str, share: float) -> None:
+    before, count = sample(0), 0
+    for seed in range(200):
+        after = create_augment(name)(before, generator(seed))
+        count += sum(bool((getattr(after, s) != getattr(before, s)).any()) for s in ("src_size", "trg_size"))
+    assert count / 400 == pytest.approx(share, abs=0.08)  # more than three standard deviations
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_crops_around_keypoints_reach_their_margin_and_cut_the_box(single: bool) -> None:
+    before = sample(0, size=(96, 128))
+    kps = torch.tensor([[60.0, 50.0]] if single else [[60.0, 50.0], [70.0, 60.0]])
+    whole = torch.tensor([0.0, 0.0, 96.0, 60.0])
+    before = before._replace(src_kps=kps, trg_kps=kps, kps_mask=torch.ones(len(kps), dtype=torch.bool), src_box=whole)
+    scale = torch.tensor([128.0, 96.0]) / before.src_size  # of the source's original pixels
+    low = kps[0] / 2 if single else kps[0] - 20 * scale
+    high = (kps[0] + torch.tensor([128.0, 96.0])) / 2 if single else kps[1] + 20 * scale
+    starts, ends = [], []
+    for seed in range(400):
+        after = crop(before, generator(seed), p=1.0, around="keypoints")
+        part = after.src_size * scale
+        start = kps[0] - after.src_kps[0] * part / torch.tensor([128.0, 96.0])
+        starts.append(start)
+        ends.append(start + part)
+        torch.testing.assert_close(after.src_box, torch.cat([torch.zeros(2), after.src_size]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(torch.stack(starts).amax(0), low.floor().clamp(min=0), atol=1e-2, rtol=0)
+    torch.testing.assert_close(
+        torch.stack(ends).amin(0), torch.minimum(high.floor(), torch.tensor([128.0, 96.0])), atol=1e-2, rtol=0
+    )
 
 
 @settings(max_examples=40, deadline=None)

@@ -11,10 +11,14 @@ VIT = "timm/test_vit.r160_in1k"
 SMALL = {
     "ViTSC": {"head_resolution": 0.125, "low_stages": 1},
     "ACTR": {"grid": 8, "depth": 2},
+    "GeoAware": {"grid": 8, "width": 128},
     "LPMFlow": {"grid": 4, "depth": 2},
+    "CATs": {"grid": 8, "width": 32},
+    "TransforMatcher": {"grid": 4},
 }
 VARIANTS = {
     "ACTR": [{}, {"checkpointing": True}, {"read": "pixel"}],
+    "TransforMatcher": [{}, {"rotary": "parity"}],
     "LPMFlow": [{}, {"checkpointing": True}, {"read": "pixel"}, {"larl": "cross"}, {"region_pe": False}],
 }
 CASES = [

@@ -14,6 +14,11 @@ def test_resizing_keeps_a_linear_ramp_where_cells_have_neighbours():
     torch.testing.assert_close(resize(ramp, (8, 4)), ((torch.arange(4.0) + 0.5) * 2).expand(1, 1, 8, 4))
 
 
+def test_aligned_corners_keep_the_outermost_values():
+    ramp = torch.arange(8.0).expand(1, 1, 8, 8)
+    torch.testing.assert_close(resize(ramp, (8, 3), align_corners=True), torch.tensor([0, 3.5, 7]).expand(1, 1, 8, 3))
+
+
 def test_channels_last_maps_stay_channels_last():
     tokens = torch.randn(2, 1 + 16, 20)[:, 1:]  # a ViT's, without its class token
     maps = tokens.mT.unflatten(2, (4, 4))

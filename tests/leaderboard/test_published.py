@@ -69,7 +69,7 @@ def test_published_rankings():
     assert actr.published == {"PCK @0.01": 4.3, "PCK @0.05": 42.0, "PCK @0.1": 62.1}  # three papers print parts of it
     (sfnet,) = [r for r in spair.rows if r.backbone == "SFNet"]
     assert sfnet.groups["occlusion", "both"] == {"PCK @0.1": Spread(26.9)}
-    assert [row.variant for row in spair.rows if row.head == "GeoAware-SC"] == ["extra training data", ""]
+    assert [row.variant for row in spair.rows if row.head == "GeoAware"] == ["extra training data", ""]
     assert {row.head for row in spair.rows} & {"DHPF", "Diffusion Hyperfeatures"} == {"DHPF", "Diffusion Hyperfeatures"}
     assert not any(mark in row.head for ranking in rankings.values() for row in ranking.rows for mark in "‡*_.")
     (deformed,) = [row for row in spair.rows if row.head == "Diffusion Hyperfeatures"]

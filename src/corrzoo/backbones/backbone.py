@@ -15,6 +15,9 @@ from corrzoo.backbones.weights import load_weights
 from corrzoo.registry import nearest
 from corrzoo.types import Features, ZooError
 
+PRE = ":pre"
+"""Ending of a level's name: the map before the last ReLU of the block."""
+
 
 class Backbone(nn.Module):
     """A registered backbone. Building it does no I/O: weights are random until `load()` or `load_state_dict()`.
@@ -24,7 +27,9 @@ class Backbone(nn.Module):
         weights: `pretrained`, `random`, or the path of a weights file in timm's or the authors' layout.
         levels: Which maps to return: numbers of timm's `forward_intermediates` (ViT: blocks; ResNet: stem and four
             stages; negative from the end), or module names such as `layer3.22` (CNN hyperpixels). Default: the last.
-            A ViT's final norm is applied to every level. Later stages than the deepest level are not computed.
+            `layer3.22:pre` is what the last ReLU of that block gets, the residual sum of a ResNet.
+            A ViT's final norm is applied to every level by number, and to none by name, such as `blocks.11`.
+            Later stages than the deepest level are not computed.
         finetune: `all`; `none` (frozen, and in evaluation mode even under `train()`); or n, the last n transformer
             blocks up to the deepest level, with the final norm (our choice: their outputs pass through it).
             BatchNorm always keeps its pretrained statistics, as a batch of a few pairs estimates none worth having.
@@ -192,10 +197,14 @@ class Trunk(nn.Module):
             if isinstance(level, int) and not -self.depth <= level < self.depth:
                 raise ZooError(f"level {level} of {key}: expected {-self.depth} to {self.depth - 1}, or a module")
             if isinstance(level, str):
-                if level not in modules:
-                    raise ZooError(f"{key} has no module {level!r} to read features from{nearest(level, modules)}")
-                self.taps[level] = Tap()
-                modules[level].register_forward_hook(self.taps[level])
+                name, colon, _ = level.partition(PRE)
+                if name not in modules:
+                    raise ZooError(f"{key} has no module {name!r} to read features from{nearest(name, modules)}")
+                tap = self.taps[level] = Tap()
+                if colon:
+                    last_relu(modules[name], level, key).register_forward_pre_hook(tap.keep_input)
+                else:
+                    modules[name].register_forward_hook(tap.keep_output)
         self.levels = [level % self.depth if isinstance(level, int) else level for level in levels]
         self.numbers = {level for level in self.levels if isinstance(level, int)}
         self.stop = max(self.numbers, default=0)  # timm's later levels are not computed
@@ -218,17 +227,35 @@ class Trunk(nn.Module):
             outputs = [tokens.mT.unflatten(2, grid) for tokens in outputs]
         maps: dict[int | str, Any] = dict(zip(numbers, outputs, strict=True))
         for level, tap in self.taps.items():
-            maps[level], tap.output = tap.output, None
+            maps[level], tap.kept = tap.kept, None
+            if vit and maps[level] is not None and maps[level].ndim == 3:  # tokens of a block, class token in front
+                prefix = getattr(self.model, "num_prefix_tokens", 0)
+                maps[level] = maps[level][:, prefix:].mT.unflatten(2, grid)
         return [maps[level] for level in self.levels], cls
 
 
 class Tap:
-    """A forward hook that keeps its module's output."""
+    """Keeps what a module is given or returns; its methods are forward hooks."""
 
-    output: Tensor | None = None
+    kept: Tensor | None = None
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        self.output = output.clone()  # the next layer may write into it (in-place ReLU, residual sums)
+    def keep_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.kept = args[0].clone()  # an in-place ReLU writes into it
+
+    def keep_output(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        self.kept = output.clone()  # the next layer may write into it (in-place ReLU, residual sums)
+
+
+def last_relu(block: nn.Module, level: str, key: str) -> nn.ReLU:
+    """The ReLU that ends a CNN's residual block.
+
+    Raises:
+        ZooError: if the block has none.
+    """
+    relus = [module for module in block.children() if isinstance(module, nn.ReLU)]
+    if not relus:
+        raise ZooError(f"level {level!r} of {key}: that module has no ReLU, so leave out {PRE!r}")
+    return relus[-1]
 
 
 def _hxw(size: list[int]) -> str:

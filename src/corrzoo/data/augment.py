@@ -6,6 +6,7 @@ from the generator that is passed.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torchvision.transforms.v2.functional as TF
@@ -43,11 +44,23 @@ def photometric(sample: Pair, rng: torch.Generator) -> Pair:
 
 
 def cats(sample: Pair, rng: torch.Generator) -> Pair:
-    """The augmentation of CATs, ACTR and LPMFlow: colour changes, then crops around the objects with p = 0.7."""
+    """The augmentation of ACTR and LPMFlow, after CATs: colour changes, then crops around the objects with p = 0.7."""
     return crop(photometric(sample, rng), rng, p=0.7)
 
 
-def crop(sample: Pair, rng: torch.Generator, p: float = 0.7) -> Pair:
+def cats_original(sample: Pair, rng: torch.Generator) -> Pair:
+    """The augmentation of CATs itself: the same with p = 0.5."""
+    return crop(photometric(sample, rng), rng, p=0.5)
+
+
+def transformatcher(sample: Pair, rng: torch.Generator) -> Pair:
+    """The augmentation of TransforMatcher: colour changes, then crops around the keypoints with p = 0.5."""
+    return crop(photometric(sample, rng), rng, p=0.5, around="keypoints")
+
+
+def crop(
+    sample: Pair, rng: torch.Generator, p: float = 0.7, around: Literal["objects", "keypoints"] = "objects"
+) -> Pair:
     """Crop each image independently with probability p, at random outside its box, and resize it back.
 
     As in the released code of CATs, ACTR and LPMFlow, in pixels of the network image: the left edge is uniform on the
@@ -58,26 +71,36 @@ def crop(sample: Pair, rng: torch.Generator, p: float = 0.7) -> Pair:
         sample: Images (3, H, W), keypoints (n, 2).
         rng: Source of randomness.
         p: Probability for each image.
+        around: What no crop cuts: the box, or, as TransforMatcher, the keypoints with a margin of 20 original pixels;
+            of a single keypoint, half of what is between it and each border. The box is then cut with the image.
     """
     for side in ("src", "trg"):
         if _chance(p, rng):
-            sample = _crop_side(sample, side, rng)
+            sample = _crop_side(sample, side, rng, around)
     return sample
 
 
-def _crop_side(sample: Pair, side: str, rng: torch.Generator) -> Pair:
+def _crop_side(sample: Pair, side: str, rng: torch.Generator, around: str) -> Pair:
     image, kps, size, box = (getattr(sample, f"{side}_{what}") for what in ("img", "kps", "size", "box"))
     H, W = image.shape[-2:]
     full = torch.tensor([W, H])
     scale = full / size  # original -> network pixels
     real = kps[sample.kps_mask]
-    inside = torch.cat([real.amin(0), real.amax(0)]) if box.isnan().any() else box * scale.repeat(2)
+    low, high = real.amin(0), real.amax(0)
+    if around == "keypoints":
+        margin = (low / 2, (full - high) / 2) if len(real) == 1 else (20 * scale, 20 * scale)
+        inside = torch.cat([low - margin[0], high + margin[1]])
+    else:
+        inside = torch.cat([low, high]) if box.isnan().any() else box * scale.repeat(2)
     x1, y1, x2, y2 = (int(v) for v in torch.minimum(inside.floor().clamp(min=0), torch.tensor([W - 1, H - 1, W, H])))
     left, top = _integer(0, x1, rng), _integer(0, y1, rng)
     # at least one pixel remains of a box thinner than a pixel
     right, bottom = _integer(max(x2, left + 1), W, rng), _integer(max(y2, top + 1), H, rng)
     corner, part = torch.tensor([left, top]), torch.tensor([right - left, bottom - top])
     moved = ((kps - corner) * (full / part)).clamp(min=torch.zeros(2), max=full - 1.0)
+    moved_box = box - (corner / scale).repeat(2)
+    if around == "keypoints":
+        moved_box = moved_box.clamp(min=torch.zeros(4), max=(part / scale).repeat(2))
     mask = getattr(sample, f"{side}_mask")
     if mask.shape == (H, W):  # a mask of one cell stands for the whole image
         mask = TF.resized_crop(mask[None], top, left, bottom - top, right - left, [H, W])[0]
@@ -86,7 +109,7 @@ def _crop_side(sample: Pair, side: str, rng: torch.Generator) -> Pair:
             f"{side}_img": TF.resized_crop(image, top, left, bottom - top, right - left, [H, W], antialias=True),
             f"{side}_kps": torch.where(sample.kps_mask[:, None], moved, kps),
             f"{side}_size": part / scale,
-            f"{side}_box": box - (corner / scale).repeat(2),
+            f"{side}_box": moved_box,
             f"{side}_mask": mask,
         }
     )
@@ -175,5 +198,6 @@ def _integer(low: int, high: int, rng: torch.Generator) -> int:
     return int(torch.randint(low, high + 1, (), generator=rng))
 
 
-for _name, _recipe in {"none": None, "flip": flip, "photometric": photometric, "cats": cats}.items():
-    AUGMENTS.add(_name, _recipe)
+AUGMENTS.add("none", None)
+for _recipe in (flip, photometric, cats, cats_original, transformatcher):
+    AUGMENTS.add(_recipe.__name__, _recipe)

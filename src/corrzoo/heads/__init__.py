@@ -4,12 +4,29 @@ from typing import Any
 
 from corrzoo.heads.actr import ACTR
 from corrzoo.heads.baseline import Baseline
+from corrzoo.heads.cats import CATs
+from corrzoo.heads.geoaware import GeoAware
 from corrzoo.heads.gsf import GSF
 from corrzoo.heads.lpmflow import LPMFlow
+from corrzoo.heads.ncnet import NCNet
+from corrzoo.heads.transformatcher import TransforMatcher
 from corrzoo.heads.vitsc import ViTSC
 from corrzoo.matcher import HEADS, Matcher
 
-__all__ = ["ACTR", "GSF", "HEADS", "Baseline", "LPMFlow", "ViTSC", "create_matcher", "list_heads"]
+__all__ = [
+    "ACTR",
+    "GSF",
+    "HEADS",
+    "Baseline",
+    "CATs",
+    "GeoAware",
+    "LPMFlow",
+    "NCNet",
+    "TransforMatcher",
+    "ViTSC",
+    "create_matcher",
+    "list_heads",
+]
 
 
 def list_heads() -> list[str]:

@@ -12,8 +12,10 @@ def stride_grid(image: Size, stride: int) -> Size:
     return max(round(image[0] / stride), 1), max(round(image[1] / stride), 1)
 
 
-def resize(maps: Tensor, size: Size) -> Tensor:
+def resize(maps: Tensor, size: Size, align_corners: bool = False) -> Tensor:
     """Maps (B, C, h, w) at another size, bilinearly between cell centres; unchanged if they have it already.
+
+    With `align_corners`, the outermost cells keep their values, as in CATs and TransforMatcher.
 
     PyTorch's CUDA kernel for channels-first maps gives one thread all channels of a pixel, and is many times slower
     than the one for channels-last maps.
@@ -22,7 +24,7 @@ def resize(maps: Tensor, size: Size) -> Tensor:
         return maps
     if maps.is_cuda and maps.shape[1] >= 16:
         maps = maps.contiguous(memory_format=torch.channels_last)
-    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+    return F.interpolate(maps, size, mode="bilinear", align_corners=align_corners)
 
 
 def stack_levels(maps: list[Tensor], size: Size) -> Tensor:

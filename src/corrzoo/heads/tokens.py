@@ -21,7 +21,7 @@ from corrzoo.precision import full, full_precision
 from corrzoo.types import Features, Match, ZooError
 
 ATTENTION_HEADS = 8
-"""Number of heads of every attention."""
+"""Number of heads of every attention of ACTR and LPMFlow."""
 MLP_RATIO = 4
 TEMPERATURE = 0.02
 """Temperature of the softmax over a correlation."""
@@ -115,15 +115,16 @@ class TokenMatcher(Matcher):
 class Attention(nn.Module):
     """Multi-head self-attention of a ViT."""
 
-    def __init__(self, dim: int, drop: float = 0.0) -> None:
+    def __init__(self, dim: int, drop: float = 0.0, heads: int = ATTENTION_HEADS) -> None:
         super().__init__()
+        self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(B, N, C) -> (B, N, C); `bias` (heads, N, N) is added to the scaled logits."""
-        q, k, v = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=ATTENTION_HEADS)
+        q, k, v = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.heads)
         return self.drop(self.proj(rearrange(attend(q, k, v, bias), "b h n d -> b n (h d)")))
 
 

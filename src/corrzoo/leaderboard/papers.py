@@ -19,6 +19,7 @@ TITLES = {
     "gsf": "GSF",
     "vitsc": "ViTSC",
     "actr_poster": "ACTR poster",
+    "cats_readme": "CATs, README of its code",
     "lpmflow_poster": "LPMFlow poster",
     "lpmflow_supplement": "LPMFlow supplement",
 }

@@ -19,6 +19,8 @@ RUN = "label head options backbone weights resolution precision device params_he
 """Fields that are equal in all result files of a row, beside the training data."""
 NAMES = ("head", "backbone", "dataset", "split", "protocol")
 """Text fields of every result file."""
+WEAK = ("GSF", "NCNet")
+"""Heads that learn from images, masks or boxes, and from no keypoint."""
 SPLITS = {"trn", "train", "val", "test"}
 DEGREES, SIDES = ("easy", "medium", "hard"), ("none", "source", "target", "both")
 LEVELS = {"viewpoint": DEGREES, "scale": DEGREES, "truncation": SIDES, "occlusion": SIDES}
@@ -78,7 +80,7 @@ def _checked(result: Any) -> dict[str, Any]:
         result |= {"dataset": "pfwillow", "dataset_options": {"leave-one-category-out": True}}
         result["trained"] = result.get("trained") and result["trained"] | {"dataset": "pfwillow"}
     trained = result.get("trained") or result.get("checkpoint")
-    supervision = ("weak" if result["head"] == "GSF" else "keypoints") if trained else "none"
+    supervision = ("weak" if result["head"] in WEAK else "keypoints") if trained else "none"
     average = "point" if "point" in result.get("average", "") else "image"
     alphas = [] if "measures" in result else result["alphas"]
     old = [[f"@{alpha:g}", f"pck@{alpha:g}/{average}", f"pck@{alpha:g}"] for alpha in sorted(alphas)]

@@ -34,7 +34,7 @@ def predict_points(
     """
     asked = pair if query == "src" else pair.swapped()
     src, trg = (features or matcher.features)(asked)
-    points = matcher.match_points(src, trg, asked.src_kps).double()
+    points = matcher.match_keypoints(src, trg, asked).double()
     H, W = asked.src_img.shape[-2:]
     return resize_points(points, asked.trg_size.new_tensor([W, H]).double(), asked.trg_size.double())
 

@@ -47,14 +47,14 @@ def test_sample_carries_flags_category_and_boxes(tmp_path: Path) -> None:
     assert [dataset.images[n].name for n in (sample.src_id, sample.trg_id)] == [pair["src_imname"], pair["trg_imname"]]
 
 
-def test_ids_are_read_from_the_annotation_and_unknown_after_a_mirror(tmp_path: Path) -> None:
-    """The reader has no table of left and right parts."""
+def test_ids_are_read_from_the_annotation_and_a_mirror_swaps_left_and_right(tmp_path: Path) -> None:
+    """Of aeroplanes 12 and 13 are twins, and 6 and 7; of cats 0 and 1."""
     write_spair(tmp_path)
     change(tmp_path, kps_ids=["3", "12", "7"])
     dataset = create_dataset("spair71k", tmp_path, "trn", size=32)
     batch = dataset.collate([dataset[1], mirror(dataset[1]), dataset[3]])
-    assert batch.kps_ids.tolist() == [[3, 12, 7], [-1, -1, -1], [0, -1, -1]]
-    assert batch.mirror_ids.tolist() == [[-1, -1, -1], [3, 12, 7], [-1, -1, -1]]
+    assert batch.kps_ids.tolist() == [[3, 12, 7], [3, 13, 6], [0, -1, -1]]
+    assert batch.mirror_ids.tolist() == [[3, 13, 6], [3, 12, 7], [1, -1, -1]]
     change(tmp_path, kps_ids=None)
     assert create_dataset("spair71k", tmp_path, "trn", refresh=True).record(1).kps_ids is None
 

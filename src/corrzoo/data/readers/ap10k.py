@@ -17,6 +17,7 @@ from torch import Tensor
 
 from corrzoo.data.index import BROKEN, read_box
 from corrzoo.data.pairs import DATASETS, FolderDataset
+from corrzoo.data.readers import symmetry
 from corrzoo.geometry import Size
 from corrzoo.registry import nearest
 from corrzoo.types import Record, ZooError
@@ -42,6 +43,7 @@ class AP10K(FolderDataset):
     holds = "JPEGImages, ImageAnnotation and PairAnnotation"
     origin = "create them from AP-10K with GeoAware-SC's notebook prepare_ap10k"
     splits = ("trn", "val", "test")
+    mirror_pairs = symmetry.AP10K
 
     def __init__(
         self, root: str | Path, split: str, size: int | Size = 224, *, subset: str = "intra-species", **options: Any

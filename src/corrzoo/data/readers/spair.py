@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from corrzoo.data.index import BROKEN, read_box, read_ids, read_points
 from corrzoo.data.pairs import DATASETS, FolderDataset
+from corrzoo.data.readers import symmetry
 from corrzoo.geometry import Size
 from corrzoo.types import Record, ZooError
 
@@ -30,6 +31,7 @@ class SPair71k(FolderDataset):
     holds = "JPEGImages, PairAnnotation and Layout"
     splits: ClassVar[tuple[str, ...]] = ("trn", "val", "test")
     categories = CATEGORIES
+    mirror_pairs = symmetry.SPAIR71K
 
     def __init__(
         self, root: str | Path, split: str, size: int | Size = 224, *, layout: str = "large", **options: Any
@@ -103,6 +105,7 @@ class SPairU(SPair71k):
     """
 
     name = "spair71k_u"
+    mirror_pairs: ClassVar[dict[str, list[tuple[int, int]]]] = {}  # its keypoints are others than SPair-71k's
     holds = "JPEGImages of SPair-71k, and SPair-U's annotations as ExtraPairAnnotation/test,"
     origin = "unpack https://groups.inf.ed.ac.uk/hbilen-data/data/JamaisVuData/SPair-U.zip beside it"
     splits = ("test",)
