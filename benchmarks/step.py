@@ -1,11 +1,13 @@
 """Cost of a head: forward and training step as ratios to its backbone alone, parameters, FLOPs, peak memory.
 
-Each pair of head and backbone has a process of its own. Head and backbone are timed in turns, and a ratio is the median
-over the rounds. Writes benchmarks/results/step_<device>.csv. Run `python benchmarks/step.py --heads ACTR LPMFlow`.
+Head and backbone are timed in turns, and a ratio is the median over the rounds. With `--compile`, the model is measured
+once more, compiled as `--model.compile true` does. On a GPU, `host_syncs` counts how often a training step waits for
+the device. Writes benchmarks/results/step_<device>.csv. Run `python benchmarks/step.py --heads ACTR LPMFlow`.
 """
 
 import argparse
 import csv
+import json
 import multiprocessing
 import re
 import resource
@@ -23,7 +25,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import corrzoo
+from corrzoo.callbacks.compiling import compile_matcher
+from corrzoo.heads import HEADS
 from corrzoo.types import Pair, ZooError
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -51,6 +54,7 @@ def pairs(count: int, size: int, device: str) -> Pair:
     sizes, boxes = torch.full((count, 2), float(size)), torch.full((count, 4), torch.nan)
     number = torch.arange(count)
     rest = [sizes, sizes, boxes, boxes, number, number, number, number, number.new_zeros(count, 4)]
+    rest += [torch.ones(count, 1, 1)] * 2 + [number.new_full((count, 10), -1)] * 2  # no outlines, no names of parts
     mask = torch.ones(count, 10, dtype=torch.bool, device=device)
     return Pair(*images, *kps, mask, *(field.to(device) for field in rest))
 
@@ -64,11 +68,12 @@ def timed(run: Callable[[], object], device: str) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-def measure(head: str, backbone: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of the table: one for each precision, and one more for the compiled model in the last of them."""
+def measure(
+    head: str, backbone: str, precisions: list[str], compiled: bool, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """A row of the table for each precision."""
     torch.set_num_threads(args.threads)
-    rows = [measure_precision(head, backbone, precision, False, args) for precision in args.precisions]
-    return rows + [measure_precision(head, backbone, args.precisions[-1], True, args)] * args.compile
+    return [measure_precision(head, backbone, precision, compiled, args) for precision in precisions]
 
 
 def measure_precision(
@@ -78,7 +83,9 @@ def measure_precision(
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     bf16 = precision == "bf16"
-    model = corrzoo.create_matcher(head, backbone, weights="random", **options_of(head, backbone)).to(args.device)
+    options = options_of(head, backbone) | args.options
+    # Not `create_matcher`: it checks options by jsonargparse, which a machine lent for measuring may lack.
+    model = HEADS[head](backbone=backbone, weights="random", **options).load_weights().to(args.device)
     pair = pairs(args.batch, args.size, args.device)
     both = torch.cat([pair.src_img, pair.trg_img])
 
@@ -104,6 +111,7 @@ def measure_precision(
 
     def forward(run: Callable[[], object]) -> Callable[[], None]:
         def evaluate() -> None:
+            torch.compiler.cudagraph_mark_step_begin()
             with torch.no_grad(), torch.autocast(args.device, torch.bfloat16, enabled=bf16):
                 run()
 
@@ -121,11 +129,13 @@ def measure_precision(
             run()  # the counter leaves out the CPU's fused attention
         row[key] = round(counter.get_total_flops() / 1e9 / args.batch, 1)  # of a pair
     if compiled:
-        model.backbone.compile()
-        model.match = torch.compile(model.match)
+        compile_matcher(model, graphs=args.device == "cuda")
     row |= ratios("forward", *runs["forward"], args)
     model.train()
-    alone = stepping(lambda: features(both), (p for p in model.backbone.parameters() if p.requires_grad))
+    if compiled:
+        compile_matcher(model)
+    in_backbone = [p for p in model.backbone.parameters() if p.requires_grad]
+    alone = stepping(lambda: features(both), in_backbone) if in_backbone else runs["forward"][0]
     whole = stepping(loss, (p for p in model.parameters() if p.requires_grad))
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -166,7 +176,7 @@ def ratios(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--heads", nargs="+", default=corrzoo.list_heads())
+    parser.add_argument("--heads", nargs="+", default=HEADS.names())
     parser.add_argument("--backbones", nargs="+", default=["ibot_b16"])
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--batch", type=int, default=1, help="pairs")
@@ -174,26 +184,42 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", default=["fp32"], choices=["fp32", "tf32", "bf16"])
     parser.add_argument("--compile", action="store_true", help="also compiled, in the last of the precisions")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--options", type=json.loads, default={}, help="further options of each head, as JSON")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing new after so many")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="output folder of the CSV")
     args = parser.parse_args()
     name = re.sub(r"\W+", "_", torch.cuda.get_device_name() if args.device == "cuda" else "cpu").lower()
+    start, path = time.monotonic(), args.out / f"step_{name}.csv"
     rows: list[dict[str, Any]] = []
-    context = multiprocessing.get_context("spawn")  # a fresh process each: peak memory is a process's
-    for backbone in args.backbones:
-        for head in args.heads:
-            with ProcessPoolExecutor(1, mp_context=context) as pool:
-                try:
-                    rows += pool.submit(measure, head, backbone, args).result()
-                except ZooError as error:
-                    print(f"{head} on {backbone} is skipped: {error}")
-                    continue
-            print(rows[-1], flush=True)
-    if rows:
-        with (args.out / f"step_{name}.csv").open("w", newline="") as file:
+    for backbone, head, precisions, compiled in cases(args):
+        what = f"{head} on {backbone}, {' '.join(precisions)}{', compiled' * compiled}"
+        if time.monotonic() - start > args.seconds:
+            print(f"{what} is skipped: {args.seconds} seconds are over", flush=True)
+            continue
+        context = multiprocessing.get_context("spawn")  # a fresh process each: peak memory is a process's
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            try:
+                rows += pool.submit(measure, head, backbone, precisions, compiled, args).result()
+            except (ZooError, torch.OutOfMemoryError) as error:
+                print(f"{what} is skipped: {error}", flush=True)
+                continue
+        print(rows[-1], flush=True)
+        args.out.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
             table = csv.DictWriter(file, fieldnames=rows[0], lineterminator="\n")
             table.writeheader()
             table.writerows(rows)
+
+
+def cases(args: argparse.Namespace) -> list[tuple[str, str, list[str], bool]]:
+    """Backbone, head, precisions and whether compiled, for each process. Compiling comes last: it takes the most time.
+
+    A GPU counts its own memory, so there one process has all precisions.
+    """
+    groups = [args.precisions] if args.device == "cuda" else [[precision] for precision in args.precisions]
+    wanted = [(group, False) for group in groups] + [(args.precisions[-1:], True)] * args.compile
+    return [(b, head, group, compiled) for group, compiled in wanted for b in args.backbones for head in args.heads]
 
 
 if __name__ == "__main__":
