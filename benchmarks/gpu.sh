@@ -46,7 +46,7 @@ if [ $DEVICE = cuda ]; then
   part op triton 60 120 benchmarks/correlation.py --device cuda --seconds 80 --out "$OUT"
   steps=(benchmarks/step.py --device cuda --rounds 3 --compile)
   part steps timm 60 170 "${steps[@]}" --heads $HEADS --batch 16 --precisions fp32 tf32 bf16 --seconds 130 --out "$OUT"
-  # The sizes of docs/heads/actr.md and lpmflow.md, where the authors' own steps were measured.
+  # The size of both recipes, whose memory needs checkpointing.
   part steps_authors timm 40 80 "${steps[@]}" --heads ACTR LPMFlow --size 512 --batch 32 --precisions bf16 \
     --options "$recompute" --seconds 50 --out "$OUT/authors"
   part steps_one timm 30 40 "${steps[@]}" --heads ACTR --precisions bf16 --out "$OUT/one"
