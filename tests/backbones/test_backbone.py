@@ -241,7 +241,7 @@ class TestLevels:
             (RESNET, "layer3:pre", "level 'layer3:pre' .*no ReLU"),
             (EFFNET, "blocks.2.0:pre", "no ReLU"),
             (RESNET, "global_pool", "gives no .*map"),
-            (VIT, "blocks.2", "gives no .*map"),
+            (VIT, "head", "gives no .*map"),
         ],
     )
     def test_unknown_levels_are_errors(self, name, level, message):
