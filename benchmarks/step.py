@@ -61,6 +61,8 @@ def pairs(count: int, size: int, device: str) -> Pair:
 
 def timed(run: Callable[[], object], device: str) -> float:
     """Milliseconds."""
+    if device == "cuda":
+        torch.cuda.synchronize()
     start = time.perf_counter()
     run()
     if device == "cuda":
@@ -84,7 +86,7 @@ def measure_precision(
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     bf16 = precision == "bf16"
     options = options_of(head, backbone) | args.options
-    # Not `create_matcher`: it checks options by jsonargparse, which a machine lent for measuring may lack.
+    # Not `create_matcher`: it checks options by jsonargparse, which a GPU machine may lack.
     model = HEADS[head](backbone=backbone, weights="random", **options).load_weights().to(args.device)
     pair = pairs(args.batch, args.size, args.device)
     both = torch.cat([pair.src_img, pair.trg_img])
@@ -163,7 +165,8 @@ def ratios(
     name: str, alone: Callable[[], None], whole: Callable[[], None], args: argparse.Namespace
 ) -> dict[str, float]:
     """Time of the backbone in ms, and of the whole model as a multiple: median, lowest, highest."""
-    alone(), whole()
+    for _ in range(3 if args.device == "cuda" else 1):  # CUDA graphs are recorded at the second call
+        alone(), whole()
     rounds = [(timed(alone, args.device), timed(whole, args.device)) for _ in range(args.rounds)]
     found = sorted(with_head / without for without, with_head in rounds)
     return {
