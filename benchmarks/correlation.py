@@ -291,6 +291,7 @@ def main() -> None:
     passes: list[list[str]] = [["corrzoo", "learned", "before", "eager", "compile"]]
     if args.device == "cuda":  # what is compiled comes last: it takes the most time
         passes = [["corrzoo", "learned", "before"], ["eager"], ["compile"]]
+    stem = re.sub(r"\W+", "_", torch.cuda.get_device_name() if args.device == "cuda" else "cpu").lower()
     rows: list[dict[str, object]] = []
     for k, names in enumerate(passes):
         for case in CPU_CASES if args.device == "cpu" else GPU_CASES:
@@ -302,11 +303,10 @@ def main() -> None:
                 if case[1] == 128 and args.device == "cpu":  # a GEMM takes seconds, and eager methods gigabytes
                     wanted = [name for name in wanted if name not in ("eager", "compile")]
                 rows += measure(case, window, backward, wanted, args) if wanted else []
+                write(rows, args.out / f"correlation_{stem}.csv")
         if args.device == "cuda" and k == 0:
             tuned = tune(args, start + 0.75 * args.seconds)
             write(tuned, args.out / "correlation_tuned.csv")
-    stem = re.sub(r"\W+", "_", torch.cuda.get_device_name() if args.device == "cuda" else "cpu").lower()
-    write(rows, args.out / f"correlation_{stem}.csv")
 
 
 def processor() -> str:

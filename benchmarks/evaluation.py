@@ -3,17 +3,24 @@
 The images are as large as SPair-71k's and are written to a temporary folder; what they show and what the weights know
 does not matter to the time. Writes evaluation.csv and pck.csv into benchmarks/results: CPU seconds of one process, the
 two ways by turns, ratios as medians over the rounds. The slow way is given a sample of the pairs, whose scores are
-compared. Run it as `python benchmarks/evaluation.py`.
+compared. evaluation_profile.csv has the share of each part of `lightning test` in its CPU time, without worker
+processes. Run it as `python benchmarks/evaluation.py`.
 """
 
 import argparse
+import functools
 import os
+import statistics
 import tempfile
+import time
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from unittest.mock import patch
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.profilers import Profiler
 from torch.utils.data import DataLoader, Subset
 
 import corrzoo
@@ -22,6 +29,7 @@ from corrzoo.data.module import PairsDataModule
 from corrzoo.data.readers.spair import CATEGORIES
 from corrzoo.geometry import transfer
 from corrzoo.matcher import Matcher
+from corrzoo.scoring.evaluation import Evaluation
 from corrzoo.scoring.pck import PCK
 from corrzoo.types import Pair
 from data import BATCH, SIZE, PublishedWay, cpu, row, save, write
@@ -103,6 +111,87 @@ def end_to_end(root: Path, args: argparse.Namespace) -> dict[str, Any]:
     return row("lightning test, Baseline", "pairs/CPU s", rates["published"], rates["corrzoo"], True, how)
 
 
+class Parts(Profiler):
+    """CPU seconds of each part of an evaluation. A part within another counts for the inner one alone."""
+
+    ACTIONS: ClassVar = {
+        "test_next": "loader",
+        "batch_to_device": "transfer",
+        "[Callback]ResultsWriter": "result files",
+    }
+    """Part by what Lightning's name for an action contains; other actions belong to the part they are in."""
+    METHODS: ClassVar = [
+        (Evaluation, "features", "backbone"),
+        (Evaluation, "predict", "head"),
+        (Evaluation, "scores", "PCK"),
+        (PCK, "update", "PCK"),
+    ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        names = [*self.ACTIONS.values(), *(part for _, _, part in self.METHODS), "Lightning and start"]
+        self.seconds = dict.fromkeys(names, 0.0)
+        self.within, self.since = ["Lightning and start"], time.process_time()
+
+    def start(self, action_name: str) -> None:
+        self._count()
+        parts = [action_name] if action_name in self.seconds else []
+        parts += [part for text, part in self.ACTIONS.items() if text in action_name]
+        self.within.append((parts or self.within[-1:])[0])
+
+    def stop(self, action_name: str) -> None:
+        self._count()
+        self.within.pop()
+
+    def _count(self) -> None:
+        now = time.process_time()
+        self.seconds[self.within[-1]] += now - self.since
+        self.since = now
+
+    def measure(self, trainer: Trainer, model: Matcher, data: PairsDataModule) -> dict[str, float]:
+        """Run `lightning test`. Returns the share of each part, in percent."""
+        with ExitStack() as stack:
+            for owner, name, part in self.METHODS:
+                stack.enter_context(patch.object(owner, name, self._timed(getattr(owner, name), part)))
+            self.since = time.process_time()
+            trainer.test(model, data, verbose=False)
+            self._count()
+        return {part: 100 * seconds / sum(self.seconds.values()) for part, seconds in self.seconds.items()}
+
+    def _timed(self, method: Any, part: str) -> Any:
+        @functools.wraps(method)
+        def run(*args: Any) -> Any:
+            with self.profile(part):
+                return method(*args)
+
+        return run
+
+
+def profile(root: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of `lightning test` by part: the median of the rounds, each on the pairs of one category."""
+    model = corrzoo.create_matcher("Baseline", args.backbone, weights="random", alphas=ALPHAS).eval()
+    rounds: list[dict[str, float]] = []
+    for number in range(args.rounds + 1):
+        part = part_of(root, number, 1)
+        create_dataset("spair71k", part, "test", size=SIZE).pack()
+        parts = Parts()
+        quiet = dict(enable_progress_bar=False, enable_model_summary=False, logger=False, accelerator="cpu", devices=1)
+        trainer = Trainer(default_root_dir=part, profiler=parts, **quiet)
+        data = PairsDataModule(root=str(part), test=["spair71k"], image_size=SIZE, batch_size=BATCH, num_workers=0)
+        rounds.append(parts.measure(trainer, model, data))
+    how = f"Baseline on {args.backbone}, {SIZE} px, batches of {BATCH}, no worker processes, one thread"
+    return [
+        {
+            "part": part,
+            "share": f"{statistics.median(row[part] for row in rounds[1:]):.1f}",  # the first imports modules
+            "low": f"{min(row[part] for row in rounds[1:]):.1f}",
+            "high": f"{max(row[part] for row in rounds[1:]):.1f}",
+            "how": how,
+        }
+        for part in rounds[0]
+    ]
+
+
 def scored(parts: list[tuple[torch.Tensor, Pair]]) -> PCK:
     """Add all predictions to corrzoo's metric and compute every average."""
     metric = PCK("default:bbox", ALPHAS)
@@ -147,7 +236,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=32, help="pairs of the published way per round")
     parser.add_argument("--categories", type=int, default=2, help="categories that are evaluated per round")
     parser.add_argument("--backbone", default="dinov2_s14")
-    parser.add_argument("--only", choices=["pck", "test"], help="measure only one of them")
+    parser.add_argument("--only", choices=["pck", "test", "profile"], help="measure only one of them")
     parser.add_argument("--root", type=Path, help="folder to write the dataset to, or to read it from")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -161,6 +250,8 @@ def main() -> None:
             save("pck.csv", pck_alone(root, 5 * args.rounds))
         if args.only in (None, "test"):
             save("evaluation.csv", [end_to_end(root, args)])
+        if args.only in (None, "profile"):
+            save("evaluation_profile.csv", profile(root, args))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
 """Cost of a head: forward and training step as ratios to its backbone alone, parameters, FLOPs, peak memory.
 
-Each pair of head and backbone has a process of its own. Head and backbone are timed in turns, and a ratio is the median
-over the rounds. Writes benchmarks/results/step_<device>.csv. Run `python benchmarks/step.py --heads ACTR LPMFlow`.
+Head and backbone are timed in turns, and a ratio is the median over the rounds. With `--compile`, the model is measured
+once more, compiled as `--model.compile true` does. On a GPU, `host_syncs` counts how often a training step waits for
+the device. Writes benchmarks/results/step_<device>.csv. Run `python benchmarks/step.py --heads ACTR LPMFlow`.
 """
 
 import argparse
 import csv
+import json
 import multiprocessing
 import re
 import resource
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -22,7 +25,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import corrzoo
+from corrzoo.callbacks.compiling import compile_matcher
+from corrzoo.heads import HEADS
 from corrzoo.types import Pair, ZooError
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -50,12 +54,15 @@ def pairs(count: int, size: int, device: str) -> Pair:
     sizes, boxes = torch.full((count, 2), float(size)), torch.full((count, 4), torch.nan)
     number = torch.arange(count)
     rest = [sizes, sizes, boxes, boxes, number, number, number, number, number.new_zeros(count, 4)]
+    rest += [torch.ones(count, 1, 1)] * 2 + [number.new_full((count, 10), -1)] * 2  # no outlines, no names of parts
     mask = torch.ones(count, 10, dtype=torch.bool, device=device)
     return Pair(*images, *kps, mask, *(field.to(device) for field in rest))
 
 
 def timed(run: Callable[[], object], device: str) -> float:
     """Milliseconds."""
+    if device == "cuda":
+        torch.cuda.synchronize()
     start = time.perf_counter()
     run()
     if device == "cuda":
@@ -63,11 +70,24 @@ def timed(run: Callable[[], object], device: str) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-def measure(head: str, backbone: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One row of the table."""
+def measure(
+    head: str, backbone: str, precisions: list[str], compiled: bool, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """A row of the table for each precision."""
     torch.set_num_threads(args.threads)
+    return [measure_precision(head, backbone, precision, compiled, args) for precision in precisions]
+
+
+def measure_precision(
+    head: str, backbone: str, precision: str, compiled: bool, args: argparse.Namespace
+) -> dict[str, Any]:
+    """One row of the table."""
     torch.manual_seed(0)
-    model = corrzoo.create_matcher(head, backbone, weights="random", **options_of(head, backbone)).to(args.device)
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    bf16 = precision == "bf16"
+    options = options_of(head, backbone) | args.options
+    # Not `create_matcher`: it checks options by jsonargparse, which a GPU machine may lack.
+    model = HEADS[head](backbone=backbone, weights="random", **options).load_weights().to(args.device)
     pair = pairs(args.batch, args.size, args.device)
     both = torch.cat([pair.src_img, pair.trg_img])
 
@@ -83,7 +103,7 @@ def measure(head: str, backbone: str, args: argparse.Namespace) -> dict[str, Any
         optimizer = kind(list(parameters), lr=1e-6)
 
         def step() -> None:
-            with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+            with torch.autocast(args.device, torch.bfloat16, enabled=bf16):
                 value = objective()
             value.backward()
             optimizer.step()
@@ -93,12 +113,14 @@ def measure(head: str, backbone: str, args: argparse.Namespace) -> dict[str, Any
 
     def forward(run: Callable[[], object]) -> Callable[[], None]:
         def evaluate() -> None:
-            with torch.no_grad(), torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+            torch.compiler.cudagraph_mark_step_begin()
+            with torch.no_grad(), torch.autocast(args.device, torch.bfloat16, enabled=bf16):
                 run()
 
         return evaluate
 
     row: dict[str, Any] = {"head": head, "backbone": backbone, "size": args.size, "batch": args.batch}
+    row |= {"precision": precision, "compiled": compiled}
     total = sum(p.numel() for p in model.parameters())
     row |= {"params_head_m": total - model.backbone.num_params, "params_total_m": total}
     row |= {key: round(row[key] / 1e6, 3) for key in ("params_head_m", "params_total_m")}
@@ -108,20 +130,43 @@ def measure(head: str, backbone: str, args: argparse.Namespace) -> dict[str, Any
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             run()  # the counter leaves out the CPU's fused attention
         row[key] = round(counter.get_total_flops() / 1e9 / args.batch, 1)  # of a pair
+    if compiled:
+        compile_matcher(model, graphs=args.device == "cuda")
     row |= ratios("forward", *runs["forward"], args)
     model.train()
-    alone = stepping(lambda: features(both), (p for p in model.backbone.parameters() if p.requires_grad))
-    row |= ratios("step", alone, stepping(loss, (p for p in model.parameters() if p.requires_grad)), args)
-    cuda = args.device == "cuda"
-    peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return row | {"peak_mb": peak // 2**20, "bf16": args.bf16, "threads": args.threads, "torch": torch.__version__}
+    if compiled:
+        compile_matcher(model)
+    in_backbone = [p for p in model.backbone.parameters() if p.requires_grad]
+    alone = stepping(lambda: features(both), in_backbone) if in_backbone else runs["forward"][0]
+    whole = stepping(loss, (p for p in model.parameters() if p.requires_grad))
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    row |= ratios("step", alone, whole, args)
+    if args.device == "cuda":
+        row |= {"host_syncs": host_syncs(whole), "peak_mb": torch.cuda.max_memory_allocated() // 2**20}
+    else:
+        row |= {"host_syncs": "", "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10}
+    return row | {"threads": args.threads, "torch": torch.__version__}
+
+
+def host_syncs(step: Callable[[], None]) -> int:
+    """How often a training step waits for the GPU."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(warning.message) for warning in found)
 
 
 def ratios(
     name: str, alone: Callable[[], None], whole: Callable[[], None], args: argparse.Namespace
 ) -> dict[str, float]:
     """Time of the backbone in ms, and of the whole model as a multiple: median, lowest, highest."""
-    alone(), whole()
+    for _ in range(3 if args.device == "cuda" else 1):  # CUDA graphs are recorded at the second call
+        alone(), whole()
     rounds = [(timed(alone, args.device), timed(whole, args.device)) for _ in range(args.rounds)]
     found = sorted(with_head / without for without, with_head in rounds)
     return {
@@ -134,33 +179,50 @@ def ratios(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--heads", nargs="+", default=corrzoo.list_heads())
+    parser.add_argument("--heads", nargs="+", default=HEADS.names())
     parser.add_argument("--backbones", nargs="+", default=["ibot_b16"])
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--batch", type=int, default=1, help="pairs")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--precisions", nargs="+", default=["fp32"], choices=["fp32", "tf32", "bf16"])
+    parser.add_argument("--compile", action="store_true", help="also compiled, in the last of the precisions")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--options", type=json.loads, default={}, help="further options of each head, as JSON")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing new after so many")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="output folder of the CSV")
     args = parser.parse_args()
     name = re.sub(r"\W+", "_", torch.cuda.get_device_name() if args.device == "cuda" else "cpu").lower()
-    rows = []
-    context = multiprocessing.get_context("spawn")  # a fresh process each: peak memory is a process's
-    for backbone in args.backbones:
-        for head in args.heads:
-            with ProcessPoolExecutor(1, mp_context=context) as pool:
-                try:
-                    rows.append(pool.submit(measure, head, backbone, args).result())
-                except ZooError as error:
-                    print(f"{head} on {backbone} is skipped: {error}")
-                    continue
-            print(rows[-1], flush=True)
-    if rows:
-        with (args.out / f"step_{name}.csv").open("w", newline="") as file:
+    start, path = time.monotonic(), args.out / f"step_{name}.csv"
+    rows: list[dict[str, Any]] = []
+    for backbone, head, precisions, compiled in cases(args):
+        what = f"{head} on {backbone}, {' '.join(precisions)}{', compiled' * compiled}"
+        if time.monotonic() - start > args.seconds:
+            print(f"{what} is skipped: {args.seconds} seconds are over", flush=True)
+            continue
+        context = multiprocessing.get_context("spawn")  # a fresh process each: peak memory is a process's
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            try:
+                rows += pool.submit(measure, head, backbone, precisions, compiled, args).result()
+            except (ZooError, torch.OutOfMemoryError) as error:
+                print(f"{what} is skipped: {error}", flush=True)
+                continue
+        print(rows[-1], flush=True)
+        args.out.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
             table = csv.DictWriter(file, fieldnames=rows[0], lineterminator="\n")
             table.writeheader()
             table.writerows(rows)
+
+
+def cases(args: argparse.Namespace) -> list[tuple[str, str, list[str], bool]]:
+    """Backbone, head, precisions and whether compiled, for each process. Compiling comes last: it takes the most time.
+
+    A GPU counts its own memory, so there one process has all precisions.
+    """
+    groups = [args.precisions] if args.device == "cuda" else [[precision] for precision in args.precisions]
+    wanted = [(group, False) for group in groups] + [(args.precisions[-1:], True)] * args.compile
+    return [(b, head, group, compiled) for group, compiled in wanted for b in args.backbones for head in args.heads]
 
 
 if __name__ == "__main__":

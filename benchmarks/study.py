@@ -118,7 +118,7 @@ class Run:
             kinds = {"trn": others, "val": others, "test": [self.left_out]}
             split = {"pfwillow_kinds": {"kinds": kinds, "every": {"val": 9}}}
             options += ["--plugins=pfwillow_kinds", "--data.options=" + json.dumps(split)]
-        return options
+        return options + args.option
 
 
 # ---------------------------------------------------------------------- one run
@@ -303,5 +303,11 @@ if __name__ == "__main__":
     parser.add_argument("--data_root", default=ROOT / "data", type=lambda path: Path(path).absolute(), help=where)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--option", action="append", default=[], help="a further option of each `lightning` command")
+    parser.add_argument("--out", type=Path, help="folder of results and runs; default: benchmarks/results, runs/study")
     arguments = parser.parse_args()
+    if arguments.out:
+        RESULTS, RUNS = arguments.out.resolve(), arguments.out.resolve() / "runs"
+        RATES = RESULTS / "learning_rates.csv"
+        RESULTS.mkdir(parents=True, exist_ok=True)
     zero_shot(arguments) if arguments.study == "zero_shot" else study(arguments)

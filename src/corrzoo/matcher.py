@@ -51,16 +51,16 @@ class Matcher(LightningModule, ABC):
         warmup_steps: Optimiser steps over which the rate rises linearly, for `constant` and `cosine`.
         milestones: Epochs at which `step` multiplies the rate by `gamma`.
         gamma: The factor of `step`.
-        protocol: How PCK is scored, a name of `list_protocols()`; without a threshold kind (`default`,
-            `actr`) the dataset's customary kind is added.
+        protocol: PCK protocol, a name of `list_protocols()`; without a threshold kind, the dataset's own is added.
         alphas: PCK thresholds as shares of the reference length.
         backend: Which implementation of the correlation runs: `auto`, `torch` or `triton`.
+        compile: Compile backbones and head by `torch.compile`. The first steps take minutes.
         feature_cache_mb: Memory for features that are computed once an image: in evaluation, and as much again in
             training with a frozen backbone (`finetune: none`) and without augmentation; 0 turns reuse off.
     """
 
     hparams: Any
-    evaluation_options: ClassVar[frozenset[str]] = frozenset({"protocol", "alphas", "backend", "feature_cache_mb"})
+    evaluation_options: ClassVar[frozenset[str]] = frozenset("protocol alphas backend compile feature_cache_mb".split())
     """Options that may differ between a checkpoint's training and its evaluation."""
     image_size: int | Size = 224
     """Network image for inference: its side or (H, W)."""
@@ -86,6 +86,7 @@ class Matcher(LightningModule, ABC):
         protocol: str = "default",
         alphas: tuple[float, ...] = (0.05, 0.1, 0.15),
         backend: Literal["auto", "torch", "triton"] = "auto",
+        compile: bool = False,
         feature_cache_mb: int = 1024,
     ) -> None:
         super().__init__()
@@ -153,11 +154,8 @@ class Matcher(LightningModule, ABC):
         trained = [p for p in self.parameters() if p.requires_grad]
         head = [p for p in trained if id(p) not in in_backbone]
         backbone = [p for p in trained if id(p) in in_backbone]
-        groups = [
-            {"name": "head", "params": head, "lr": self.hparams.lr},
-            {"name": "backbone", "params": backbone, "lr": self.hparams.backbone_lr},
-        ]
-        return [g for g in groups if g["params"]]
+        groups = [("head", head, self.hparams.lr), ("backbone", backbone, self.hparams.backbone_lr)]
+        return [{"name": name, "params": params, "lr": lr} for name, params, lr in groups if params]
 
     def forward(self, src_img: Tensor, trg_img: Tensor) -> Match:
         """Match two batches of images (B, 3, H, W): uint8, or float normalised for the backbone."""

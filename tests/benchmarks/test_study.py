@@ -30,7 +30,7 @@ STUDIES = list(study.DATASETS)
 
 def arguments(name, **changed):
     given = {"seeds": [0], "heads": list(study.HEADS), "pairs": 10_000, "ablations": False, "data_root": "data"}
-    return argparse.Namespace(study=name, device="cpu", jobs=1, **given | changed)
+    return argparse.Namespace(study=name, device="cpu", jobs=1, option=[], **given | changed)
 
 
 @pytest.fixture

@@ -124,7 +124,7 @@ def test_checkpointing_changes_memory_but_neither_loss_nor_gradients(head):
     assert loss == same_loss and loss > 0 and gradients.keys() == same_gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(same_gradients[name], gradient, rtol=0, atol=0, msg=name)
-    assert fewer < 0.7 * kept
+    assert fewer < {"ACTR": 0.2, "LPMFlow": 0.1}[head] * kept
 
 
 def own_cell_rate(head, **options):

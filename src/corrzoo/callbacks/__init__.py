@@ -2,6 +2,7 @@
 
 from lightning.pytorch import Callback
 
+from corrzoo.callbacks.compiling import Compile
 from corrzoo.callbacks.finite import FiniteLoss
 from corrzoo.callbacks.pictures import PICTURES, MatchImages
 from corrzoo.callbacks.results import ResultsWriter, ScoreTable
@@ -11,6 +12,6 @@ __all__ = ["PICTURES", "MatchImages", "ResultsWriter", "ScoreTable", "default_ca
 
 
 def default_callbacks() -> list[Callback]:
-    """Callbacks of every run: the finite-loss check, result files, pictures, stop signals and the random state."""
+    """Callbacks of every run: compilation, finite-loss check, result files, pictures, stop signals, random state."""
     pictures = MatchImages(kinds=list(PICTURES), stages=["predict"])
-    return [FiniteLoss(), ResultsWriter(), pictures, StopSignals(), RandomState()]
+    return [Compile(), FiniteLoss(), ResultsWriter(), pictures, StopSignals(), RandomState()]

@@ -1,11 +1,13 @@
 """Folder of a run, `runs/<head>-<backbone>/<run>`: its configuration, checkpoints, results and pictures."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
 
 
 def group_name(head: str, backbone: str) -> str:
@@ -13,7 +15,7 @@ def group_name(head: str, backbone: str) -> str:
     return f"{head}-{backbone.replace('/', '-')}"
 
 
-def name_run(config: Namespace, command: str, root: Path) -> None:
+def name_run(config: "Namespace", command: str, root: Path) -> None:
     """Set the logger's folder, and name an evaluation after the run that it evaluates.
 
     Lightning's loggers number training runs: `version_0`, `version_1`. A test of `version_0`'s checkpoint becomes

@@ -20,6 +20,7 @@ from corrzoo.heads.tokens import (
     CrossAttention,
     FeatureProjection,
     FlowHead,
+    Recomputed,
     SoftArgmax,
     TokenMatcher,
     WindowRefinement,
@@ -288,7 +289,7 @@ class FeatureSuperResolution(nn.Module):
         return m, s2
 
 
-class MatchingDecoder(nn.Module):
+class MatchingDecoder(Recomputed):
     """One block that matches source and target tokens, which may have different scales.
 
     `tokens` is the number of tokens at each scale that occurs, by its name.
@@ -306,7 +307,7 @@ class MatchingDecoder(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = mlp(dim, dropout)
 
-    def forward(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def compute(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, 1 + N, C) and (B, 1 + M, C) -> the same, and the correlation of their cells (B, N, M).
 
         As released, the source has no MLP after its self-attention.

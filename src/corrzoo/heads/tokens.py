@@ -5,6 +5,7 @@ a flow on a finer one. Tokens are (B, 1 + g*g, C): the class token first, then t
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -43,7 +44,8 @@ class TokenMatcher(Matcher):
         init: Initial weights: `paper`, or `aligned`. our choice: with `aligned`, queries and keys of the
             cross-attentions have the same orthogonal weights and the refinement's update of the flow is zero, so
             training starts from matches by feature similarity instead of random ones.
-        checkpointing: Recompute the refinement in the backward pass. Saves memory, costs time, changes no result.
+        checkpointing: Recompute the refinement, and LPMFlow's decoders, in the backward pass. Saves memory, costs time,
+            changes no result.
         **options: Options of Matcher.
     """
 
@@ -103,7 +105,7 @@ class TokenMatcher(Matcher):
     def apply_options(self) -> None:
         """Apply the options `init` and `checkpointing` to the modules; called at the end of a head's `__init__`."""
         for module in self.modules():
-            if isinstance(module, WindowRefinement):
+            if isinstance(module, Recomputed):
                 module.checkpointing = self.hparams.checkpointing
             elif isinstance(module, CrossAttention | FlowHead) and self.hparams.init == "aligned":
                 module.align()
@@ -180,11 +182,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 # ---------------------------------------------------------------------- refinement
 
 
-class WindowRefinement(nn.Module):
-    """One Swin block without shift, a normalised residual around it, and channel attention."""
+class Recomputed(nn.Module):
+    """A module that can keep its inputs alone for the backward pass, and compute the rest again there."""
 
     checkpointing = False
-    """Keep nothing but the input for the backward pass, and compute the rest again there."""
+    compute: Callable[..., Any]
+
+    def forward(self, *inputs: Tensor) -> Any:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.compute, *inputs, use_reentrant=False)
+        return self.compute(*inputs)
+
+
+class WindowRefinement(Recomputed):
+    """One Swin block without shift, a normalised residual around it, and channel attention."""
 
     def __init__(self, dim: int, window: int) -> None:
         super().__init__()
@@ -196,13 +207,8 @@ class WindowRefinement(nn.Module):
         self.channels = ChannelAttention(dim)
         self.apply(init_linear)
 
-    def forward(self, maps: Tensor) -> Tensor:
+    def compute(self, maps: Tensor) -> Tensor:
         """(B, C, h, w) -> the same."""
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.refine, maps, use_reentrant=False)
-        return self.refine(maps)
-
-    def refine(self, maps: Tensor) -> Tensor:
         x = maps.permute(0, 2, 3, 1)  # (B, h, w, C)
         z = x + self.attention(self.norm1(x))
         z = z + self.mlp(self.norm2(z))

