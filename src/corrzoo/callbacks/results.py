@@ -207,7 +207,7 @@ def describe_training(trainer: Trainer) -> dict[str, Any] | None:
 
 
 def breakdown_table(name: str, metric: BenchmarkMetric, values: dict[str, float], breakdown: dict[str, Any]) -> Table:
-    """Scores by category and over all pairs, for a terminal."""
+    """Scores by category, over all pairs, and of geometry-aware keypoints, for a terminal."""
     how, columns = metric.describe(), metric.columns()
     title = f"{metric.name} on {name} (%), {how['protocol']}, average per {how['average']}"
     table = Table(title=title)
@@ -218,6 +218,8 @@ def breakdown_table(name: str, metric: BenchmarkMetric, values: dict[str, float]
     table.add_section()
     pairs = sum(row["pairs"] for row in breakdown["category"].values())
     table.add_row("all", str(pairs), *(f"{values[key]:.1f}" for _, _, key in columns))
+    if aware := breakdown.get("geometry", {}).get("aware"):
+        table.add_row("geometry-aware", str(aware["pairs"]), *(f"{aware[key]:.1f}" for _, key, _ in columns))
     return table
 
 
