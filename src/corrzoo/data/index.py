@@ -131,14 +131,14 @@ def build_index(
         starts=np.cumsum([(0, 0), *((len(src), len(trg)) for src, trg in zip(src_points, trg_points, strict=True))], 0),
         boxes=torch.stack(boxes).view(-1, 2, 4).numpy(),
         kps_ids=torch.cat(kps_ids).numpy(),
-        alike=torch.cat([alike_of(r) for r in records]).numpy(),
+        alike=torch.cat([_alike(r) for r in records]).numpy(),
         flags=np.array([[r.flags.get(name, -1) for name in DIFFICULTIES] for r in records]),
         flip=np.array([r.flip for r in records]),
         outlines=np.array(records[0].src_polygon is not None),
     )
 
 
-def alike_of(record: Record) -> Tensor:
+def _alike(record: Record) -> Tensor:
     """(n, 2) bool: the record's `src_alike` and `trg_alike`, False where unknown."""
     unknown = torch.zeros(len(record.src_kps), dtype=torch.bool)
     return torch.stack([unknown if a is None else a for a in (record.src_alike, record.trg_alike)], dim=1)

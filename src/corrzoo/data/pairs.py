@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from corrzoo.data.index import BORDER, alike_of, build_index, cached_index
+from corrzoo.data.index import BORDER, build_index, cached_index
 from corrzoo.data.packed import PackedImages, pack_images
 from corrzoo.geometry import Size, resize_points
 from corrzoo.images import read_rgb, to_tensor
@@ -154,13 +154,13 @@ class PairDataset(Dataset[Pair], ABC):
         sizes = torch.from_numpy(np.array([record.src_size, record.trg_size, self.size[::-1]], dtype=np.float64))
         src_size, trg_size, new = sizes.unbind()  # (w, h) each
         kps_ids, mirror_ids = torch.from_numpy(self._ids(record)).unbind()
-        src_alike, trg_alike = alike_of(record).unbind(1)
+        mask = torch.ones(len(record.src_kps), dtype=torch.bool)
         sample = Pair(
             src_img=self._image(src),
             trg_img=self._image(trg),
             src_kps=resize_points(record.src_kps, src_size, new).float(),
             trg_kps=resize_points(record.trg_kps, trg_size, new).float(),
-            kps_mask=torch.ones(len(record.src_kps), dtype=torch.bool),
+            kps_mask=mask,
             src_size=src_size.float(),
             trg_size=trg_size.float(),
             src_box=torch.full((4,), torch.nan) if record.src_box is None else record.src_box.float(),
@@ -172,8 +172,8 @@ class PairDataset(Dataset[Pair], ABC):
             difficulty=numbers[4:],
             kps_ids=kps_ids,
             mirror_ids=mirror_ids,
-            src_alike=src_alike,
-            trg_alike=trg_alike,
+            src_alike=~mask if record.src_alike is None else record.src_alike,
+            trg_alike=~mask if record.trg_alike is None else record.trg_alike,
         )
         if record.flip:  # mirrored images are numbered after the images on disk
             sample = mirror(sample)._replace(
