@@ -1,7 +1,8 @@
 """Cost of a head: forward and training step as ratios to its backbone alone, parameters, FLOPs, peak memory.
 
 Each pair of head and backbone has a process of its own. Head and backbone are timed in turns, and a ratio is the median
-over the rounds. Writes benchmarks/results/step_<device>.csv. Run `python benchmarks/step.py --heads ACTR LPMFlow`.
+over the rounds. Adds its rows to benchmarks/results/step_<device>.csv. Run `python benchmarks/step.py --heads ACTR LPMFlow`.
+With `--rounds 0` it counts parameters and FLOPs and times nothing; the cells of times are empty, or stay as they are.
 """
 
 import argparse
@@ -108,6 +109,8 @@ def measure(head: str, backbone: str, args: argparse.Namespace) -> dict[str, Any
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             run()  # the counter leaves out the CPU's fused attention
         row[key] = round(counter.get_total_flops() / 1e9 / args.batch, 1)  # of a pair
+    if not args.rounds:
+        return row
     row |= ratios("forward", *runs["forward"], args)
     model.train()
     alone = stepping(lambda: features(both), (p for p in model.backbone.parameters() if p.requires_grad))
@@ -141,7 +144,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of timing; 0 counts alone")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="output folder of the CSV")
     args = parser.parse_args()
     name = re.sub(r"\W+", "_", torch.cuda.get_device_name() if args.device == "cuda" else "cpu").lower()
@@ -157,10 +160,20 @@ def main() -> None:
                     continue
             print(rows[-1], flush=True)
     if rows:
-        with (args.out / f"step_{name}.csv").open("w", newline="") as file:
-            table = csv.DictWriter(file, fieldnames=rows[0], lineterminator="\n")
-            table.writeheader()
-            table.writerows(rows)
+        write(args.out / f"step_{name}.csv", rows)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Add rows to a table. A row takes the place of an older one of the same head, backbone and sizes."""
+    table: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in [*(csv.DictReader(path.open()) if path.exists() else ()), *rows]:
+        key = tuple(str(row[name]) for name in ("head", "backbone", "size", "batch"))
+        table[key] = table.get(key, {}) | row
+    with path.open("w", newline="") as file:
+        fields = max(table.values(), key=len)
+        writer = csv.DictWriter(file, fieldnames=fields, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table.values())
 
 
 if __name__ == "__main__":
