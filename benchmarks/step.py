@@ -1,8 +1,9 @@
 """Cost of a head: forward and training step as ratios to its backbone alone, parameters, FLOPs, peak memory.
 
-Head and backbone are timed in turns, and a ratio is the median over the rounds. With `--compile`, the model is measured
-once more, compiled as `--model.compile true` does. On a GPU, `host_syncs` counts how often a training step waits for
-the device. Writes benchmarks/results/step_<device>.csv. Run `python benchmarks/step.py --heads ACTR LPMFlow`.
+Head and backbone are timed in turns, and a ratio is the median over the rounds. With `--rounds 0` nothing is timed, and
+parameters and FLOPs are counted. With `--compile`, the model is measured once more, compiled as `--model.compile true`
+does. On a GPU, `host_syncs` counts how often a training step waits for the device. Adds its rows to
+benchmarks/results/step_<device>.csv. Run `python benchmarks/step.py --heads ACTR LPMFlow`.
 """
 
 import argparse
@@ -38,6 +39,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 """Options of the paper's model that differ from the defaults; a CNN of stride 32 has the same 256 px input."""
 CONFIGS = Path(__file__).resolve().parents[1] / "zoo_configs"
+
+KEY = ("head", "backbone", "size", "batch", "precision", "compiled")
+"""What tells the rows of the table apart."""
 
 
 def options_of(head: str, backbone: str) -> dict[str, Any]:
@@ -130,6 +134,8 @@ def measure_precision(
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             run()  # the counter leaves out the CPU's fused attention
         row[key] = round(counter.get_total_flops() / 1e9 / args.batch, 1)  # of a pair
+    if not args.rounds:
+        return row
     if compiled:
         compile_matcher(model, graphs=args.device == "cuda")
     row |= ratios("forward", *runs["forward"], args)
@@ -188,13 +194,12 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="also compiled, in the last of the precisions")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--options", type=json.loads, default={}, help="further options of each head, as JSON")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of timing; 0 counts alone")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing new after so many")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="output folder of the CSV")
     args = parser.parse_args()
     name = re.sub(r"\W+", "_", torch.cuda.get_device_name() if args.device == "cuda" else "cpu").lower()
-    start, path = time.monotonic(), args.out / f"step_{name}.csv"
-    rows: list[dict[str, Any]] = []
+    start = time.monotonic()
     for backbone, head, precisions, compiled in cases(args):
         what = f"{head} on {backbone}, {' '.join(precisions)}{', compiled' * compiled}"
         if time.monotonic() - start > args.seconds:
@@ -203,16 +208,26 @@ def main() -> None:
         context = multiprocessing.get_context("spawn")  # a fresh process each: peak memory is a process's
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             try:
-                rows += pool.submit(measure, head, backbone, precisions, compiled, args).result()
+                rows = pool.submit(measure, head, backbone, precisions, compiled, args).result()
             except (ZooError, torch.OutOfMemoryError) as error:
                 print(f"{what} is skipped: {error}", flush=True)
                 continue
         print(rows[-1], flush=True)
-        args.out.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            table = csv.DictWriter(file, fieldnames=rows[0], lineterminator="\n")
-            table.writeheader()
-            table.writerows(rows)
+        write(args.out / f"step_{name}.csv", rows)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Add rows to a table. A row takes the place of an older one of the same model, sizes and precision."""
+    table: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in [*(csv.DictReader(path.open()) if path.exists() else ()), *rows]:
+        key = tuple(str(row[name]) for name in KEY)
+        table[key] = table.get(key, {}) | row
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        fields = max(table.values(), key=len)
+        writer = csv.DictWriter(file, fieldnames=fields, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table.values())
 
 
 def cases(args: argparse.Namespace) -> list[tuple[str, str, list[str], bool]]:

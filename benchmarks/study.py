@@ -35,7 +35,17 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS, CONFIGS, RUNS = ROOT / "benchmarks" / "results", ROOT / "zoo_configs", ROOT / "runs" / "study"
 RATES = RESULTS / "learning_rates.csv"
 
-HEADS = ("baseline", "gsf", "vitsc", "lpmflow", "actr")
+HEADS = ("baseline", "gsf", "vitsc", "lpmflow", "actr", "ncnet", "geoaware", "cats", "transformatcher")
+SIZES = {
+    "ncnet": ("--model.levels=[blocks.4.2, blocks.2.1]",),  # it matches on the grid of the last level
+    "geoaware": ("--model.grid=12",),
+    "cats": ("--model.grid=12",),
+    "transformatcher": (
+        "--model.grid=12",
+        "--model.layers=2",
+    ),  # 20,736 matches: 6 layers would take 3 times ACTR's time
+}
+"""Options of heads whose demos do not match on 12 x 12 cells."""
 ABLATIONS = {
     "actr": ("no_cross_attention", "no_reweighting", "no_multi_path", "no_super_resolution"),
     "lpmflow": ("no_larl", "no_contrastive_loss", "no_pfsr", "no_mmfi"),
@@ -109,6 +119,7 @@ class Run:
         finetune = self.study in ("cub_finetuned", "synthetic")
         options = [f"--seed_everything={self.seed}", f"--data.root={args.data_root}"]
         options += [f"--trainer.accelerator={args.device}", f"--model.finetune={'all' if finetune else 'none'}"]
+        options += SIZES.get(self.head, ())
         if self.pairs:
             options += [f"--model.lr={self.lr}", f"--model.backbone_lr={self.lr}", f"--trainer.max_steps={self.steps}"]
         if self.head == "gsf" and self.study == "synthetic":

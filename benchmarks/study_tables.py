@@ -13,9 +13,19 @@ from corrzoo.leaderboard.rows import Spread
 PAIRS = 10_000
 """Training pairs that a run must have seen to be shown."""
 ALPHAS = (0.05, 0.1, 0.15)
-NAMES = {"vitsc": "ViTSC", "lpmflow": "LPMFlow", "actr": "ACTR", "baseline": "Baseline", "gsf": "GSF"}
-"""Heads in the order of the rows: that of their published SPair-71k scores, and GSF, which needs no keypoints, last."""
-LEARNS = dict.fromkeys(NAMES, "keypoints") | {"gsf": "images"}
+NAMES = {
+    "geoaware": "GeoAware",
+    "vitsc": "ViTSC",
+    "lpmflow": "LPMFlow",
+    "actr": "ACTR",
+    "transformatcher": "TransforMatcher",
+    "cats": "CATs",
+    "baseline": "Baseline",
+    "gsf": "GSF",
+    "ncnet": "NCNet",
+}
+"""Heads in the order of the rows: that of their published SPair-71k scores, and last those that need no keypoints."""
+LEARNS = dict.fromkeys(NAMES, "keypoints") | dict.fromkeys(("gsf", "ncnet"), "images")
 SEEDS = {"cub_frozen": (0, 1, 2), "cub_finetuned": (0,), "synthetic": (0,), "leave_one_out": (0,)}
 """Seeds that a complete study has."""
 TITLES = {
@@ -219,7 +229,7 @@ def picture() -> Any:
     start = study.MARKS[1] / 2  # the place of 0 on a logarithmic axis
     for (name, runs), ax in zip(shown.items(), axes[0], strict=False):
         for k, (head, title) in enumerate(NAMES.items()):
-            style: dict[str, Any] = {"color": f"C{k}", "marker": "o^sDP"[k], "ms": 5, "label": title}
+            style: dict[str, Any] = {"color": f"C{k}", "marker": "o^sDPvX*<"[k], "ms": 5, "label": title}
             if found := runs.get(head):
                 points = curve(found)
                 ax.plot([seen or start for seen in points], list(points.values()), **style)
@@ -233,5 +243,5 @@ def picture() -> Any:
         ax.set_xlabel("training pairs seen")
         ax.grid(alpha=0.4)
     axes[0, 0].set_ylabel("PCK @.10, validation pairs")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(NAMES), fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4 * panels, fontsize=8)
     return figure

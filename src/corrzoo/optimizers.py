@@ -26,6 +26,7 @@ def create_schedule(options: Any, optimizer: Optimizer, trainer: Trainer) -> LRS
         by_epoch = MultiStepLR(optimizer, options.milestones or [], options.gamma)
         return {"scheduler": by_epoch, "interval": "epoch"}
     if options.schedule == "one-cycle":
+        # It needs the number now, so Lightning makes the loaders early, see below; a resume is exact all the same.
         rates, steps = [group["lr"] for group in optimizer.param_groups], int(trainer.estimated_stepping_batches)
         return {"scheduler": OneCycleLR(optimizer, rates, steps), "interval": "step"}
     if options.schedule == "constant" and not options.warmup_steps:

@@ -51,12 +51,18 @@ class Record:
     """(m', 2) float64."""
     kps_ids: Tensor | None = None
     """(n,) int64: the part that each keypoint marks, as the dataset numbers its parts; None if unknown."""
+    src_alike: Tensor | None = None
+    """(n,) bool: whether another part that looks like the keypoint's is visible in the source; None if unknown."""
+    trg_alike: Tensor | None = None
+    """(n,) bool, likewise in the target. Where True, the keypoint is geometry-aware (GeoAware-SC, CVPR 2024)."""
 
 
 EVERYWHERE = torch.ones(1, 1)
 """The mask of an object that may be anywhere in its image."""
 UNKNOWN = torch.tensor([-1])
 """Keypoint ids when none is known; broadcasts to any number of keypoints."""
+NONE_ALIKE = torch.tensor([False])
+"""`Pair.src_alike` when nothing is known; broadcasts to any number of keypoints."""
 
 
 class Pair(NamedTuple):
@@ -102,6 +108,10 @@ class Pair(NamedTuple):
     """(B, K) int64: the part that each keypoint marks in both images; -1 if unknown, and where kps_mask is False."""
     mirror_ids: Tensor = UNKNOWN
     """(B, K) int64: kps_ids once both images are mirrored, as a left eye is then a right eye; -1 if unknown."""
+    src_alike: Tensor = NONE_ALIKE
+    """(B, K) bool: whether another part that looks like the keypoint's is visible in the source; False if unknown."""
+    trg_alike: Tensor = NONE_ALIKE
+    """(B, K) bool, like src_alike."""
 
     def swapped(self) -> "Pair":
         """The same pairs asked the other way round: what was target is queried, what was source is answered."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 from scipy.io import savemat
@@ -23,6 +24,7 @@ import study_tables  # noqa: E402
 from corrzoo.cli import main  # noqa: E402
 from corrzoo.data.pairs import DATASETS  # noqa: E402
 from corrzoo.data.readers.pfwillow import CATEGORIES  # noqa: E402
+from corrzoo.heads import create_matcher  # noqa: E402
 from corrzoo.types import ZooError  # noqa: E402
 
 STUDIES = list(study.DATASETS)
@@ -134,7 +136,7 @@ def test_all_heads_have_the_same_recipe(name, head, capsys):
     model, data, trainer = config["model"]["init_args"], config["data"], config["trainer"]
     assert config["seed_everything"] == 2
     assert (model["lr"], model["backbone_lr"], model["optimizer"], model["schedule"]) == (3e-3, 3e-3, "adamw", "cosine")
-    assert (model["backbone"], model["levels"]) == ("efficientnet_lite0", ["blocks.2.1", "blocks.4.2"])
+    assert (model["backbone"], sorted(model["levels"])) == ("efficientnet_lite0", ["blocks.2.1", "blocks.4.2"])
     assert model["finetune"] == ("none" if name in ("cub_frozen", "leave_one_out") else "all")
     assert (data["image_size"], data["augment"]) == (96, "none")
     assert trainer["max_steps"] * data["batch_size"] == 9_600 and trainer["max_epochs"] == -1
@@ -153,6 +155,21 @@ def test_every_head_matches_on_the_same_grid():
     }
     assert (read["baseline"]["stride"], read["vitsc"]["attend_at"]) == (8, "stride8")
     assert (read["actr"]["grid"], read["gsf"]["grid"], 2 * read["lpmflow"]["grid"]) == (12, 12, 12)
+
+
+@pytest.mark.parametrize("head", study.SIZES)
+def test_heads_of_other_demo_sizes_match_on_the_grid_of_the_study(head):
+    """The answer of TransforMatcher has twice as many cells a side as its matches, in the paper as well."""
+    options = yaml.safe_load((study.CONFIGS / f"demo/{head}.yaml").read_text())["model"]
+    name, given = options["class_path"], options["init_args"]
+    for option in study.SIZES[head]:
+        key, _, value = option.removeprefix("--model.").partition("=")
+        given[key] = yaml.safe_load(value)
+    model = create_matcher(name, **given | {"weights": "random"}).eval()
+    with torch.no_grad():
+        flow = model(*torch.zeros(2, 1, 3, 96, 96).unbind()).flow
+    cells = 24 if head == "transformatcher" else 12
+    assert flow.shape == (1, 2, cells, cells) and getattr(model, "grid", 12) in (12, (12, 12))
 
 
 def test_every_ablation_and_zero_shot_run_has_its_files():
@@ -277,7 +294,7 @@ def test_tables_are_means_over_seeds_and_say_what_is_missing(folders):
     assert "| ViTSC | `table4_none` | not run yet |" in study_tables.parts()
     assert "| photographs (CUB), frozen features | ACTR | 2.0 | 11.0 | 20.0 |  |" in study_tables.curves()
     (frozen,) = [line for line in study_tables.missing().splitlines() if "frozen" in line]
-    assert "| 4 of 27 |" in frozen and "`vitsc` (0, 1, 2)" in frozen and "`actr_no_reweighting` (0)" in frozen
+    assert "| 4 of 39 |" in frozen and "`vitsc` (0, 1, 2)" in frozen and "`actr_no_reweighting` (0)" in frozen
     assert "`actr` " not in frozen and "`actr_no_multi_path`" not in frozen
 
 

@@ -30,6 +30,7 @@ CASES = {
         **{"backbone": "efficientnet_lite0", "finetune": "none", "grid": 4, "depth": 1, "width": 32},
         "levels": ["blocks.2.1", "blocks.4.2"],
     },  # its feature cache is empty after a resume
+    "Baseline, one-cycle": {"schedule": "one-cycle"},  # its rates need the number of steps of the whole training
 }
 
 

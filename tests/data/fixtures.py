@@ -72,7 +72,10 @@ def spair_annotation(src: str, trg: str, number: int, n: int = 3) -> dict:
 
 
 def write_spair(root: Path, colon: str = ":") -> dict[str, list[dict]]:
-    """SPair-71k with 5 images: trn has 4 pairs (2 in the small layout), val 2, test 3. Returns them by split."""
+    """SPair-71k with 5 images: trn has 4 pairs (2 in the small layout), val 2, test 3. Returns them by split.
+
+    It has no image annotations.
+    """
     home = root / "SPair-71k"
     for name, (size, kps) in SPAIR_KPS.items():
         draw(home / "JPEGImages" / name, size, kps)
@@ -121,6 +124,7 @@ def write_synthetic_spair(
                 path = home / "JPEGImages" / category / note["filename"]
                 path.parent.mkdir(parents=True, exist_ok=True)
                 render(v).save(path, quality=95)
+                _write_text(home / "ImageAnnotation" / category / f"{path.stem}.json", json.dumps(note))
             ordered = rng.permutation(list(permutations(range(images_per_category), 2))).tolist()
             for i, j in ordered[: len(range(c, pairs_per_split, len(OBJECTS)))]:
                 flags = difficulty(views[i], views[j]) | {"mirror": int(views[i].mirrored != views[j].mirrored)}

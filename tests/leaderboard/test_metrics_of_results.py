@@ -1,9 +1,13 @@
 """The leaderboard reads what the zoo's metrics write: their measures, scores and breakdowns."""
 
+import csv
+import io
+
 import pytest
 import torch
 from made_up import result
 
+from corrzoo.leaderboard.render import to_csv
 from corrzoo.leaderboard.rows import Spread
 from corrzoo.scoring.label_transfer import LabelTransfer
 from corrzoo.scoring.pck import PCK
@@ -30,6 +34,18 @@ def test_pck_is_averaged_over_images_or_points_as_the_protocol_says(board, proto
     assert row.groups["category", "bus"]["PCK @0.1"].mean == pytest.approx(mean)
     assert row.groups["viewpoint", "hard"]["PCK @0.1"].mean == pytest.approx(25.0)
     assert ("truncation", "none") in row.groups and ("viewpoint", "medium") not in row.groups
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_geometry_aware_scores_are_a_group_of_their_own(board):
+    """Two pairs with 4 keypoints of which 2 are geometry-aware: 1 of them is correct, then 0; 2 others, then 1."""
+    metric = PCK("default:bbox", (0.1,), categories=["bus"])
+    metric.table.append(torch.tensor([[0, 0, 0, 0, 0, 0, 4, 3, 2, 1], [1, 0, 0, 0, 0, 0, 4, 1, 2, 0]]))
+    (ranking,) = board(as_written(metric))
+    groups = {group: spread["PCK @0.1"].mean for group, spread in ranking.rows[0].groups.items()}
+    assert (groups["geometry", "aware"], groups["geometry", "other"]) == (25.0, 75.0)
+    lines = list(csv.DictReader(io.StringIO(to_csv([ranking]))))
+    assert [line["measured"] for line in lines if (line["group"], line["level"]) == ("geometry", "aware")] == ["25.0"]
 
 
 def test_label_transfer(board):

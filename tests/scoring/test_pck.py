@@ -483,6 +483,44 @@ def test_rows_and_breakdown_equal_plain_loops() -> None:
     assert counted == sum(r.flags["viewpoint"] >= 0 for r in records) < 17
 
 
+@pytest.mark.parametrize(("protocol", "evaluated"), [("default:bbox", "trg"), ("cats:bbox", "src")])
+def test_geometry_aware_scores_equal_plain_loops(protocol: str, evaluated: str) -> None:
+    """Also for batches of different widths, without the flags, and where a pair has none or only such keypoints."""
+    records, preds = benchmark(14, protocol)
+    rng = random.Random(4)
+    alike = {
+        i: {side: [rng.random() < i % 3 / 2 for _ in r.trg_kps] for side in ("src", "trg")}
+        for i, r in enumerate(records)
+    }
+    metric = PCK(protocol, (0.05, 0.1))
+    for i, (record, pred) in enumerate(zip(records, preds, strict=True)):
+        n, K = len(pred), len(pred) + i % 2  # the padding is not counted
+        flags = {f"{side}_alike": torch.tensor([found + [True] * (K - n)]) for side, found in alike[i].items()}
+        pair = collate([record], [i], K)._replace(**(flags if i % 3 else {}))  # unknown without
+        metric.update(torch.cat([pred, torch.zeros(K - n, 2)])[None], pair)
+    groups = metric.breakdown()["geometry"]
+    for name in ("aware", "other"):
+        for alpha in (0.05, 0.1):
+            fractions, right, points = [], 0, 0
+            for i, (record, pred) in enumerate(zip(records, preds, strict=True)):
+                hits = by_point(pred, record, protocol, alpha)
+                chosen = [hit for hit, yes in zip(hits, alike[i][evaluated], strict=True) if yes == (name == "aware")]
+                fractions += [sum(chosen) / len(chosen)] if chosen else []
+                right, points = right + sum(chosen), points + len(chosen)
+            assert groups[name]["pairs"] == len(fractions) < 14 and groups[name]["points"] == points > 0
+            assert groups[name][f"pck@{alpha}/image"] == pytest.approx(100 * sum(fractions) / len(fractions), abs=1e-10)
+            assert groups[name][f"pck@{alpha}/point"] == pytest.approx(100 * right / points, abs=1e-10)
+    plain = feed(PCK(protocol, (0.05, 0.1)), records, preds, list(range(14)), 5)
+    assert plain.compute() == metric.compute() and "geometry" not in plain.breakdown()
+
+
+def by_point(pred: torch.Tensor, record: Record, protocol: str, alpha: float) -> list[bool]:
+    """Which keypoints are correct, each as a record of one keypoint; boxes are annotated."""
+    points = zip(pred, record.src_kps, record.trg_kps, strict=True)
+    ones = ((p[None], replace(record, src_kps=s[None], trg_kps=t[None])) for p, s, t in points)
+    return [by_hand(p, one, protocol, (alpha,)) == [1.0] for p, one in ones]
+
+
 def test_scores_do_not_depend_on_order_batches_or_repeats() -> None:
     records, preds = benchmark(31)
     one = feed(PCK(), records, preds, list(range(31)), 31)

@@ -217,7 +217,7 @@ def describe_training(trainer: Trainer) -> dict[str, Any] | None:
 
 
 def breakdown_table(name: str, metric: BenchmarkMetric, scores: dict[str, Any]) -> Table:
-    """Scores by category and over all pairs, for a terminal. `scores` are from `describe_scores`."""
+    """Scores by category, over all pairs, and of geometry-aware keypoints; `scores` are from `describe_scores`."""
     values, breakdown = scores[metric.name.lower().replace(" ", "_")], scores["breakdown"]
     how, columns = metric.describe(), metric.columns()
     title = f"{metric.name} on {name} (%), {how['protocol']}, average per {how['average']}"
@@ -228,6 +228,8 @@ def breakdown_table(name: str, metric: BenchmarkMetric, scores: dict[str, Any]) 
         table.add_row(category, str(row["pairs"]), *(f"{row[key]:.1f}" for _, key, _ in columns))
     table.add_section()
     table.add_row("all", str(scores["pairs"]), *(f"{values[key]:.1f}" for _, _, key in columns))
+    if aware := breakdown.get("geometry", {}).get("aware"):
+        table.add_row("geometry-aware", str(aware["pairs"]), *(f"{aware[key]:.1f}" for _, key, _ in columns))
     return table
 
 

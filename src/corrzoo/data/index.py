@@ -22,7 +22,7 @@ from corrzoo.files import cache_folder, whole_file
 from corrzoo.registry import nearest
 from corrzoo.types import DIFFICULTIES, Record, ZooError
 
-FORMAT = 5
+FORMAT = 6
 """Version of the cache. Increase it when `AnnotationIndex` or the output of a reader changes."""
 
 LARGEST = 1 << 20
@@ -47,6 +47,7 @@ class AnnotationIndex(NamedTuple):
     starts: NDArray  # (N + 1, 2) int64: pair i has src_points[starts[i, 0] : starts[i + 1, 0]], trg_points likewise
     boxes: NDArray  # (N, 2, 4) float64 of source and target, NaN if there is none
     kps_ids: NDArray  # (P,) int64 of src_points, -1 if unknown; (0,) for outlines
+    alike: NDArray  # (P, 2) bool, Record.src_alike and trg_alike; False if unknown; (0, 2) for outlines
     flags: NDArray  # (N, 4) int64, -1 if not annotated
     flip: NDArray  # (N,) bool
     outlines: NDArray  # () bool: whether the points are vertices of outlines
@@ -66,6 +67,7 @@ class AnnotationIndex(NamedTuple):
         outlines = bool(self.outlines)
         src_kps, trg_kps = torch.zeros(2, 0, 2, dtype=torch.float64) if outlines else points
         kps_ids = self.kps_ids[src_first:src_last]
+        src_alike, trg_alike = torch.from_numpy(self.alike[src_first:src_last].copy()).unbind(1)
         src_box, trg_box = (None if math.isnan(box[0]) else torch.from_numpy(box.copy()) for box in self.boxes[i])
         return Record(
             src_path=images[src],
@@ -82,6 +84,8 @@ class AnnotationIndex(NamedTuple):
             src_polygon=points[0] if outlines else None,
             trg_polygon=points[1] if outlines else None,
             kps_ids=torch.from_numpy(kps_ids.copy()) if (kps_ids >= 0).any() else None,
+            src_alike=src_alike,
+            trg_alike=trg_alike,
         )
 
 
@@ -127,10 +131,17 @@ def build_index(
         starts=np.cumsum([(0, 0), *((len(src), len(trg)) for src, trg in zip(src_points, trg_points, strict=True))], 0),
         boxes=torch.stack(boxes).view(-1, 2, 4).numpy(),
         kps_ids=torch.cat(kps_ids).numpy(),
+        alike=torch.cat([_alike(r) for r in records]).numpy(),
         flags=np.array([[r.flags.get(name, -1) for name in DIFFICULTIES] for r in records]),
         flip=np.array([r.flip for r in records]),
         outlines=np.array(records[0].src_polygon is not None),
     )
+
+
+def _alike(record: Record) -> Tensor:
+    """(n, 2) bool: the record's `src_alike` and `trg_alike`, False where unknown."""
+    unknown = torch.zeros(len(record.src_kps), dtype=torch.bool)
+    return torch.stack([unknown if a is None else a for a in (record.src_alike, record.trg_alike)], dim=1)
 
 
 def _points(record: Record) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,6 +26,8 @@ DATASETS: Registry[type["PairDataset"]] = Registry("dataset")
 
 Augment = Callable[[Pair, torch.Generator], Pair]
 """An augmentation of one sample. All of its randomness comes from the generator."""
+Groups = Mapping[str, Sequence[tuple[int, ...]]]
+"""Keypoint ids of parts that look alike, by category."""
 
 
 class PairDataset(Dataset[Pair], ABC):
@@ -52,6 +54,8 @@ class PairDataset(Dataset[Pair], ABC):
     """Whether records have outlines of objects, which are scored by label transfer, instead of keypoints."""
     mirror_pairs: ClassVar[dict[str, list[tuple[int, int]]]] = {}
     """Pairs of keypoint ids that a horizontal mirror swaps, by category; "*" for all other categories."""
+    groups: ClassVar[Groups] = {}
+    """Groups of keypoint ids of parts that look alike, such as the four wheels of a bus, by category as above."""
     categories: list[str]
     images: list[Path]
     """The image files by image number; empty if images are rendered."""
@@ -150,12 +154,13 @@ class PairDataset(Dataset[Pair], ABC):
         sizes = torch.from_numpy(np.array([record.src_size, record.trg_size, self.size[::-1]], dtype=np.float64))
         src_size, trg_size, new = sizes.unbind()  # (w, h) each
         kps_ids, mirror_ids = torch.from_numpy(self._ids(record)).unbind()
+        mask = torch.ones(len(record.src_kps), dtype=torch.bool)
         sample = Pair(
             src_img=self._image(src),
             trg_img=self._image(trg),
             src_kps=resize_points(record.src_kps, src_size, new).float(),
             trg_kps=resize_points(record.trg_kps, trg_size, new).float(),
-            kps_mask=torch.ones(len(record.src_kps), dtype=torch.bool),
+            kps_mask=mask,
             src_size=src_size.float(),
             trg_size=trg_size.float(),
             src_box=torch.full((4,), torch.nan) if record.src_box is None else record.src_box.float(),
@@ -167,6 +172,8 @@ class PairDataset(Dataset[Pair], ABC):
             difficulty=numbers[4:],
             kps_ids=kps_ids,
             mirror_ids=mirror_ids,
+            src_alike=~mask if record.src_alike is None else record.src_alike,
+            trg_alike=~mask if record.trg_alike is None else record.trg_alike,
         )
         if record.flip:  # mirrored images are numbered after the images on disk
             sample = mirror(sample)._replace(
@@ -195,7 +202,8 @@ class PairDataset(Dataset[Pair], ABC):
     @staticmethod
     def collate(samples: Sequence[Pair]) -> Pair:
         """Stack samples to a batch. Keypoints are padded to the largest number in a sample."""
-        padding = {"src_kps": 0, "trg_kps": 0, "kps_mask": 0, "kps_ids": -1, "mirror_ids": -1}
+        padding = dict.fromkeys(("src_kps", "trg_kps", "kps_mask", "src_alike", "trg_alike"), 0)
+        padding |= {"kps_ids": -1, "mirror_ids": -1}
         columns = zip(Pair._fields, map(list, zip(*samples, strict=True)), strict=True)
         return Pair(
             *(
@@ -298,6 +306,18 @@ class FolderDataset(PairDataset):
             f"{self.name}: no {paths[0]}{others}: put {self.holds} into {self.home}, or {self.origin}, or run without "
             "data by adding --config zoo_configs/demo.yaml"
         )
+
+    def alike(self, category: str, kps_ids: Tensor, visible: Collection[int]) -> Tensor:
+        """`Record.src_alike` or `Record.trg_alike`, (n,) bool.
+
+        Args:
+            category: Category of the pair.
+            kps_ids: (n,) the part of each keypoint.
+            visible: All parts that are visible in the image, also those that the other image does not show.
+        """
+        groups = self.groups.get(category, self.groups.get("*", ()))
+        others = {part: {*group} - {part} for group in groups for part in group}
+        return torch.tensor([not others.get(k, set()).isdisjoint(visible) for k in kps_ids.tolist()], dtype=torch.bool)
 
     def __len__(self) -> int:
         return len(self._index.pairs)

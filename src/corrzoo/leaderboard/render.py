@@ -131,7 +131,7 @@ def _plain(text: str) -> str:
 
 
 def to_csv(rankings: Sequence[Ranking]) -> str:
-    """A line for each measured row, measure and group of pairs: all pairs first, then each category and difficulty."""
+    """A line for each measured row, measure and group: all pairs, then each category, difficulty and geometry."""
     lines = []
     for ranking, row in ((one, row) for one in rankings for row in one.rows):
         line = {k: getattr(ranking, k) for k in "study dataset split protocol pairs".split()}

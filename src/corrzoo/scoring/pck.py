@@ -37,46 +37,18 @@ def score(
         ZooError: if the protocol is unknown, `pred` has the wrong shape or is not finite, or the record lacks keypoints
             or the boxes that the protocol needs.
     """
-    counts = _count(as_points(pred).cpu(), record, get_protocol(protocol), alphas)
-    return pck_compute(counts)[0]
+    protocol = get_protocol(protocol)
+    hits, mask, _ = _record_hits(as_points(pred).cpu(), record, protocol, alphas)
+    return pck_compute(_counts(hits, mask))[0]
 
 
-def _count(points: Tensor, record: Record, protocol: Protocol, alphas: Sequence[float]) -> Tensor:
-    """(1, 1 + A) counts of one pair, see `pck_update`."""
-    n = len(record.trg_kps)
-    if len(points) != n or n == 0:
-        raise ZooError(f"expected a prediction for each of {n} keypoints (one or more), got {len(points)}")
-    sides = {
-        "src": _record_side(record.src_kps, record.src_size, record.src_box),
-        "trg": _record_side(record.trg_kps, record.trg_size, record.trg_box),
-    }
-    return pck_update(points[None], sides, torch.ones(1, n, dtype=torch.bool), protocol, alphas)
-
-
-def pck_update(
-    pred: Tensor, sides: dict[str, Side], mask: Tensor, protocol: Protocol, alphas: Sequence[float]
-) -> Tensor:
-    """Count correct keypoints.
-
-    Args:
-        pred: (B, K, 2) float64 predictions in original pixels of the evaluated image.
-        sides: Annotations of "src" and "trg"; those of the query only if `protocol.asks_query`.
-        mask: (B, K) bool, True for rows that are keypoints.
-        protocol: The protocol.
-        alphas: Tolerances, A of them.
-
-    Returns:
-        (B, 1 + A) int64: number of keypoints, then number of correct keypoints for each alpha.
-
-    Raises:
-        ZooError: if a prediction is not finite, or a pair lacks the boxes that the protocol needs.
-    """
-    hits = _hits(pred, sides, mask, protocol, alphas)
+def _counts(hits: Tensor, mask: Tensor) -> Tensor:
+    """(B, 1 + A) int64: numbers of keypoints, from a mask (B, K), and of correct ones by alpha, from hits (B, K, A)."""
     return torch.cat([mask.sum(1, keepdim=True), hits.sum(1)], dim=1)
 
 
 def pck_compute(rows: Tensor) -> Tensor:
-    """(N, 1 + A) counts of `pck_update` -> (N, A) float64 fractions of correct keypoints."""
+    """(N, 1 + A) counts of `_counts` -> (N, A) float64 fractions of correct keypoints."""
     return rows[:, 1:].double() / rows[:, :1]
 
 
@@ -124,6 +96,22 @@ def _hits(pred: Tensor, sides: dict[str, Side], mask: Tensor, protocol: Protocol
     return correct(pred, gt, protocol.thresholds(evaluated, query, mask), alphas, mask, protocol.compare)
 
 
+def _record_hits(
+    points: Tensor, record: Record, protocol: Protocol, alphas: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Correct predictions (1, n, A) of one pair, its keypoints (1, n), and those that look alike (1, n)."""
+    n = len(record.trg_kps)
+    if len(points) != n or n == 0:
+        raise ZooError(f"expected a prediction for each of {n} keypoints (one or more), got {len(points)}")
+    sides = {
+        "src": _record_side(record.src_kps, record.src_size, record.src_box),
+        "trg": _record_side(record.trg_kps, record.trg_size, record.trg_box),
+    }
+    mask = torch.ones(1, n, dtype=torch.bool)
+    alike = record.src_alike if protocol.evaluated == "src" else record.trg_alike
+    return _hits(points[None], sides, mask, protocol, alphas), mask, ~mask if alike is None else alike[None]
+
+
 def _record_side(kps: Tensor, size: tuple[int, int], box: Tensor | None) -> Side:
     box = torch.full((4,), torch.nan) if box is None else box
     return Side(*(torch.as_tensor(part, dtype=torch.float64)[None] for part in (kps, size, box)))
@@ -164,6 +152,10 @@ class PCK(BenchmarkMetric):
     row has `pairs`, `points`, `pck@0.1/image` and `pck@0.1/point`. Empty groups are left out. `0` and `>0` are the two
     groups that Lucaosti reports.
 
+    `breakdown()["geometry"]`, `{"aware": row, "other": row}`, divides keypoints instead of pairs. A keypoint is
+    geometry-aware (GeoAware-SC, CVPR 2024) if another part that looks alike is visible in the evaluated image, as for
+    the left of two eyes. A row counts the pairs that have such keypoints. Without any, `"geometry"` is left out.
+
     Args:
         protocol: A name of `list_protocols()`, or a Protocol.
         alphas: Tolerances.
@@ -184,7 +176,8 @@ class PCK(BenchmarkMetric):
         categories: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
-        super().__init__(7 + len(alphas), categories, **kwargs)  # index, category, 4 flags, keypoints, correct by alpha
+        # index, category, 4 flags; number of keypoints, and of correct ones by alpha; the same of geometry-aware ones
+        super().__init__(6 + 2 * (1 + len(alphas)), categories, **kwargs)
         self.protocol, self.alphas = get_protocol(protocol), tuple(alphas)
         self.query, self.evaluated = self.protocol.query, self.protocol.evaluated
         self._buffer: list[tuple[Tensor, Pair]] = []
@@ -205,8 +198,7 @@ class PCK(BenchmarkMetric):
         """
         if isinstance(pair, Record):
             start = torch.tensor([[index, category, *(pair.flags.get(name, -1) for name in DIFFICULTIES)]])
-            counts = _count(pred, pair, self.protocol, self.alphas)
-            self.table.append(torch.cat([start, counts], dim=1).to(self.device))
+            self._add(start, *_record_hits(pred, pair, self.protocol, self.alphas))
             return
         if pred.ndim != 3 or pred.shape != pair.trg_kps.shape:
             raise ZooError(f"expected predictions of shape {tuple(pair.trg_kps.shape)}, got {tuple(pred.shape)}")
@@ -236,7 +228,7 @@ class PCK(BenchmarkMetric):
         self._buffer, self._buffered = [], 0
         K = max(pred.shape[1] for pred in preds)
         pred = torch.cat([_pad(pred, K).cpu().double() for pred in preds])
-        ragged = ("src_kps", "trg_kps", "kps_mask")
+        ragged = ("src_kps", "trg_kps", "kps_mask", "src_alike", "trg_alike")
         fields = zip(Pair._fields, zip(*pairs, strict=True), strict=True)
         pair = Pair(*(torch.cat([_pad(x, K) if name in ragged else x for x in xs]).cpu() for name, xs in fields))
         if self.categories and pair.category.max() >= len(self.categories):
@@ -244,34 +236,53 @@ class PCK(BenchmarkMetric):
         if not pair.kps_mask.any():
             return
         sides = _pair_sides(pair, self.protocol)
-        counts = pck_update(pred, sides, pair.kps_mask, self.protocol, self.alphas)
-        rows = torch.cat([pair.index[:, None], pair.category[:, None], pair.difficulty, counts], dim=1)
+        hits = _hits(pred, sides, pair.kps_mask, self.protocol, self.alphas)
+        start = torch.cat([pair.index[:, None], pair.category[:, None], pair.difficulty], dim=1)
+        self._add(start, hits, pair.kps_mask, getattr(pair, f"{self.evaluated}_alike"))
+
+    def _add(self, start: Tensor, hits: Tensor, mask: Tensor, alike: Tensor) -> None:
+        """Add rows: their start (B, 6), hits (B, K, A), keypoints and those that look alike (B, K)."""
+        aware = mask & alike
+        rows = torch.cat([start, _counts(hits, mask), _counts(hits & aware[..., None], aware)], dim=1)
         self.table.append(rows[rows[:, 6] > 0].to(self.device))
 
     def compute(self) -> dict[str, Tensor]:
         """Averages by name, see the class."""
         table = self._distinct()
-        groups = [table[table[:, 1] == category] for category in table[:, 1].unique()]
+        groups = [self._all(table[table[:, 1] == category]) for category in table[:, 1].unique()]
         per_category = torch.stack([_means(group) for group in groups]).mean(0)
-        averages = dict(zip(AVERAGES, [*_means(table), *per_category], strict=True))
+        averages = dict(zip(AVERAGES, [*_means(self._all(table)), *per_category], strict=True))
         named = {"": averages[self.protocol.averages[0]]} | {f"/{name}": average for name, average in averages.items()}
         return {f"{key}{name}": value for name, values in named.items() for key, value in self._by_alpha(values)}
 
     def _scores(self, table: Tensor) -> dict[str, Tensor]:
         named = dict(zip((*DIFFICULTIES, "points"), table[:, 2:7].unbind(1), strict=True))
-        return named | dict(self._by_alpha(100 * pck_compute(table[:, 6:]).T))
+        return named | dict(self._by_alpha(100 * pck_compute(self._all(table)).T))
 
     def _groups(self, table: Tensor) -> dict[str, dict[str, dict[str, float]]]:
         out = super()._groups(table)
         for name, flag in zip(DIFFICULTIES, table[:, 2:6].unbind(1), strict=True):
             groups = {str(value): flag == value for value in flag[flag >= 0].unique().tolist()} | {">0": flag > 0}
             out[name] = {group: self._row(table[members]) for group, members in groups.items() if members.any()}
+        aware = table[:, 7 + len(self.alphas) :]
+        if aware.any():
+            parts = {"aware": aware, "other": self._all(table) - aware}
+            out["geometry"] = {name: self._summary(counts) for name, counts in parts.items() if counts.any()}
         return out
 
+    def _all(self, table: Tensor) -> Tensor:
+        """(N, 1 + A) counts of all keypoints."""
+        return table[:, 6 : 7 + len(self.alphas)]
+
     def _row(self, table: Tensor) -> dict[str, float]:
-        means = zip(("image", "point"), _means(table), strict=True)
+        return self._summary(self._all(table))
+
+    def _summary(self, counts: Tensor) -> dict[str, float]:
+        """Averages of the pairs that have keypoints, from counts (N, 1 + A)."""
+        counts = counts[counts[:, 0] > 0]
+        means = zip(("image", "point"), _means(counts), strict=True)
         values = {f"{key}/{name}": value.item() for name, mean in means for key, value in self._by_alpha(mean)}
-        return {"pairs": len(table), "points": int(table[:, 6].sum())} | values
+        return {"pairs": len(counts), "points": int(counts[:, 0].sum())} | values
 
     def _by_alpha(self, values: Tensor) -> list[tuple[str, Tensor]]:
         return [(f"pck@{alpha:g}", value) for alpha, value in zip(self.alphas, values, strict=True)]
@@ -285,18 +296,18 @@ class PCK(BenchmarkMetric):
         return [(f"@{alpha:g}", f"pck@{alpha:g}/{within}", f"pck@{alpha:g}") for alpha in self.alphas]
 
 
-def _means(table: Tensor) -> Tensor:
-    """Rows of PCK -> (2, A) percentages: `image` and `point` average."""
-    return torch.stack(
-        [(100 * pck_compute(table[:, 6:])).mean(0), 100 * table[:, 7:].sum(0).double() / table[:, 6].sum()]
-    )
+def _means(counts: Tensor) -> Tensor:
+    """Counts (N, 1 + A) -> (2, A) percentages: `image` and `point` average."""
+    points, right = counts[:, 0].sum(), counts[:, 1:].sum(0)
+    return torch.stack([(100 * pck_compute(counts)).mean(0), 100 * right.double() / points])
 
 
 def _without_images(pair: Pair) -> Pair:
     """The batch without what scoring does not read. Images keep their size, with 0 channels."""
     empty, (B, _, *src), trg = pair.index.new_empty, pair.src_img.shape, pair.trg_img.shape[2:]
-    unread = dict.fromkeys(("src_mask", "trg_mask", "kps_ids", "mirror_ids"), empty(B, 0))
-    return pair._replace(src_img=empty(B, 0, *src), trg_img=empty(B, 0, *trg), **unread)
+    small: dict[str, Tensor] = dict.fromkeys(("src_mask", "trg_mask", "kps_ids", "mirror_ids"), empty(B, 0))
+    small |= {name: getattr(pair, name).expand(pair.kps_mask.shape) for name in ("src_alike", "trg_alike")}
+    return pair._replace(src_img=empty(B, 0, *src), trg_img=empty(B, 0, *trg), **small)
 
 
 def _pad(x: Tensor, K: int) -> Tensor:

@@ -39,6 +39,12 @@ def test_records_are_the_annotations(
     assert dataset[0].src_img.shape == (3, 32, 32)
     visible = [a[2] and b[2] for a, b in zip(kps[IMAGES[src]], kps[IMAGES[trg]], strict=True)]
     assert record.kps_ids.tolist() == [k for k in range(17) if visible[k]]
+    for side, number in (("src", src), ("trg", trg)):
+        want = []
+        for k in record.kps_ids.tolist():
+            group = next((g for g in ((5, 8), (6, 9, 12, 15), (7, 10, 13, 16), (11, 14)) if k in g), (k,))
+            want.append(any(kps[IMAGES[number]][other][2] > 0 for other in group if other != k))
+        assert getattr(record, f"{side}_alike").tolist() == want and len(want) == len(both)
 
 
 def test_an_annotation_that_changes_is_read_again(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def agrees(dataset: PairDataset, images: dict[int, dict], length: int) -> bool:
             path, kps, box = (getattr(record, f"{side}_{what}") for what in ("path", "kps", "box"))
             assert path == dataset.home / "images" / it["name"] and kps.dtype == torch.float64
             assert kps.tolist() == [it["parts"][part] for part in common] and box.tolist() == it["box"]
+            assert getattr(record, f"{side}_alike").tolist() == [SWAPPED.get(k) in it["parts"] for k in common]
     return True
 
 

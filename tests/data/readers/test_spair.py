@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures import write_spair, write_spair_u
+from fixtures import SPAIR_KPS, write_spair, write_spair_u, write_synthetic_spair
 
 from corrzoo.data import create_dataset
 from corrzoo.data.pairs import mirror
@@ -57,6 +57,62 @@ def test_ids_are_read_from_the_annotation_and_a_mirror_swaps_left_and_right(tmp_
     assert batch.mirror_ids.tolist() == [[3, 13, 6], [3, 12, 7], [1, -1, -1]]
     change(tmp_path, kps_ids=None)
     assert create_dataset("spair71k", tmp_path, "trn", refresh=True).record(1).kps_ids is None
+
+
+def write_image_annotations(root: Path, parts: dict[str, list[int]]) -> Path:
+    """Image annotations of `SPAIR_KPS`, in which parts that are not visible are null. Returns their folder."""
+    folder = root / "SPair-71k" / "ImageAnnotation"
+    for name, visible in parts.items():
+        path = folder / Path(name).with_suffix(".json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"kps": {str(k): [k, k] if k in visible else None for k in range(30)}}))
+    return folder
+
+
+def test_parts_that_look_alike_are_searched_among_all_parts_of_an_image(tmp_path: Path) -> None:
+    """Of aeroplanes 12 and 13 look alike, and 6 and 7; of cats 2 and 3, and 9 to 12."""
+    write_spair(tmp_path)
+    change(tmp_path, kps_ids=["3", "12", "7"])  # of planes[1] and planes[0]
+    planes, cats = list(SPAIR_KPS)[:3], list(SPAIR_KPS)[3:]
+    visible = {planes[0]: [3, 6, 7, 12], planes[1]: [3, 7, 12, 13], planes[2]: [0, 1], cats[0]: [0, 1], cats[1]: [0]}
+    folder = write_image_annotations(tmp_path, visible)
+    dataset = create_dataset("spair71k", tmp_path, "trn", size=32)
+    record = dataset.record(1)
+    assert record.src_alike.tolist() == [False, True, False]  # 13 is visible in the source alone
+    assert record.trg_alike.tolist() == [False, False, True]
+    batch = dataset.collate([dataset[1], mirror(dataset[1]), dataset[3]])
+    assert batch.src_alike.tolist() == [[False, True, False], [False, True, False], [False] * 3]
+    assert batch.swapped().src_alike.tolist() == batch.trg_alike.tolist()
+    assert batch.trg_alike.tolist() == [[False, False, True], [False, False, True], [False] * 3]
+    write_image_annotations(tmp_path, {planes[0]: [3, 7, 12]})
+    assert not create_dataset("spair71k", tmp_path, "trn").record(1).trg_alike.any()  # it was read again
+    path = folder / Path(planes[1]).with_suffix(".json")
+    path.write_text("[]")
+    with pytest.raises(ZooError, match=f"{path.name}: not an image annotation of SPair-71k"):
+        create_dataset("spair71k", tmp_path, "trn")
+    path.unlink()
+    with pytest.raises(ZooError, match=f"no annotation .*{path.name}"):
+        create_dataset("spair71k", tmp_path, "trn")
+
+
+def test_synthetic_spair_equals_plain_loops(tmp_path: Path, shared: Path) -> None:
+    home = write_synthetic_spair(tmp_path, pairs_per_split=24, images_per_category=4, size=64)
+    groups = json.loads((shared / "specs" / "symmetry.json").read_text())["spair71k"]
+    dataset, found = create_dataset("spair71k", tmp_path, "test", size=32), 0
+    for i in range(len(dataset)):
+        record, sample = dataset.record(i), dataset[i]
+        for side in ("src", "trg"):
+            image = getattr(record, f"{side}_path")
+            note = json.loads((home / "ImageAnnotation" / image.parent.name / f"{image.stem}.json").read_text())
+            want = []
+            for part in record.kps_ids.tolist():
+                ((*group,),) = [g for g in groups[record.category]["groups"] if part in g] or [[part]]
+                want.append(any(note["kps"].get(str(other)) for other in group if other != part))
+            assert getattr(record, f"{side}_alike").tolist() == getattr(sample, f"{side}_alike").tolist() == want
+            found += sum(want)
+    assert found
+    shutil.rmtree(home / "ImageAnnotation")
+    assert not any(create_dataset("spair71k", tmp_path, "test").record(i).trg_alike.any() for i in range(len(dataset)))
 
 
 def test_small_layout(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tables of parts that a mirror swaps."""
+"""Tables of parts that a mirror swaps, and of parts that look alike."""
 
 import json
 
@@ -21,4 +21,13 @@ def test_tables_are_those_of_the_annotations(shared):
     for name in ("spair71k", "ap10k", "cub"):
         table = {category: [tuple(pair) for pair in kinds["mirror"]] for category, kinds in facts[name].items()}
         assert DATASETS[name].mirror_pairs == table
-    assert DATASETS["spair71k_u"].mirror_pairs == {}
+        groups = {category: [tuple(group) for group in kinds["groups"]] for category, kinds in facts[name].items()}
+        assert DATASETS[name].groups == groups
+    assert DATASETS["spair71k_u"].mirror_pairs == {} == DATASETS["spair71k_u"].groups
+
+
+@pytest.mark.parametrize("name", ["spair71k", "ap10k", "cub"])
+def test_a_part_is_in_one_group_at_most(name):
+    for groups in DATASETS[name].groups.values():
+        parts = [part for group in groups for part in group]
+        assert parts and len(set(parts)) == len(parts) and all(len(group) > 1 for group in groups)

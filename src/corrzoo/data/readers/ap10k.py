@@ -44,6 +44,7 @@ class AP10K(FolderDataset):
     origin = "create them from AP-10K with GeoAware-SC's notebook prepare_ap10k"
     splits = ("trn", "val", "test")
     mirror_pairs = symmetry.AP10K
+    groups = symmetry.AP10K_GROUPS
 
     def __init__(
         self, root: str | Path, split: str, size: int | Size = 224, *, subset: str = "intra-species", **options: Any
@@ -76,18 +77,20 @@ class AP10K(FolderDataset):
             except BROKEN as error:
                 raise ZooError(f"{path}: not a pair of AP-10K ({error!r}): write it again") from error
             (src_kps, src_seen, src_size, src_box), (trg_kps, trg_seen, trg_size, trg_box) = animal(src), animal(trg)
-            both = src_seen & trg_seen
+            kps_ids, category = (src_seen & trg_seen).nonzero()[:, 0], _category(name)
             record = Record(
                 src_path=self._images / src.with_suffix(".jpg"),
                 trg_path=self._images / trg.with_suffix(".jpg"),
-                src_kps=src_kps[both],
-                trg_kps=trg_kps[both],
+                src_kps=src_kps[kps_ids],
+                trg_kps=trg_kps[kps_ids],
                 src_size=src_size,
                 trg_size=trg_size,
-                category=_category(name),
+                category=category,
                 src_box=src_box,
                 trg_box=trg_box,
-                kps_ids=both.nonzero()[:, 0],
+                kps_ids=kps_ids,
+                src_alike=self.alike(category, kps_ids, src_seen.nonzero()[:, 0].tolist()),
+                trg_alike=self.alike(category, kps_ids, trg_seen.nonzero()[:, 0].tolist()),
             )
             yield str(path), record
 

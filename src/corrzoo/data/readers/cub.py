@@ -49,6 +49,7 @@ class CUB(FolderDataset):
     splits = ("trn", "val", "test")
     categories = CATEGORIES
     mirror_pairs = MIRROR_PAIRS
+    groups = MIRROR_PAIRS
     # our choice: some parts of the whole dataset lie outside their images. Those of another copy lie further outside.
     border = 100.0
 
@@ -103,6 +104,7 @@ class CUB(FolderDataset):
         for pair in draw_pairs(self.split, visible[rows], self.length):
             a, b = rows[list(pair)].tolist()
             both = np.flatnonzero(visible[a] & visible[b])
+            kps_ids, seen = torch.from_numpy(both + 1), {i: (np.flatnonzero(visible[i]) + 1).tolist() for i in (a, b)}
             record = Record(
                 src_path=paths[a],
                 trg_path=paths[b],
@@ -113,7 +115,9 @@ class CUB(FolderDataset):
                 category=CATEGORIES[0],
                 src_box=torch.from_numpy(boxes[a]),
                 trg_box=torch.from_numpy(boxes[b]),
-                kps_ids=torch.from_numpy(both + 1),
+                kps_ids=kps_ids,
+                src_alike=self.alike(CATEGORIES[0], kps_ids, seen[a]),
+                trg_alike=self.alike(CATEGORIES[0], kps_ids, seen[b]),
             )
             yield f"{self.home}: images {ids[a]} and {ids[b]}", record
 

@@ -2,12 +2,13 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 from corrzoo.data.index import BROKEN, read_box, read_ids, read_points
-from corrzoo.data.pairs import DATASETS, FolderDataset
+from corrzoo.data.pairs import DATASETS, FolderDataset, Groups
 from corrzoo.data.readers import symmetry
 from corrzoo.geometry import Size
 from corrzoo.types import Record, ZooError
@@ -20,7 +21,7 @@ CATEGORIES = [
 
 @DATASETS.register
 class SPair71k(FolderDataset):
-    """SPair-71k, with boxes and difficulty flags.
+    """SPair-71k, with boxes and difficulty flags. A copy without `ImageAnnotation` has no geometry-aware PCK.
 
     Args:
         layout: "large" for all pairs, "small" for the subset of 10,652 / 1,070 / 2,438.
@@ -32,6 +33,7 @@ class SPair71k(FolderDataset):
     splits: ClassVar[tuple[str, ...]] = ("trn", "val", "test")
     categories = CATEGORIES
     mirror_pairs = symmetry.SPAIR71K
+    groups: ClassVar[Groups] = symmetry.SPAIR71K_GROUPS
 
     def __init__(
         self, root: str | Path, split: str, size: int | Size = 224, *, layout: str = "large", **options: Any
@@ -46,14 +48,17 @@ class SPair71k(FolderDataset):
         self._annotations = self.need(self.home / "PairAnnotation" / self.split)
         self.pair_folder = self._annotations
         self._list = self.need(self.home / "Layout" / self.layout / f"{self.split}.txt")
-        return [self._list, self._annotations, *filter(Path.is_dir, (images / name for name in CATEGORIES))]
+        notes = self.home / "ImageAnnotation"
+        folders = (folder / name for folder in (images, notes) for name in CATEGORIES)
+        return [self._list, self._annotations, *filter(Path.is_dir, folders)]
 
     def read(self) -> Iterator[tuple[str, Record]]:
+        parts = cache(self._read_parts) if (self.home / "ImageAnnotation").is_dir() else None
         files = set(os.listdir(self._annotations))
         for line in self._list.read_text("utf-8", "replace").splitlines():
             if pair := line.strip():
                 path = self._annotations / self._file_of(pair, files)
-                yield str(path), self.read_pair(path)
+                yield str(path), self.read_pair(path, parts)
 
     def _file_of(self, pair: str, files: set[str]) -> str:
         """Name of a pair's annotation file. Some file systems and archivers replace its colon."""
@@ -64,13 +69,23 @@ class SPair71k(FolderDataset):
             f"no annotation {self._annotations / pair}.json, listed in {self._list}: fetch the dataset again"
         )
 
-    def read_pair(self, path: Path) -> Record:
-        """The pair in one annotation file."""
+    def read_pair(self, path: Path, parts: Callable[[str, str], Collection[int]] | None = None) -> Record:
+        """The pair in one annotation file.
+
+        Args:
+            path: The file.
+            parts: Returns all visible parts of an image, from its category and its name; None if they are unknown.
+        """
         where = str(path)
         try:
             pair = json.loads(path.read_bytes())
-            images = self.home / "JPEGImages" / pair["category"]
+            category, images = pair["category"], self.home / "JPEGImages" / pair["category"]
+            kps_ids = read_ids(pair["kps_ids"], where) if "kps_ids" in pair else None
             src_size, trg_size = ((int(w), int(h)) for w, h, *_ in (pair["src_imsize"], pair["trg_imsize"]))
+            src_alike, trg_alike = (
+                None if parts is None or kps_ids is None else self.alike(category, kps_ids, parts(category, image))
+                for image in (pair["src_imname"], pair["trg_imname"])
+            )
             return Record(
                 src_path=images / pair["src_imname"],
                 trg_path=images / pair["trg_imname"],
@@ -78,7 +93,7 @@ class SPair71k(FolderDataset):
                 trg_kps=read_points(pair["trg_kps"], where),
                 src_size=src_size,
                 trg_size=trg_size,
-                category=pair["category"],
+                category=category,
                 src_box=read_box(pair["src_bndbox"], where),
                 trg_box=read_box(pair["trg_bndbox"], where),
                 flags={
@@ -87,12 +102,23 @@ class SPair71k(FolderDataset):
                     "truncation": int(pair["truncation"]),
                     "occlusion": int(pair["occlusion"]),
                 },
-                kps_ids=read_ids(pair["kps_ids"], where) if "kps_ids" in pair else None,
+                kps_ids=kps_ids,
+                src_alike=src_alike,
+                trg_alike=trg_alike,
             )
         except ZooError:
             raise
         except BROKEN as error:
             raise ZooError(f"{where}: not an annotation of SPair-71k ({error!r}): fetch it again") from error
+
+    def _read_parts(self, category: str, image: str) -> Collection[int]:
+        path = self.home / "ImageAnnotation" / category / f"{Path(image).stem}.json"
+        try:
+            return frozenset(int(part) for part, at in json.loads(path.read_bytes())["kps"].items() if at is not None)
+        except OSError as error:
+            raise ZooError(f"no annotation {path} ({error.strerror}): fetch the dataset again") from None
+        except (*BROKEN, AttributeError) as error:
+            raise ZooError(f"{path}: not an image annotation of SPair-71k ({error!r}): fetch it again") from error
 
 
 @DATASETS.register
@@ -106,6 +132,7 @@ class SPairU(SPair71k):
 
     name = "spair71k_u"
     mirror_pairs: ClassVar[dict[str, list[tuple[int, int]]]] = {}  # its keypoints are others than SPair-71k's
+    groups: ClassVar[Groups] = {}
     holds = "JPEGImages of SPair-71k, and SPair-U's annotations as ExtraPairAnnotation/test,"
     origin = "unpack https://groups.inf.ed.ac.uk/hbilen-data/data/JamaisVuData/SPair-U.zip beside it"
     splits = ("test",)
