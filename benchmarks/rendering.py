@@ -6,14 +6,12 @@ after the other. Flow and gradients are checked to be equal first. `speed` is th
 the head's, measured in turns (above 1: the head is faster). `memory` is the head's peak in a step divided by the plain
 step's, weights excluded, gradients included. Float32, without dropout; the input is tokens of iBOT's shape.
 
-    python benchmarks/rendering.py --batch 1        # Linux; writes results/rendering_cpu.csv
+    python benchmarks/rendering.py --batch 1        # writes results/rendering_cpu.csv
 """
 
 import argparse
 import csv
-import ctypes
-import gc
-import re
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -32,8 +30,6 @@ from corrzoo.matcher import Matcher
 from corrzoo.types import Features, Match
 
 HEADS = tokens.ATTENTION_HEADS
-LIBC = ctypes.CDLL(None)
-M_MMAP_THRESHOLD = -3
 
 
 def split_heads(x: Tensor) -> Tensor:
@@ -178,20 +174,13 @@ def step(model: Matcher, src: Features, trg: Features, rendering: bool) -> tuple
 
 
 def peak_mib(model: Matcher, src: Features, trg: Features, rendering: bool) -> float:
-    """Highest resident memory during a step less that before it, in MiB (Linux)."""
-    gc.collect()
-    LIBC.mallopt(M_MMAP_THRESHOLD, 2**16)  # larger tensors are returned to the system as soon as they are freed
-    LIBC.malloc_trim(0)
+    """Most memory of tensors that a step allocates, at any time, in MiB."""
     model.zero_grad()
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    step(model, src, trg, rendering)
-    return (_resident("VmHWM") - before) / 1024
-
-
-def _resident(kind: str) -> int:
-    """A line of /proc/self/status in KiB."""
-    return int(re.search(rf"{kind}:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step(model, src, trg, rendering)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(held) / 2**20
 
 
 def main() -> None:
