@@ -1,8 +1,9 @@
 """Cost of a head: forward and training step as ratios to its backbone alone, parameters, FLOPs, peak memory.
 
 Each pair of head and backbone has a process of its own. Head and backbone are timed in turns, and a ratio is the median
-over the rounds. Adds its rows to benchmarks/results/step_<device>.csv. Run `python benchmarks/step.py --heads ACTR LPMFlow`.
-With `--rounds 0` it counts parameters and FLOPs and times nothing; the cells of times are empty, or stay as they are.
+over the rounds. Adds its rows to benchmarks/results/step_<device>.csv.
+Run `python benchmarks/step.py --heads ACTR LPMFlow`. With `--rounds 0` it counts parameters and FLOPs and times
+nothing; the cells of times are empty, or stay as they are.
 """
 
 import argparse
