@@ -273,3 +273,8 @@ def test_lightning_test_scores_it(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "results" / "cub.json").read_text())
     assert result["pairs"] == 10 and list(result["breakdown"]["category"]) == ["bird"]
     assert result["protocol"] == "default:bbox" and 0 <= result["pck"]["pck@0.1"] <= 100
+    records = [data.test_dataloader()[0].dataset.record(i) for i in range(10)]
+    points = {"aware": sum(int(r.trg_alike.sum()) for r in records)}
+    points["other"] = sum(len(r.trg_kps) for r in records) - points["aware"]
+    assert {name: row["points"] for name, row in result["breakdown"]["geometry"].items()} == points
+    assert min(points.values()) > 0
