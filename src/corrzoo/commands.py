@@ -11,6 +11,7 @@ COMMANDS = {
     "score": ("corrzoo.apps.score:main", "score predictions of any method, without a model"),
     "match": ("corrzoo.apps.match:main", "match points of one image to another"),
     "demo": ("corrzoo.apps.demo:main", "open a local page: click a point, see its match"),
+    "export": ("corrzoo.apps.export:main", "export a model as one file that runs without corrzoo: .pt2 or .onnx"),
     "leaderboard": ("corrzoo.leaderboard:main", "write the leaderboard from result files and published numbers"),
 }
 """By name: `module:function`, and the description in `--help`."""

@@ -316,7 +316,7 @@ def truncate(confidence: Tensor, rho: float) -> tuple[Tensor, Tensor]:
     best = confidence.amax(2)  # (B, N)
     few = best.topk(min(FALLBACK, best.shape[1])).indices  # (B, FALLBACK)
     chosen = torch.zeros_like(kept[..., 0]).scatter(1, few, True).unsqueeze(2)  # (B, N, 1)
-    kept = torch.where(kept.any((1, 2), keepdim=True), kept, chosen & (confidence >= best.unsqueeze(2)))
+    kept = kept | (~kept.any((1, 2), keepdim=True) & chosen & (confidence >= best.unsqueeze(2)))
     return confidence * kept, kept.any(2)
 
 

@@ -1,4 +1,7 @@
-"""The functions that read a correlation without holding it: they check the arguments and call the loop over strips."""
+"""The functions that read a correlation without holding it: they check the arguments and call the loop over strips.
+
+torch.export traces the reference instead: an exported program has no operator that needs corrzoo, but holds the volume.
+"""
 
 from typing import Literal
 
@@ -6,7 +9,7 @@ import torch
 from torch import Tensor
 
 from corrzoo.geometry import Size
-from corrzoo.ops import strips
+from corrzoo.ops import reference, strips
 from corrzoo.ops.reference import Mutual, Readout, Window, check_features, check_radius, check_window, unit
 from corrzoo.precision import full_precision
 from corrzoo.types import ZooError
@@ -40,6 +43,10 @@ def match(
     """
     check_features(src, trg)
     check_window(trg.shape[1], trg_grid, temperature, window, sigma, radius)
+    if torch.compiler.is_exporting():
+        return reference.readout(
+            reference.correlation(src, trg, normalize), trg_grid, temperature, window, sigma, radius
+        )
     extent = float((sigma if window == "argmax" else radius) or 0)
     return Readout(*strips.rows(src, trg, temperature, None, window, *trg_grid, extent, normalize, backend)[:2])
 
@@ -56,6 +63,8 @@ def mutual(src: Tensor, trg: Tensor, normalize: bool = True) -> Mutual:
         ZooError: if the shapes do not fit or a tensor is empty.
     """
     check_features(src, trg)
+    if torch.compiler.is_exporting():
+        return reference.mutual(src, trg, normalize)
     found = Mutual(*strips.mutual(src.detach(), trg.detach(), normalize))
     if not (torch.is_grad_enabled() and (src.requires_grad or trg.requires_grad)):
         return found
@@ -91,6 +100,8 @@ def local_correlation(src: Tensor, trg: Tensor, centre: Tensor, radius: int, nor
     check_radius(radius)
     if centre.shape != (*src.shape[:2], 2):
         raise ZooError(f"expected centre of shape {(*src.shape[:2], 2)}, got {tuple(centre.shape)}")
+    if torch.compiler.is_exporting():
+        return reference.local_correlation(src, trg, centre, radius, normalize)
     with full_precision(src):
         centre = centre.to(torch.promote_types(src.dtype, torch.float32)) - 0.5  # the first cell is at (0, 0)
         corner = centre.detach().floor()
