@@ -1,4 +1,6 @@
-"""Write docs/heads/, a page for each head, from docstrings, configurations and results; --check compares them.
+"""Write docs/heads/, a page for each head, and docs/api.md, from docstrings, configurations and results.
+
+--check compares them instead.
 
 python benchmarks/head_pages.py [--check]
 """
@@ -18,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
+import corrzoo
 from corrzoo.files import table
 from corrzoo.heads import HEADS, list_heads
 from corrzoo.leaderboard.papers import rank_papers, read_papers
@@ -245,6 +248,39 @@ def index() -> str:
     )
 
 
+def api() -> str:
+    """docs/api.md: every public name with its signature and docstring."""
+    parts = [f"# Python API\n\n{WRITTEN}\n"]
+    for name in corrzoo.__all__:
+        thing = getattr(corrzoo, name)
+        text, *sections = re.split(r"^(Args|Returns|Raises):\n", inspect.cleandoc(thing.__doc__), flags=re.M)
+        signature = str(inspect.signature(thing)) if inspect.isfunction(thing) or name == "PCK" else ""
+        parts.append(f"## `{name}`\n\n```python\n{name}{plain(signature)}\n```\n\n{text.strip()}\n")
+        for title, body in zip(sections[::2], sections[1::2], strict=True):
+            rows = re.findall(r"^    ([*\w]+): (.*(?:\n {8}.*)*)", body, flags=re.M)
+            listed = table([title, ""], [[f"`{a}`", one_line(b)] for a, b in rows])
+            parts.append(f"{listed if rows else f'{title}: {one_line(body)}'}\n")
+        if isinstance(thing, type) and (rows := members(thing)):
+            parts.append(f"{table(['member', ''], rows)}\n")
+    return "\n".join(parts)
+
+
+def plain(signature: str) -> str:
+    """A signature without the modules of its types."""
+    return re.sub(r"\b(?:[A-Za-z_]\w*\.)+(?=[A-Z])", "", signature)
+
+
+def members(cls: type) -> list[list[str]]:
+    """Documented fields and methods of a class, without those of its bases: name, and first sentence."""
+    found, body = [], next(iter(ast.parse(inspect.getsource(cls)).body)).body
+    for field, text in zip(body, [*body[1:], None], strict=True):
+        if isinstance(field, ast.FunctionDef) and not field.name.startswith("_") and ast.get_docstring(field):
+            found.append([f"`{field.name}({', '.join(a.arg for a in field.args.args[1:])})`", ast.get_docstring(field)])
+        elif isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            found.append([f"`{ast.unparse(field.target)}`", text.value.value])
+    return [[name, one_line(text.split("\n\n")[0])] for name, text in found]
+
+
 def main() -> None:
     """Write or check."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -257,7 +293,7 @@ def main() -> None:
         f"{name.lower()}.md": page(name, of_head(measured, name), of_head(published, name)) for name in list_heads()
     }
     stale = []
-    for name, text in (pages | {"README.md": index()}).items():
+    for name, text in (pages | {"README.md": index(), "../api.md": api()}).items():
         path = PAGES / name
         if check and (not path.is_file() or path.read_text() != text):
             stale.append(name)

@@ -22,7 +22,7 @@ LINES = [
 
 
 def test_the_readme_has_commands_of_all_kinds():
-    assert {line.split()[0] for line in LINES} == {"pip", "pytest", "lightning", "corrzoo"}
+    assert {line.split()[0] for line in LINES} == {"pip", "pytest", "lightning", "corrzoo", "bash"}
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("lightning")])
