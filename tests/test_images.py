@@ -117,7 +117,7 @@ def test_exif_orientation_of_user_files_is_applied(tmp_path: Path, pixels: np.nd
         (__file__, r"cannot read the image .*test_images.py \(unknown format or empty file\): save it"),
         (b"", r"cannot read the image that was uploaded \(unknown format or empty file\): save it"),
         (np.zeros((3, 4, 5), np.uint8), r"got \(3, 4, 5\) uint8"),
-        (torch.zeros(3, 4, 5), r"got \(3, 4, 5\) torch.float32"),
+        (torch.zeros(3, 4, 5, dtype=torch.int64), r"got \(3, 4, 5\) torch.int64"),
         (7, "got int"),
     ],
 )

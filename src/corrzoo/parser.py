@@ -7,6 +7,7 @@ from typing import NoReturn
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from corrzoo.commands import COMMANDS
 from corrzoo.heads import HEADS, list_heads
 from corrzoo.registry import import_plugins, nearest
 from corrzoo.types import ZooError
@@ -53,6 +54,8 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
         options = [*parser.get_defaults().keys(branches=True), *(f"model.{o}" for h in heads for o in HEADS.options(h))]
         known = [option.rpartition(".")[2] for option in options] if found[1] else [f"--{o}" for o in options]
         return f"unknown option {name!r}{nearest(name, known) or '; --help lists the options'}"
+    if found := re.search(r"invalid choice: '(\S+)' \(choose from ", message):
+        return f"unknown command {found[1]!r}{nearest(found[1], COMMANDS) or '; --help lists them'}"
     if "arguments are required" in message and "model" in message:
         return f"no head given: add --config zoo_configs/<head>.yaml, or --model <head>; heads: {', '.join(heads)}"
     if found := re.search(r"(?:key \"(?:\w+\.)?model\"|--model\.help)(.*)", message, re.DOTALL):

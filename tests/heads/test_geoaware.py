@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -324,6 +325,7 @@ def test_a_training_step_has_mirrored_pairs(cached):
     model, pair = small(finetune="none", dropout=0.0, noise=0.0).double(), batch()
     if cached:
         model._training_features = FeatureCache(2**20)
+        model.trainer = trainer = SimpleNamespace(training=True)  # noqa: F841 - the model keeps a weak reference
     descriptors = {
         name: rows(model.prepare(model.backbone(image.flip(-1) if mirrored else image)))
         for side, image in (("src", pair.src_img), ("trg", pair.trg_img))

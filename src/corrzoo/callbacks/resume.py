@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -188,7 +189,8 @@ class Checkpoints(ModelCheckpoint):
 
     def _release(self) -> None:
         if self._lock:
-            Path(self._lock.name).unlink(missing_ok=True)
+            with suppress(OSError):  # a folder that has become unwritable
+                Path(self._lock.name).unlink()
             self._lock.close()
         self._lock = None
 
