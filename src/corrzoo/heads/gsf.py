@@ -320,13 +320,15 @@ def truncate(confidence: Tensor, rho: float) -> tuple[Tensor, Tensor]:
     return confidence * kept, kept.any(2)
 
 
-def displacements(kept: Tensor, cells: Tensor, beta: float) -> Tensor:
+def displacements(kept: Tensor, cells: Tensor, beta: float, origin: Tensor | None = None) -> Tensor:
     """Eq. 6: G_i = sum_j softmax_j(beta Q'_ij) j - i over the kept targets j of Q' (B, N, M): (B, N, 2) in cells.
+
+    Target cells (M, 2), and source cells `origin` (N, 2) if they are others.
 
     Rows without a kept target, which are not in S, get a value without meaning.
     """
     logits = (beta * kept).masked_fill(kept == 0, torch.finfo(kept.dtype).min)
-    return logits.softmax(2) @ cells - cells
+    return logits.softmax(2) @ cells - (cells if origin is None else origin)
 
 
 def moving_least_squares(values: Tensor, known: Tensor, cells: Tensor, c: float) -> Tensor:
