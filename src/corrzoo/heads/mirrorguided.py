@@ -1,9 +1,9 @@
 """MirrorGuided: confident matches guide all others, in the image or in its mirror image. The zoo's own head.
 
-It combines measured parts and begins where matching without training is best. Equations are numbered in the order of the
-code; docs/heads/mirrorguided.md has the measurements. Parts: the cosine volume of `Baseline`, the consensus of
-neighbouring matches (NCNet, without its network), confident matches, guidance field and modulation of GSF (its eqs. 4 to
-8, without a parameter), and a choice between the source and its mirror image (pose alignment in GeoAware).
+It combines parts that docs/heads/mirrorguided.md measures: cosines as in `Baseline`, the consensus of neighbouring
+matches (NCNet, without its network), GSF's confident matches, guidance field and modulation (its eqs. 4 to 8, without
+a parameter), and a choice between the source and its mirror image (as in GeoAware). Equations are numbered in the
+order of the code.
 """
 
 from math import ceil
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from corrzoo import ops
 from corrzoo.geometry import Size, cell_centres, cells_to_pixels, pixels_to_cells, points_to_flow, sample, size_of
-from corrzoo.heads.gsf import displacements, modulate, moving_least_squares, mutual_confidence, truncate
+from corrzoo.heads.guidance import displacements, modulate, moving_least_squares, mutual_confidence, truncate
 from corrzoo.heads.levels import stack_levels, stride_grid
 from corrzoo.matcher import HEADS, Matcher
 from corrzoo.precision import full, full_precision
@@ -55,7 +55,7 @@ class MirrorGuided(Matcher):
         c_p: Width of the propagation's Gaussian in cells (eq. 4).
         c_m: Width of the modulation's Gaussian in cells (eq. 5).
         floor: Weight of a score far from the guidance (eq. 5). GSF has 0, which loses objects that bend or turn.
-        rounds: How often eqs. 3 to 5 are applied; each round finds confident matches in the modulated scores of the last.
+        rounds: How often eqs. 3 to 5 are applied. Each round reads the scores modulated by the last.
         temperature: T of the soft-argmax.
         radius: The soft-argmax reads this many cells around the maximum to each side.
         **options: Options of `Matcher`.
@@ -82,15 +82,8 @@ class MirrorGuided(Matcher):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        above = {
-            "stride": stride,
-            "margin": margin,
-            "c_p": c_p,
-            "c_m": c_m,
-            "rounds": rounds,
-            "temperature": temperature,
-        }
-        for name, value in above.items():
+        above: dict[str, float] = dict(stride=stride, margin=margin, c_p=c_p, c_m=c_m, rounds=rounds)
+        for name, value in (above | {"temperature": temperature}).items():
             if value <= 0:
                 raise ZooError(f"{name} {value}: expected a number above 0")
         if not 0 <= floor <= 1 or consensus < 0:
@@ -102,8 +95,8 @@ class MirrorGuided(Matcher):
     def prepare(self, features: Features) -> Features:
         """One map (B, C, h, w) of unit features; with `mirror` (B, 2C, h, w), the second half from the mirror image.
 
-        The second half is flipped back, so that both describe the same cells. To mirror the image is to flip the map and
-        to exchange its halves: no hypothesis needs the backbone again.
+        The second half is flipped back, so that both describe the same cells. Flipping the map and exchanging its
+        halves gives the map of the mirror image, so that eq. 7 needs the backbone no more.
         """
         grid = stride_grid(size_of(features.image), self.stride)
         maps = self.unit_map(features.maps, grid)
@@ -170,7 +163,7 @@ class MirrorGuided(Matcher):
         likely = scores
         for _ in range(self.rounds):
             kept, confident = truncate(mutual_confidence(likely.relu()), self.rho)  # eq. 3
-            sparse = displacements(kept, cells_trg, BETA, cells)
+            sparse = displacements(kept, cells, cells_trg, BETA)
             field = moving_least_squares(sparse, confident, cells, self.c_p)  # eq. 4, (B, N, 2)
             likely = self.modulated(scores, cells + field, cells_trg)  # eq. 5
         support = likely.amax(2).mean(1) + likely.amax(1).mean(1)  # eq. 6
