@@ -30,6 +30,7 @@ CASES = {
     "GSF, stage 1": {"grid": 8},
     "GSF, stage 2": {"grid": 8},
     "GeoAware": {"backbone": CNN, "levels": [1, 2], "grid": 4, "width": 128, "noise": 0.0},
+    "MirrorGuided": {"backbone": CNN, "levels": [1, 2]},
     "NCNet": {"kernel_sizes": [3, 3], "channels": [4, 1]},
 }
 STEPS = 2  # a parameter that got no gradient is an error in the second

@@ -27,6 +27,7 @@ OVERFIT = {
     "CATs": {"lr": 1e-3, "init": "aligned", "keypoints": 4},  # more of them share its coarse cells
     "TransforMatcher": {"lr": 1e-3, "steps": 100, "keypoints": 3},  # read from fewer cells than in training
     "GeoAware": {"lr": 1e-3, "grid": 32, "dropout": 0.0, "noise": 0.0},  # which reads whole cells in training
+    "MirrorGuided": {"lr": 1e-3, "steps": 120, "stride": 8, "keypoints": 6},  # more of them share its cells
     "Baseline": {"lr": 1e-3, "steps": 250},
 }
 """Transformers from nothing want smaller steps. The Baseline's loss supervises one cell per keypoint, and a keypoint is

@@ -8,6 +8,7 @@ from corrzoo.heads.cats import CATs
 from corrzoo.heads.geoaware import GeoAware
 from corrzoo.heads.gsf import GSF
 from corrzoo.heads.lpmflow import LPMFlow
+from corrzoo.heads.mirrorguided import MirrorGuided
 from corrzoo.heads.ncnet import NCNet
 from corrzoo.heads.transformatcher import TransforMatcher
 from corrzoo.heads.vitsc import ViTSC
@@ -21,6 +22,7 @@ __all__ = [
     "CATs",
     "GeoAware",
     "LPMFlow",
+    "MirrorGuided",
     "NCNet",
     "TransforMatcher",
     "ViTSC",

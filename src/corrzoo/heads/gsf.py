@@ -17,16 +17,13 @@ from torch import Tensor, nn
 
 from corrzoo import ops
 from corrzoo.geometry import Size, cell_centres, cells_to_pixels, sample, size_of
+from corrzoo.heads.guidance import displacements, modulate, moving_least_squares, mutual_confidence, truncate
 from corrzoo.heads.levels import resize
 from corrzoo.losses import Term, means
 from corrzoo.matcher import HEADS, Matcher
 from corrzoo.precision import full, full_precision
 from corrzoo.types import Features, Match, Pair, ZooError
 
-EPS = 1e-5
-"""Lower bound of the product of maxima in eq. 4 (NCNet)."""
-FALLBACK = 8
-"""our choice: number of rows that count as confident if no match passes the threshold; eq. 7 would be 0 / 0."""
 OBJECT = 0.1
 """Share of a cell that the object must cover for the cell to count (SFNet's threshold on its resized masks)."""
 TRUST = 4.0
@@ -65,6 +62,8 @@ class GSF(Matcher):
         start: What eq. 9 adds the residual to: `refined`, the soft-argmax of C', or, as printed, `guidance`, G'.
         readout_radius: Take the soft-argmax of C' over this many cells around its maximum (2: a 5 x 5 window), not all.
         rho: Threshold of a confident match (5.1). Above 0.98, set `pruning` to false: its sigmoid starts at 0.982.
+            our choice: if no match of a pair passes, the best matches of its 8 most confident cells do; eq. 7 would be
+            0 / 0.
         c_p: Width of the propagation's Gaussian in cells. our choice, made on validation pairs (docs/heads/gsf.md): 5.1
             gives 7 and calls it a variance, but eq. 7 squares it.
         c_m: Width of the modulation's Gaussian in cells. our choice, made like `c_p`: 5.1 gives 5.
@@ -159,7 +158,7 @@ class GSF(Matcher):
         logits = self.pruning(initial, self.grid) + TRUST if self.pruning else torch.full_like(initial, torch.inf)
         with full_precision(f):
             kept, confident = truncate(initial * logits.sigmoid(), self.rho)  # (B, N, N), (B, N)
-            field = displacements(kept, self.cells, self.beta)  # (B, N, 2)
+            field = displacements(kept, self.cells, self.cells, self.beta)  # (B, N, 2)
             if self.mls:
                 field = moving_least_squares(field, confident, self.cells, self.c_p)
             else:
@@ -299,50 +298,6 @@ class UNet(nn.Module):
 def _block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
     return nn.Sequential(conv, nn.GroupNorm(GROUPS, outputs), nn.ReLU())
-
-
-def mutual_confidence(scores: Tensor) -> Tensor:
-    """Eq. 4: Q_ij = C_ij^2 / (max_i C_ij * max_j C_ij) of scores (B, N, M); 1 for mutual nearest neighbours."""
-    return scores**2 / (scores.amax(1, keepdim=True) * scores.amax(2, keepdim=True)).clamp(min=EPS)
-
-
-def truncate(confidence: Tensor, rho: float) -> tuple[Tensor, Tensor]:
-    """T(X, rho) of eq. 5 for confidences (B, N, M): X where X > rho, with its gradient, else 0.
-
-    Also the set S of confident cells (B, N) bool. If no match of a pair passes, the best matches of its `FALLBACK` most
-    confident rows do, so that S is never empty.
-    """
-    kept = confidence > rho
-    best = confidence.amax(2)  # (B, N)
-    few = best.topk(min(FALLBACK, best.shape[1])).indices  # (B, FALLBACK)
-    chosen = torch.zeros_like(kept[..., 0]).scatter(1, few, True).unsqueeze(2)  # (B, N, 1)
-    kept = kept | (~kept.any((1, 2), keepdim=True) & chosen & (confidence >= best.unsqueeze(2)))
-    return confidence * kept, kept.any(2)
-
-
-def displacements(kept: Tensor, cells: Tensor, beta: float) -> Tensor:
-    """Eq. 6: G_i = sum_j softmax_j(beta Q'_ij) j - i over the kept targets j of Q' (B, N, M): (B, N, 2) in cells.
-
-    Rows without a kept target, which are not in S, get a value without meaning.
-    """
-    logits = (beta * kept).masked_fill(kept == 0, torch.finfo(kept.dtype).min)
-    return logits.softmax(2) @ cells - cells
-
-
-def moving_least_squares(values: Tensor, known: Tensor, cells: Tensor, c: float) -> Tensor:
-    """Eq. 7: G'_i = sum_{s in S} w(s - i) G_s / sum_{s in S} w(s - i), w(z) = exp(-|z|^2 / 2c^2).
-
-    Values (B, N, K), finite, with S as `known` (B, N) bool -> (B, N, K); zero if S is empty. The weights are normalised
-    as logarithms: cells many widths away from S follow the nearest cells of S.
-    """
-    logits = -(cells.unsqueeze(1) - cells).square().sum(-1) / (2 * c**2)  # (N, N)
-    logits = logits.masked_fill(~known.unsqueeze(1), torch.finfo(logits.dtype).min)  # (B, N, N)
-    return (logits.softmax(2) * known.unsqueeze(1)) @ values
-
-
-def modulate(scores: Tensor, centre: Tensor, cells: Tensor, c: float) -> Tensor:
-    """Eq. 8: C'_ij = exp(-|j - centre_i|^2 / 2c^2) C_ij of scores (B, N, M) with centres (B, N, 2) in cells."""
-    return scores * torch.exp(-(cells - centre.unsqueeze(2)).square().sum(-1) / (2 * c**2))
 
 
 def silhouette_loss(logits: Tensor, initial: Tensor, rho: float, inside: Tensor) -> Term:

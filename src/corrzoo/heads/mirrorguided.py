@@ -1,0 +1,206 @@
+"""MirrorGuided: confident matches guide all others, in the image or in its mirror image. The zoo's own head.
+
+It combines parts that docs/heads/mirrorguided.md measures: cosines as in `Baseline`, the consensus of neighbouring
+matches (NCNet, without its network), GSF's confident matches, guidance field and modulation (its eqs. 4 to 8, without
+a parameter), and a choice between the source and its mirror image (as in GeoAware). Equations are numbered in the
+order of the code.
+"""
+
+from math import ceil
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from corrzoo import ops
+from corrzoo.geometry import Size, cell_centres, cells_to_pixels, pixels_to_cells, points_to_flow, sample, size_of
+from corrzoo.heads.guidance import displacements, modulate, moving_least_squares, mutual_confidence, truncate
+from corrzoo.heads.levels import stack_levels, stride_grid
+from corrzoo.matcher import HEADS, Matcher
+from corrzoo.precision import full, full_precision
+from corrzoo.types import Features, Match, ZooError
+
+BETA = 50.0
+"""Inverse temperature of the softmax over confident matches (SFNet, as in GSF)."""
+
+
+EPS = 1e-5
+"""Lower bound of a support that divides: features without any agreement."""
+
+
+class Guided(NamedTuple):
+    """Results of eqs. 1 to 6 for B pairs; N cells of the source grid (h, w), M of the target grid."""
+
+    scores: Tensor  # (B, N, h', w') consensus C
+    field: Tensor  # (B, 2, h, w) guidance displacements G' in cells
+    support: Tensor  # (B,) mean of the best modulated scores
+
+
+@HEADS.register
+class MirrorGuided(Matcher):
+    """Guided matching of the source and of its mirror image; the better supported of both gives the matches.
+
+    Without training it has no parameter. The constants are chosen on validation pairs by
+    benchmarks/mirrorguided_constants.py. Fine-tuned, the backbone learns through the EPE of `Matcher`.
+
+    Args:
+        stride: Resize all feature maps to this stride.
+        remove_mean: Subtract each map's mean over the image before normalisation.
+        mirror: Compute features of the mirror image, too. They enter eq. 1 and give the mirrored hypothesis of eq. 7.
+        margin: How many times the support of the source its mirror image must have to be matched instead (eq. 7).
+        consensus: Width of the Gaussian of eq. 2 in cells; 0 leaves the cosines as they are.
+        rho: Threshold of a confident match (eq. 3; GSF 5.1: 0.9).
+        c_p: Width of the propagation's Gaussian in cells (eq. 4).
+        c_m: Width of the modulation's Gaussian in cells (eq. 5).
+        floor: Weight of a score far from the guidance (eq. 5). GSF has 0, which loses objects that bend or turn.
+        rounds: How often eqs. 3 to 5 are applied. Each round reads the scores modulated by the last.
+        temperature: T of the soft-argmax.
+        radius: The soft-argmax reads this many cells around the maximum to each side.
+        **options: Options of `Matcher`.
+    """
+
+    evaluation_options: ClassVar[frozenset[str]] = Matcher.evaluation_options | {
+        *("margin", "consensus", "rho", "c_p", "c_m", "floor", "rounds", "temperature", "radius"),
+    }
+
+    def __init__(
+        self,
+        stride: int = 16,
+        remove_mean: bool = True,
+        mirror: bool = True,
+        margin: float = 1.05,
+        consensus: float = 0.7,
+        rho: float = 0.9,
+        c_p: float = 1.5,
+        c_m: float = 3.0,
+        floor: float = 0.5,
+        rounds: int = 2,
+        temperature: float = 0.05,
+        radius: int = 2,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        above: dict[str, float] = dict(stride=stride, margin=margin, c_p=c_p, c_m=c_m, rounds=rounds)
+        for name, value in (above | {"temperature": temperature}).items():
+            if value <= 0:
+                raise ZooError(f"{name} {value}: expected a number above 0")
+        if not 0 <= floor <= 1 or consensus < 0:
+            raise ZooError(f"floor {floor}, consensus {consensus}: expected 0 to 1, and 0 or more")
+        self.stride, self.remove_mean, self.mirror, self.margin = stride, remove_mean, mirror, margin
+        self.consensus, self.rho, self.c_p, self.c_m = consensus, rho, c_p, c_m
+        self.floor, self.rounds, self.temperature, self.radius = floor, rounds, temperature, radius
+
+    def prepare(self, features: Features) -> Features:
+        """One map (B, C, h, w) of unit features; with `mirror` (B, 2C, h, w), the second half from the mirror image.
+
+        The second half is flipped back, so that both describe the same cells. Flipping the map and exchanging its
+        halves gives the map of the mirror image, so that eq. 7 needs the backbone no more.
+        """
+        grid = stride_grid(size_of(features.image), self.stride)
+        maps = self.unit_map(features.maps, grid)
+        if self.mirror:
+            mirrored = self.unit_map(self.backbone(features.image.flip(-1)).maps, grid)
+            maps = torch.cat([maps, mirrored.flip(-1)], 1)
+        return features._replace(maps=[maps])
+
+    def unit_map(self, levels: list[Tensor], grid: Size) -> Tensor:
+        """Levels (B, C_i, h_i, w_i) as one map (B, C, h, w) of unit length in every cell."""
+        levels = [full(level) for level in levels]
+        if self.remove_mean:
+            levels = [level - level.mean((2, 3), keepdim=True) for level in levels]
+        return F.normalize(stack_levels(levels, grid), dim=1)
+
+    def match(self, src: Features, trg: Features) -> Match:
+        """The match of every cell's centre; `correlation` has the scores (B, N, M) they were read from."""
+        grid, image = size_of(src.maps[0]), size_of(src.image)
+        points = cell_centres(grid, image, src.image.device, src.maps[0].dtype)
+        scores = self.scores_at(src, trg, points.expand(len(src.image), -1, -1))
+        return Match(points_to_flow(self.read(scores, trg), grid, image), scores)
+
+    def match_points(self, src: Features, trg: Features, points: Tensor) -> Tensor:
+        """Matches of points (B, n, 2), whose scores are interpolated: finer than to interpolate the flow."""
+        return self.read(self.scores_at(src, trg, points), trg).to(points.dtype)
+
+    def heat_maps(self, src: Features, trg: Features, points: Tensor) -> Tensor:
+        """The modulated scores of the points (B, n, h', w')."""
+        return self.scores_at(src, trg, points).unflatten(2, size_of(trg.maps[0]))
+
+    def read(self, scores: Tensor, trg: Features) -> Tensor:
+        """Soft-argmax of scores (B, n, M) in the window around their maximum: positions (B, n, 2) in pixels."""
+        grid = size_of(trg.maps[0])
+        found = ops.readout(scores, grid, self.temperature, "crop", radius=self.radius).xy
+        return cells_to_pixels(found, grid, size_of(trg.image))
+
+    def scores_at(self, src: Features, trg: Features, points: Tensor) -> Tensor:
+        """Modulated scores (B, n, M) of points (B, n, 2), by the hypothesis that eq. 7 chooses."""
+        if not self.mirror:
+            with full_precision(src.maps[0]):
+                return self.modulated_at(self.guide(src.maps[0], trg.maps[0]), points, size_of(src.image))
+        plain, mirrored, ratio = self.hypotheses(src, trg, points)
+        return torch.where((ratio > self.margin).view(-1, 1, 1), mirrored, plain)  # eq. 7
+
+    def hypotheses(self, src: Features, trg: Features, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Modulated scores (B, n, M) for the source and for its mirror image; ratio (B,) of the latter's support."""
+        source, width = src.maps[0], src.image.shape[-1]
+        own, other = source.chunk(2, 1)
+        mirror_image = torch.cat([other, own], 1).flip(-1)
+        x, y = points.unbind(-1)
+        with full_precision(source):
+            guided = self.guide(torch.cat([source, mirror_image]), trg.maps[0].repeat(2, 1, 1, 1))
+            both = torch.cat([points, torch.stack([width - x, y], -1)])  # (2B, n, 2)
+            plain, mirrored = self.modulated_at(guided, both, size_of(src.image)).chunk(2)
+            support, support_mirrored = guided.support.chunk(2)
+            return plain, mirrored, support_mirrored / support.clamp(min=EPS)
+
+    def guide(self, source: Tensor, target: Tensor) -> Guided:
+        """Eqs. 1 to 6 for maps (B, C, h, w) of the source and (B, C, h', w') of the target."""
+        grid, grid_trg = size_of(source), size_of(target)
+        cells, cells_trg = (cell_centres(g, g, source.device, source.dtype) for g in (grid, grid_trg))
+        rows, columns = (rearrange(x, "b c h w -> b (h w) c") for x in (source, target))
+        scores = neighbour_consensus(ops.correlation(rows, columns), grid, grid_trg, self.consensus)  # eqs. 1 and 2
+        likely = scores
+        for _ in range(self.rounds):
+            kept, confident = truncate(mutual_confidence(likely.relu()), self.rho)  # eq. 3
+            sparse = displacements(kept, cells, cells_trg, BETA)
+            field = moving_least_squares(sparse, confident, cells, self.c_p)  # eq. 4, (B, N, 2)
+            likely = self.modulated(scores, cells + field, cells_trg)  # eq. 5
+        support = likely.amax(2).mean(1) + likely.amax(1).mean(1)  # eq. 6
+        return Guided(scores.unflatten(2, grid_trg), field.mT.unflatten(2, grid), support)
+
+    def modulated(self, scores: Tensor, centre: Tensor, cells: Tensor) -> Tensor:
+        """Eq. 5: (floor + (1 - floor) exp(-|j - centre_i|^2 / 2 c_m^2)) C_ij of scores (B, n, M)."""
+        return self.floor * scores + (1 - self.floor) * modulate(scores, centre, cells, self.c_m)
+
+    def modulated_at(self, guided: Guided, points: Tensor, image: Size) -> Tensor:
+        """Modulated scores (B, n, M) of points (B, n, 2) in pixels: scores and field interpolated between cells."""
+        grid, grid_trg = size_of(guided.field), size_of(guided.scores)
+        cells = cell_centres(grid_trg, grid_trg, points.device, guided.field.dtype)
+        volume = rearrange(guided.scores, "b (h w) hh ww -> b (hh ww) h w", h=grid[0])
+        centre = pixels_to_cells(points, grid, image) + sample(guided.field, points, image)
+        return self.modulated(sample(volume, points, image), centre, cells)
+
+
+def neighbour_consensus(scores: Tensor, grid: Size, grid_trg: Size, sigma: float) -> Tensor:
+    """Eq. 2: the Gaussian mean of C_(i+d, j+d) over offsets d inside both grids, of scores (B, N, M).
+
+    A match counts more where neighbours match neighbours. The Gaussian reaches ceil(sigma) cells. It separates into the
+    axes, and along each it is a convolution with a diagonal kernel.
+    """
+    if not sigma:
+        return scores
+    reach = ceil(sigma)
+    offsets = torch.arange(-reach, reach + 1, device=scores.device, dtype=scores.dtype)
+    kernel = torch.exp(-offsets.square() / (2 * sigma**2)).diag()[None, None]
+    (h, w), (h_trg, w_trg) = grid, grid_trg
+    shape = {"h": h, "w": w, "y": h_trg, "x": w_trg}
+
+    def along(volume: Tensor) -> Tensor:
+        """Mean along the diagonals of (n, 1, a, b)."""
+        inside = F.conv2d(torch.ones_like(volume[:1]), kernel, padding=reach)
+        return F.conv2d(volume, kernel, padding=reach) / inside
+
+    rows = along(rearrange(scores, "b (h w) (y x) -> (b w x) 1 h y", **shape))
+    both = along(rearrange(rows, "(b w x) 1 h y -> (b h y) 1 w x", w=w, x=w_trg))
+    return rearrange(both, "(b h y) 1 w x -> b (h w) (y x)", h=h, y=h_trg)
