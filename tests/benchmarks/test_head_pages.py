@@ -72,7 +72,8 @@ def test_a_page_has_all_that_its_head_says(head):
     ablations = page.partition("## Ablations")[2].partition("## Measured")[0].partition("<!-- by hand")[0]
     files = {path.stem for path in (ROOT / "zoo_configs" / "ablation" / head.lower()).glob("*.yaml")}
     assert set(re.findall(r"^\| \[(\w+)\]", ablations, re.M)) == files
-    assert "## Published" in page and "| 1 | " in page.partition("## Published")[2]
+    published = page.partition("## Published")[2]
+    assert published.strip() == "Nothing." if head == "MirrorGuided" else "| 1 | " in published  # the zoo's own
 
 
 def test_every_option_of_every_head_has_its_default():
