@@ -35,6 +35,7 @@ VALUES: dict[str, list[Any]] = {
     "c_m": [2.0, 3.0, 5.0, 7.0],
 }
 """Candidates of each option, in the order in which they are scanned."""
+START: dict[str, Any] = {"rounds": 2, "floor": 0.5, "rho": 0.9, "c_p": 1.5, "c_m": 3.0}
 ORDER = [*VALUES, "consensus"]
 MARGINS = [1.0, 1.02, 1.04, 1.05, 1.06, 1.07, 1.08, 1.1, 1.12, 1e9]
 """Every candidate is scored with its best margin, as the supports depend on all options. 1e9 never mirrors."""
@@ -95,7 +96,7 @@ def main() -> None:
     parser.add_argument("root")
     root = parser.parse_args().root
     levels = ["blocks.4.2", "blocks.5.2"]
-    model = corrzoo.create_matcher("MirrorGuided", "efficientnet_lite0", levels=levels, finetune="none").eval()
+    model = corrzoo.create_matcher("MirrorGuided", "efficientnet_lite0", levels=levels, finetune="none", **START).eval()
     assert isinstance(model, MirrorGuided)
     kinds = {name: load(model, name, root) for name in LENGTHS}
     rows: list[dict[str, Any]] = []

