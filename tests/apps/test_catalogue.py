@@ -7,7 +7,7 @@ import yaml
 
 from corrzoo.__main__ import main
 from corrzoo.apps.catalogue import LISTS, weights_of
-from corrzoo.backbones import get_spec, list_backbones
+from corrzoo.backbones import BACKBONES, get_spec, list_backbones
 from corrzoo.data import list_datasets
 from corrzoo.heads import create_matcher, list_heads
 from corrzoo.recipes import FOLDER
@@ -74,6 +74,7 @@ def test_a_plugin_is_listed_and_a_typo_is_one_line(capsys, monkeypatch, tmp_path
         "from corrzoo.backbones import register_backbone\nregister_backbone('listed', 'test_resnet.r160_in1k')\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(BACKBONES, "_things", dict(BACKBONES._things))  # forgotten after this test
     main(["list", "--plugins", "my_backbone"])
     assert "listed" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="invalid choice: 'head'"):

@@ -111,7 +111,8 @@ def local_correlation(src: Tensor, trg: Tensor, centre: Tensor, radius: int, nor
     d = torch.arange(-radius, radius + 1, device=src.device, dtype=src.dtype)
     dy, dx = torch.meshgrid(d, d, indexing="ij")
     points = centre.to(src.dtype).unsqueeze(2) + torch.stack([dx, dy], dim=-1).flatten(0, 1)  # (B, N, (2r+1)², 2)
-    grid = 2 * points / points.new_tensor([w, h]) - 1
+    x, y = points.unbind(-1)
+    grid = torch.stack([2 * x / w - 1, 2 * y / h - 1], dim=-1)  # no tensor of sizes, which torch.export would fix
     patches = F.grid_sample(trg, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return torch.einsum("bnc,bcnk->bnk", src, patches)
 
