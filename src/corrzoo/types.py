@@ -1,7 +1,6 @@
-"""What flows through the zoo: Record (an annotation as read) -> Pair -> Features -> Match; and its one error.
+"""The data types of the zoo: Record (an annotation) -> Pair -> Features -> Match; and its one error.
 
-NamedTuples for whatever a batch or a model hands on, because Lightning moves them between devices as they are;
-frozen dataclasses for what is only read.
+Batches are NamedTuples, because Lightning moves them between devices. Annotations are frozen dataclasses.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ DIFFICULTIES = ("viewpoint", "scale", "truncation", "occlusion")
 
 @dataclass(frozen=True)
 class Record:
-    """One annotated pair as it stands on disk, in original pixels.
+    """One annotated pair, in original pixels.
 
     Keypoint k of the source and keypoint k of the target are the same semantic point; points that are not visible
     in both images are left out.
@@ -76,7 +75,7 @@ class Pair(NamedTuple):
     trg_img: Tensor
     """(B, 3, H, W), like src_img."""
     src_kps: Tensor
-    """(B, K, 2) float32; rows where kps_mask is False are zero and mean nothing."""
+    """(B, K, 2) float32; zero in rows where kps_mask is False."""
     trg_kps: Tensor
     """(B, K, 2) float32."""
     kps_mask: Tensor
@@ -114,7 +113,7 @@ class Pair(NamedTuple):
     """(B, K) bool, like src_alike."""
 
     def swapped(self) -> "Pair":
-        """The same pairs asked the other way round: what was target is queried, what was source is answered."""
+        """The same pairs with source and target exchanged, to predict source points from target points."""
         other = {f: f.replace("src", "trg") if f.startswith("src") else f.replace("trg", "src") for f in self._fields}
         return Pair(**{f: getattr(self, other[f]) for f in self._fields})
 
@@ -140,7 +139,7 @@ class Features(NamedTuple):
 
 
 class Match(NamedTuple):
-    """What a matching head answers."""
+    """The output of a matching head."""
 
     flow: Tensor
     """(B, 2, h, w): displacement (dx, dy) from each source cell's centre to its target, in network image pixels."""

@@ -127,7 +127,7 @@ def test_every_query_is_answered_once():
     broken = {
         "1 of .* queries have no prediction, such as pair 0, keypoint 0": rows[1:],
         "line 3: pair 0, keypoint 0 is predicted twice": [rows[0], *rows],
-        "pair 99, keypoint 0 is not a query of spair71k, split test": [*rows, rows[0] | {"index": 99}],
+        "pair 99, keypoint 0 is not a query: see `corrzoo queries`": [*rows, rows[0] | {"index": 99}],
         "pair 0, keypoint 50 is not a query": [rows[0] | {"keypoint": 50}, *rows[1:]],
         "line 2: pair 0, keypoint 0: expected a finite point": [rows[0] | {"x": "nan"}, *rows[1:]],
         "line 2: expected whole numbers": [rows[0] | {"index": 0.5}, *rows[1:]],

@@ -59,10 +59,10 @@ def main(args: list[str]) -> None:
     if options.grid < 1:
         raise ZooError(f"--grid {options.grid}: expected 1 or more")
     queries = list_queries(options.a, options.b, options.pairs, options.points)
-    images = as_rgb(queries[0].src), as_rgb(queries[0].trg)  # fail before the model is loaded
-    matcher = matcher_of(options)
     if len(queries) == 1:
-        return match_pair(matcher, queries[0], images, options.out, options)
+        images = as_rgb(queries[0].src), as_rgb(queries[0].trg)  # fail before the model is loaded
+        return match_pair(matcher_of(options), queries[0], images, options.out, options)
+    matcher = matcher_of(options)
     failed = 0
     for number, query in enumerate(queries, 1):
         name = f"{number:0{len(str(len(queries)))}}-{Path(query.src).stem}-{Path(query.trg).stem}"

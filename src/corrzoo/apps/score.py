@@ -18,6 +18,7 @@ from corrzoo.errors import Parser, ZooError
 from corrzoo.registry import import_plugins
 from corrzoo.scoring.pck import ALPHAS, PCK
 from corrzoo.scoring.protocols import Protocol, get_protocol
+from corrzoo.types import Record
 
 QUERIES = """Write the query points of a dataset as a CSV file, for a method outside corrzoo.
 
@@ -33,14 +34,14 @@ match in pixels of the target image. The files that `corrzoo predict` writes hav
 
 
 def add_dataset(parser: Parser) -> None:
-    """Add the options that `dataset_of` reads."""
+    """Add the options that `read_dataset` reads."""
     parser.add_argument("--split", default="test", help="trn, val or test (test)")
     parser.add_argument("--root", default="data", type=Path, help="folder of the datasets (data)")
     parser.add_argument("--plugins", help="modules that register datasets, separated by commas")
 
 
-def dataset_of(name: str, options: argparse.Namespace) -> PairDataset:
-    """The dataset that the options name.
+def read_dataset(name: str, options: argparse.Namespace) -> tuple[PairDataset, list[Record]]:
+    """The dataset that the options name, and its pairs.
 
     Raises:
         ZooError: if its images are rendered or mirrored, or it has no keypoints.
@@ -48,10 +49,11 @@ def dataset_of(name: str, options: argparse.Namespace) -> PairDataset:
     if options.plugins:
         import_plugins(options.plugins)
     dataset = create_dataset(name, options.root, options.split)
-    if not dataset.images or dataset.outlines or any(dataset.record(i).flip for i in range(len(dataset))):
+    records = [dataset.record(index) for index in range(len(dataset))] if dataset.images else []
+    if not records or dataset.outlines or any(record.flip for record in records):
         usable = ", ".join(n for n in DATASETS.names() if DATASETS[n].folder and not DATASETS[n].outlines)
         raise ZooError(f"{name}, split {options.split}: expected image files with keypoints: {usable}; val or test")
-    return dataset
+    return dataset, records
 
 
 def write_queries(args: list[str]) -> None:
@@ -64,17 +66,16 @@ def write_queries(args: list[str]) -> None:
     parser.add_argument("--out", type=Path, help="the CSV file (queries/<dataset>-<split>.csv)")
     add_dataset(parser)
     options = parser.parse_args(args)
-    dataset = dataset_of(options.dataset, options)
+    dataset, records = read_dataset(options.dataset, options)
     protocol = get_protocol(options.protocol or "default", dataset.threshold)
     path = options.out or Path("queries", f"{dataset.name}-{dataset.split}.csv")
-    write_csv(path, list(queries(dataset, protocol)))
+    write_csv(path, list(queries(records, protocol)))
     print(f"{len(dataset)} pairs, predicted in the {protocol.evaluated} image: {path}")
 
 
-def queries(dataset: PairDataset, protocol: Protocol) -> Iterator[dict[str, object]]:
+def queries(records: list[Record], protocol: Protocol) -> Iterator[dict[str, object]]:
     """The rows of `corrzoo queries`."""
-    for index in range(len(dataset)):
-        record = dataset.record(index)
+    for index, record in enumerate(records):
         kps = record.src_kps if protocol.query == "src" else record.trg_kps
         paths = {"src": record.src_path, "trg": record.trg_path}
         parts = [""] * len(kps) if record.kps_ids is None else record.kps_ids.tolist()
@@ -100,17 +101,16 @@ def main(args: list[str]) -> None:
     parser.add_argument("--out", default="results", type=Path, help="folder of the result files (results)")
     add_dataset(parser)
     options = parser.parse_args(args)
-    dataset = dataset_of(options.dataset, options)
+    dataset, records = read_dataset(options.dataset, options)
     protocols = [get_protocol(name, dataset.threshold) for name in options.protocol]
     if len(sides := {protocol.evaluated for protocol in protocols}) > 1:
         raise ZooError(
             f"--protocol {' '.join(options.protocol)}: some predict in the {' and some in the '.join(sides)} image"
         )
-    points = read_predictions(options.predictions, dataset, protocols[0].evaluated)
+    points = read_predictions(options.predictions, records, protocols[0].evaluated)
     for protocol in protocols:
         metric = PCK(protocol, ALPHAS, dataset.categories)
-        for index, pred in enumerate(points):
-            record = dataset.record(index)
+        for index, (pred, record) in enumerate(zip(points, records, strict=True)):
             metric.update(pred, record, index, dataset.categories.index(record.category))
         path = options.out / f"{dataset.name}-{str(protocol).replace(':', '-')}.json"
         result = describe_scores(metric, dataset)
@@ -133,13 +133,13 @@ def about(options: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def read_predictions(path: Path, dataset: PairDataset, evaluated: str) -> list[Tensor]:
+def read_predictions(path: Path, records: list[Record], evaluated: str) -> list[Tensor]:
     """(n, 2) float64 predictions of each pair.
 
     Raises:
         ZooError: if a query has no prediction or several, or a row is not one of the queries or not a finite point.
     """
-    expected = [len(dataset.record(index).trg_kps) for index in range(len(dataset))]
+    expected = [len(record.trg_kps) for record in records]
     points = [torch.full((n, 2), torch.nan, dtype=torch.float64) for n in expected]
     for line, row in enumerate(read_columns(path, ("index", "keypoint", "x", "y")), 2):
         try:
@@ -150,7 +150,7 @@ def read_predictions(path: Path, dataset: PairDataset, evaluated: str) -> list[T
             ) from error
         where = f"{path}, line {line}: pair {index}, keypoint {keypoint}"
         if not (0 <= index < len(expected) and 0 <= keypoint < expected[index]):
-            raise ZooError(f"{where} is not a query of {dataset.name}, split {dataset.split}: see `corrzoo queries`")
+            raise ZooError(f"{where} is not a query: see `corrzoo queries`")
         if not (isfinite(x) and isfinite(y)):
             raise ZooError(f"{where}: expected a finite point, got ({x}, {y})")
         if row.get("image") not in (None, "", evaluated):

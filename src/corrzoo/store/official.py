@@ -262,9 +262,9 @@ def load_official(
     layout = LAYOUTS[name]
     theirs = layout.convert(_state_of(source))
     matcher = HEADS[layout.head](**layout.options(theirs) | options)
-    keys = [key for key in matcher.state_dict() if not re.fullmatch(layout.absent, key)]
-    ours = {key: official_key(key, layout.names) for key in keys}
-    expected = {ours[key]: matcher.state_dict()[key] for key in keys}
+    wanted = {key: value for key, value in matcher.state_dict().items() if not re.fullmatch(layout.absent, key)}
+    ours = {key: official_key(key, layout.names) for key in wanted}
+    expected = {ours[key]: value for key, value in wanted.items()}
     used = {k: v for k, v in theirs.items() if k in expected or not re.fullmatch(layout.unused, k)}
     if faults := key_faults(used, expected):
         raise ZooError(f"the checkpoint does not fit the released {layout.head}: {faults}")
