@@ -111,7 +111,7 @@ def test_many_pairs_equal_pairs_one_by_one(capsys, monkeypatch):
 
 
 def test_a_broken_first_pair_is_counted_like_any_other():
-    Path("pairs.csv").write_text("src,trg,points\nno.png,a.png,\na.png,b.jpg,\"30,40\"\n")
+    Path("pairs.csv").write_text('src,trg,points\nno.png,a.png,\na.png,b.jpg,"30,40"\n')
     assert "1 of 2 pairs failed" in failing("--pairs=pairs.csv", *TINY)
     assert Path("matches/2-a-b/matches.json").is_file()
 
