@@ -1,6 +1,5 @@
 """Tables and the picture of the study, from the result files of `study.py`; `readme_tables.py` puts them in place."""
 
-import csv
 import json
 from collections import defaultdict
 from statistics import fmean
@@ -144,18 +143,16 @@ def left_out() -> str:
 
 def rates() -> str:
     """Learning rates tried: PCK @.10 of validation pairs after 12 % of the pairs, the best in bold."""
-    tried: dict[tuple[str, str], dict[float, float]] = defaultdict(dict)
-    for row in csv.DictReader(study.RATES.open()) if study.RATES.exists() else ():
-        tried[row["study"], row["head"]][float(row["lr"])] = float(row["pck@0.1"])
     rows = []
     for name in ("cub_frozen", "cub_finetuned", "synthetic"):
         for head, title in NAMES.items():
-            if found := tried.get((name, head)):
-                best = max(found, key=lambda lr: found[lr])
+            if found := study.tried_rates(study.Run(name, head, 0, PAIRS)):
+                best = study.best_rate(found)
                 cells = [f"{found[lr]:.1f}" if lr in found else "" for lr in study.LEARNING_RATES]
                 bold = [f"**{c}**" if lr == best else c for lr, c in zip(study.LEARNING_RATES, cells, strict=True)]
                 rows.append([TITLES[name], title, *bold])
-    return table(["study", "head", *(f"{lr:g}" for lr in study.LEARNING_RATES)], rows, (2, 3, 4))
+    columns = [f"{lr:g}" for lr in study.LEARNING_RATES]
+    return table(["study", "head", *columns], rows, range(2, 2 + len(columns)))
 
 
 def missing() -> str:

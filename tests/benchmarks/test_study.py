@@ -203,7 +203,7 @@ def test_zero_shot_runs_what_has_no_result(folders, monkeypatch):
 def test_the_learning_rate_is_the_best_on_validation_pairs(folders):
     run = study.Run("cub_frozen", "actr", 1, 10_000, "no_multi_path")
     scored = {3e-4: 20.0, 1e-3: 31.5, 3e-3: 8.0}
-    with pytest.raises(RuntimeError, match=r"cub_frozen, actr: learning rates tried \[\]"):
+    with pytest.raises(RuntimeError, match=r"cub_frozen, actr: learning rates \[0.0003, 0.001, 0.003\] were not tried"):
         study.learning_rate(run)
     with study.RATES.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["study", "head", "lr", "pck@0.1"])
@@ -212,8 +212,32 @@ def test_the_learning_rate_is_the_best_on_validation_pairs(folders):
             writer.writerow({"study": "cub_frozen", "head": "actr", "lr": lr, "pck@0.1": score})
             writer.writerow({"study": "synthetic", "head": "actr", "lr": lr, "pck@0.1": 50 - score})
     assert study.learning_rate(run) == study.learning_rate(replace(run, study="leave_one_out")) == 1e-3
-    assert study.learning_rate(replace(run, study="synthetic")) == 3e-3
-    assert "| photographs (CUB), frozen features | ACTR | 20.0 | **31.5** | 8.0 |" in study_tables.rates()
+    assert "| photographs (CUB), frozen features | ACTR |  | 20.0 | **31.5** | 8.0 |  |  |" in study_tables.rates()
+
+
+@pytest.mark.parametrize(
+    ("scored", "next_rates"),
+    [
+        ({}, [3e-4, 1e-3, 3e-3]),
+        ({3e-4: 1.0, 1e-3: 2.0, 3e-3: 1.0}, []),
+        ({3e-4: 1.0, 1e-3: 2.0, 3e-3: 3.0}, [1e-2]),
+        ({3e-4: 1.0, 1e-3: 2.0, 3e-3: 3.0, 1e-2: 4.0}, [3e-2]),
+        ({3e-4: 1.0, 1e-3: 2.0, 3e-3: 3.0, 1e-2: 4.0, 3e-2: 5.0}, []),  # the largest of all
+        ({3e-4: 3.0, 1e-3: 2.0, 3e-3: 1.0}, [1e-4]),
+    ],
+)
+def test_rates_are_tried_until_the_best_lies_between_two_others(monkeypatch, scored, next_rates):
+    monkeypatch.setattr(study, "tried_rates", lambda run: scored)
+    assert study.untried(study.Run("cub_frozen", "actr", 0, 10_000)) == next_rates
+
+
+def test_a_result_of_another_learning_rate_is_trained_again(folders, monkeypatch):
+    run = study.Run("cub_frozen", "actr", 0, 10_000)
+    study.write(run.result, {"pck": {f"pck@{alpha}": 1.0 for alpha in (0.05, 0.1, 0.15)}, "options": {"lr": 1e-3}})
+    monkeypatch.setattr(study, "tried_rates", lambda run: {3e-4: 1.0, 1e-3: 2.0, 3e-3: 1.0})
+    assert study.finished(run)
+    monkeypatch.setattr(study, "tried_rates", lambda run: {3e-4: 1.0, 1e-3: 2.0, 3e-3: 3.0, 1e-2: 1.0})
+    assert not study.finished(run)
 
 
 # ---------------------------------------------------------------- from beginning to end
@@ -226,6 +250,7 @@ def test_a_small_study_runs_is_resumed_and_does_not_run_again(folders, monkeypat
     monkeypatch.setattr(study.Run, "options", lambda run, args: [*whole(run, args), *few])
     monkeypatch.setattr(study, "MARKS", (0, 16, 10_000))
     monkeypatch.setattr(study, "LEARNING_RATES", (1e-3,))
+    monkeypatch.setattr(study, "TRIED_FIRST", (1e-3,))
     monkeypatch.setattr(study, "SWEEP", 0.5)
     args = arguments("synthetic", seeds=[3], heads=["baseline"], pairs=32)
 
@@ -252,7 +277,7 @@ def test_a_small_study_runs_is_resumed_and_does_not_run_again(folders, monkeypat
     assert said.count("+ lightning test") == 1 and "+ lightning fit" not in said
 
     (study.RESULTS / "synthetic/baseline-3.json").unlink()  # interrupted before the last score of the curve
-    path = study.RUNS / "synthetic" / "baseline-3" / "curve.json"
+    path = study.RUNS / "synthetic" / "baseline-3_lr0.001" / "curve.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "32"}))
     study.study(args)
     assert f"--ckpt_path={path.with_name('last.ckpt')}" in capfd.readouterr().out
