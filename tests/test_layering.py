@@ -10,8 +10,8 @@ import pytest
 SRC = Path(__file__).resolve().parents[1] / "src" / "corrzoo"
 
 LAYERS = [
-    {"errors", "precision", "losses", "optimizers", "files"},
-    {"types", "geometry"},
+    {"errors", "precision", "losses", "files"},
+    {"types", "geometry", "optimizers"},
     {"registry", "images", "commands"},
     {"ops", "backbones", "data", "visualize", "leaderboard", "recipes"},
     {"scoring", "inference"},

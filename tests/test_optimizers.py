@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import corrzoo
+from corrzoo.errors import ZooError
 from corrzoo.optimizers import create_optimizer, warmup_cosine
 from test_matcher import TINY, data, trainer
 
@@ -50,6 +51,19 @@ def rates(tmp_path, epochs=3, **options):
 )
 def test_schedule_sets_the_rate_of_every_step(tmp_path, options, expected):
     assert rates(tmp_path, **options) == pytest.approx(expected)
+
+
+def test_a_one_cycle_schedule_is_not_resumed_for_another_number_of_steps(tmp_path):
+    def fit(epochs, **options):
+        model = corrzoo.create_matcher("Baseline", **TINY, schedule="one-cycle")
+        run = trainer(tmp_path, max_epochs=epochs, limit_val_batches=0)
+        run.fit(model, data(trn=4 * STEPS_PER_EPOCH), **options)
+        return run
+
+    fit(2).save_checkpoint(last := tmp_path / "last.ckpt")
+    with pytest.raises(ZooError, match="schedule has 6 steps, this training 9: resume with the epochs"):
+        fit(3, ckpt_path=last)
+    assert fit(2, ckpt_path=last).global_step == 6
 
 
 def test_warmup_longer_than_training_stays_below_the_full_rate():

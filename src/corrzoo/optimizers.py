@@ -9,6 +9,8 @@ from lightning.pytorch.utilities.types import LRSchedulerConfigType
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, OneCycleLR
 
+from corrzoo.errors import ZooError
+
 
 def create_optimizer(name: str, groups: list[dict[str, Any]], weight_decay: float) -> Optimizer:
     """Adam or AdamW; the fused kernel where all parameters are on a GPU."""
@@ -28,12 +30,28 @@ def create_schedule(options: Any, optimizer: Optimizer, trainer: Trainer) -> LRS
     if options.schedule == "one-cycle":
         # It needs the number now, so Lightning makes the loaders early, see below; a resume is exact all the same.
         rates, steps = [group["lr"] for group in optimizer.param_groups], int(trainer.estimated_stepping_batches)
-        return {"scheduler": OneCycleLR(optimizer, rates, steps), "interval": "step"}
+        return {"scheduler": OneCycle(optimizer, rates, steps), "interval": "step"}
     if options.schedule == "constant" and not options.warmup_steps:
         return None
     # Asked for at a step: asked for here, Lightning would make the loaders before it has read a checkpoint to resume.
     total = (lambda: int(trainer.estimated_stepping_batches)) if options.schedule == "cosine" else None
     return {"scheduler": LambdaLR(optimizer, warmup_cosine(options.warmup_steps, total)), "interval": "step"}
+
+
+class OneCycle(OneCycleLR):
+    """`OneCycleLR` that refuses to be resumed for another number of steps, which torch finds out at the last one.
+
+    Raises:
+        ZooError: if the checkpoint's schedule has another length.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if (planned := state_dict["total_steps"]) != self.total_steps:
+            raise ZooError(
+                f"the checkpoint's one-cycle schedule has {planned} steps, this training {self.total_steps}: "
+                "resume with the epochs, pairs and batch size that the training began with"
+            )
+        super().load_state_dict(state_dict)
 
 
 def warmup_cosine(warmup: int, total: Callable[[], int] | None) -> Callable[[int], float]:

@@ -15,6 +15,21 @@ def test_it_is_saved_and_a_folder_that_cannot_be_made_is_an_error(tmp_path):
         visualize.save_figure(figure, tmp_path / "file" / "m.png")
 
 
+def test_a_picture_that_cannot_be_finished_leaves_the_last_one(tmp_path, monkeypatch):
+    figure = visualize.draw_foreground([torch.zeros(3, 20, 30, dtype=torch.uint8)], [torch.rand(4, 6)])
+    path = visualize.save_figure(figure, tmp_path / "m.png")
+    before = path.read_bytes()
+
+    def fill_the_disk(partial, **options):
+        partial.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figure, "savefig", fill_the_disk)
+    with pytest.raises(ZooError, match="No space left on device"):
+        visualize.save_figure(figure, path)
+    assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]
+
+
 def test_each_row_is_as_high_as_its_images_need():
     wide, tall = torch.zeros(3, 10, 40, dtype=torch.uint8), torch.zeros(3, 40, 20, dtype=torch.uint8)
     figure = visualize.draw_foreground([wide, tall], [torch.rand(2, 2), torch.rand(2, 2)])

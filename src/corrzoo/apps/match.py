@@ -15,7 +15,7 @@ from corrzoo.apps import add_model, matcher_of
 from corrzoo.apps.queries import Query, list_queries
 from corrzoo.callbacks.results import write_csv, write_json
 from corrzoo.errors import Parser, ZooError
-from corrzoo.files import write_bytes
+from corrzoo.files import whole_file, write_bytes
 from corrzoo.images import as_rgb
 from corrzoo.inference import GRID, MAX_CYCLE_ERROR, ImagePair, open_pair
 from corrzoo.matcher import Matcher
@@ -117,7 +117,8 @@ def write_dense(pair: ImagePair, out: Path) -> list[Path]:
     flow, src, trg = pair.flow(), pixels(pair.src), pixels(pair.trg)
     np.save(array := BytesIO(), flow.permute(1, 2, 0).numpy())
     write_bytes(out / "flow.npy", array.getvalue())
-    Image.fromarray(visualize.flow_warp(trg, flow).permute(1, 2, 0).numpy()).save(out / "warped.png")
+    with whole_file(out / "warped.png") as partial:
+        Image.fromarray(visualize.flow_warp(trg, flow).permute(1, 2, 0).numpy()).save(partial, "PNG")
     picture = visualize.save_figure(visualize.draw_flow([src], [flow]), out / "flow.png")
     return [out / "flow.npy", visualize.write_flo(flow, out / "flow.flo"), picture, out / "warped.png"]
 

@@ -14,6 +14,7 @@ from matplotlib.patheffects import withStroke
 from PIL import Image
 from torch import Tensor
 
+from corrzoo.files import whole_file
 from corrzoo.types import ZooError
 
 OUTLINE = [withStroke(linewidth=2, foreground="black")]
@@ -78,15 +79,15 @@ def overlay(ax: Axes, image: Tensor, values: Tensor) -> None:
 
 
 def save_figure(figure: Figure, path: Path | str) -> Path:
-    """Write a figure as an image file.
+    """Write a figure as an image file, atomically. The suffix names the format.
 
     Raises:
         ZooError: if the file cannot be written.
     """
     path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+        with whole_file(path) as partial:
+            figure.savefig(partial, format=path.suffix[1:])
     except OSError as error:
         raise ZooError(f"cannot write {path}: {error.strerror}") from error
     return path
