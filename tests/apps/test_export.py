@@ -1,4 +1,4 @@
-"""`corrzoo export`: the exported program equals the model, for every head."""
+"""`corrzoo export`: the exported program and the ONNX model equal the model, for every head."""
 
 import subprocess
 import sys
@@ -26,10 +26,15 @@ def example(points):
     return src, trg, torch.rand(1, points, 2, generator=generator) * SIDE
 
 
-@pytest.mark.parametrize("head", corrzoo.list_heads())
-def test_the_program_equals_the_model_for_any_number_of_points(head):
-    model = model_of(head)
-    program = export(model, (SIDE, SIDE))
+@pytest.fixture(scope="module", params=corrzoo.list_heads())
+def exported(request):
+    """Every head on a tiny backbone, and its exported program."""
+    model = model_of(request.param)
+    return model, export(model, (SIDE, SIDE))
+
+
+def test_the_program_equals_the_model_for_any_number_of_points(exported):
+    model, program = exported
     assert not any("corrzoo" in str(node.target) for node in program.graph.nodes)  # it runs without corrzoo
     for points in (1, 5):
         inputs = example(points)
@@ -38,17 +43,18 @@ def test_the_program_equals_the_model_for_any_number_of_points(head):
         torch.testing.assert_close(program.module()(*inputs), expected, atol=1e-3, rtol=1e-5)
 
 
-@pytest.mark.parametrize("head", ["Baseline", "GSF", "TransforMatcher"])  # the others in minutes, by hand
-def test_onnx_equals_the_model(head):
-    model = model_of(head)
-    session = onnxruntime.InferenceSession(to_onnx(export(model, (SIDE, SIDE))))
+def test_onnx_equals_the_model_for_any_number_of_points(exported):
+    model, program = exported
+    session = onnxruntime.InferenceSession(to_onnx(program), providers=["CPUExecutionProvider"])
+    # TransforMatcher's released position embedding is the rounding error of sines of many full turns.
+    tolerance = 0.05 if type(model).__name__ == "TransforMatcher" else 2e-3
     for points in (1, 5):
         inputs = example(points)
         with torch.no_grad():
             expected = MatchPoints(model)(*inputs)
         named = {name: value.numpy() for name, value in zip(("src", "trg", "points"), inputs, strict=True)}
-        found = torch.from_numpy(session.run(None, named)[0])
-        torch.testing.assert_close(found, expected, atol=0.05, rtol=1e-3)
+        (found,) = session.run(None, named)
+        torch.testing.assert_close(torch.from_numpy(found), expected, atol=tolerance, rtol=0)
 
 
 def test_the_command_writes_a_file_that_torch_alone_runs(tmp_path, monkeypatch, capsys):
