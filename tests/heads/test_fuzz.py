@@ -38,7 +38,7 @@ NUMBERS: dict[str, list[Any]] = {
     "head_resolution": [0.125, 0.25],
     "kernel_sizes": [[3, 3], [1, 5]],
     "layers": [1, 2],
-    "margin": [1.0, 1.08],
+    "margin": [0.99, 1.0],  # where both the source and its mirror image are chosen
     "radius": [1, 3],
     "readout_radius": [None, 1],
     "relocalization": [1, 2],
