@@ -168,7 +168,9 @@ def test_errors_are_one_line():
     for points in ("30", "30,40,50", "30;40", "x,y", ""):
         assert f"--points {points!r}: expected x,y; x,y" in failing("a.png", "b.jpg", f"--points={points}")
     assert "(130, 40) lies outside the source image of 120x90" in failing("a.png", "b.jpg", "--points=130,40", *TINY)
-    assert "ACTR needs trained weights: give --ckpt" in failing("a.png", "b.jpg", "--head=ACTR")
+    assert "ACTR needs trained weights: give --ckpt, or --head MirrorGuided or Baseline" in failing(
+        "a.png", "b.jpg", "--head=ACTR"
+    )
     assert "did you mean 'Baseline'" in failing("a.png", "b.jpg", "--head=Basline")
     assert "did you mean 'efficientnet_lite0'" in failing("a.png", "b.jpg", "--backbone=eficientnet_lite0")
     assert "unrecognized arguments: --point=1,2" in failing("a.png", "b.jpg", "--point=1,2")
@@ -181,15 +183,23 @@ def test_errors_are_one_line():
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite2"])
 def test_zero_shot_options_are_the_configuration_with_mutual(name):
     config = yaml.safe_load((CONFIGS / "backbone" / f"{name}.yaml").read_text())
-    options, size = apps.zero_shot(name)
+    options, size = apps.zero_shot("Baseline", name)
     assert options == {**config["model"]["init_args"], "mutual": True} and options["backbone"] == name
     assert size == config["data"]["image_size"] == 320
 
 
+def test_the_default_head_is_mirrorguided_as_its_zero_shot_configuration():
+    config = yaml.safe_load((CONFIGS / "ablation" / "mirrorguided" / "zero_shot.yaml").read_text())
+    options, size = apps.zero_shot(apps.ZERO_SHOT[0], apps.BACKBONE)
+    assert apps.ZERO_SHOT[0] == "MirrorGuided" and size == config["data"]["image_size"]
+    written = config["model"]["init_args"]
+    assert {name: options.get(name, 0) for name in written} == written
+
+
 @pytest.mark.parametrize("name", ["dinov2_s14", "timm/test_vit.r160_in1k"])
 def test_zero_shot_options_of_a_backbone_without_a_configuration(name):
-    known, size = apps.zero_shot(apps.BACKBONE)
-    options, other = apps.zero_shot(name)
+    known, size = apps.zero_shot("Baseline", apps.BACKBONE)
+    options, other = apps.zero_shot("Baseline", name)
     assert size == other and options["backbone"] == name and options["backbone_size"] is True
     assert known.keys() - options.keys() == {"levels", "stride"}
 

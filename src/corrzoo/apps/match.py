@@ -29,7 +29,7 @@ The cycle error of a match is the distance between a point and its match matched
 uncertain. Without --points, a regular grid of points is matched, and uncertain matches are left out, as are those of
 cells without structure.
 
-Without --ckpt, matching is zero-shot: the Baseline on ImageNet features (pip install "corrzoo[offline]").
+Without --ckpt, matching is zero-shot: MirrorGuided on ImageNet features (pip install "corrzoo[offline]").
 """
 DENSE = """also write the dense flow: flow.npy (H, W, 2) float32 and flow.flo (Middlebury) have (dx, dy) for each pixel
 of A. The pixel in column x and row y of A, whose centre is (x + 0.5, y + 0.5), matches (x + 0.5 + dx, y + 0.5 + dy) in
