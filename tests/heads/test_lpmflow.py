@@ -256,6 +256,10 @@ def test_a_pair_without_keypoints_contributes_nothing_to_training():
 def test_mistakes():
     with pytest.raises(ZooError, match="expected some of 11, 12, 21, 22"):
         small(flows=["13"])
+    with pytest.raises(ZooError, match="expected some of 11, 22 "):
+        small(flows=["12", "21"], pfsr="no_interactive")
+    with pytest.raises(ZooError, match="expected some of 11 "):
+        small(flows=["22", "12"], pfsr="off", windows=[4])
     with pytest.raises(ZooError, match="windows of 16 cells do not divide 40 x 40, 8 times the grid of 5"):
         small(backbone_size=80, pfsr="off")
     with pytest.raises(ZooError, match="windows of 4 cells do not divide 10 x 10"):

@@ -107,9 +107,9 @@ class LPMFlow(TokenMatcher):
             self.register_buffer("neighbours", grid_neighbours(g), persistent=False)
         self.encoder = None if larl == "off" else LayoutEncoder(C, g, depth, dropout, region_pe, larl)
         self.pyramid = FeatureSuperResolution(C, g, dropout, pfsr)
-        if not flows or not set(flows) <= set(SCALES):
-            raise ZooError(f"flows {flows}: expected some of {', '.join(SCALES)} (scale of the source, of the target)")
         self.flows = [s for s in flows if s in self.pyramid.scales] if mmfi else self.pyramid.scales[-1:]
+        if not flows or not set(flows) <= set(SCALES) or not self.flows:
+            raise ZooError(f"flows {flows}: expected some of {', '.join(self.pyramid.scales)} (scales of both images)")
         self.soft_argmax = SoftArgmax(FINE * g)
         self.integration = FlowIntegration(C, FINE * g, len(self.flows), windows) if mmfi else None
         self.apply_options()
