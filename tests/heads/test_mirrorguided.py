@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import corrzoo
-from corrzoo.heads.mirrorguided import BETA, neighbour_consensus
+from corrzoo.heads.guidance import neighbour_consensus
+from corrzoo.heads.mirrorguided import BETA
 from corrzoo.types import Features, ZooError
 
 CNN = "timm/test_resnet.r160_in1k"

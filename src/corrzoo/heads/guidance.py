@@ -1,7 +1,16 @@
-"""Confident matches guide all others: eqs. 4 to 8 of "Guided Semantic Flow" (ECCV 2020), without a parameter."""
+"""Confident matches guide all others: eqs. 4 to 8 of "Guided Semantic Flow" (ECCV 2020), without a parameter.
+
+And the consensus of neighbouring matches, which MirrorGuided applies before them.
+"""
+
+from math import ceil
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
+
+from corrzoo.geometry import Size
 
 EPS = 1e-5
 """Lower bound of the product of maxima in eq. 4 (NCNet)."""
@@ -52,3 +61,27 @@ def moving_least_squares(values: Tensor, known: Tensor, cells: Tensor, c: float)
 def modulate(scores: Tensor, centre: Tensor, cells: Tensor, c: float) -> Tensor:
     """Eq. 8: C'_ij = exp(-|j - centre_i|^2 / 2c^2) C_ij of scores (B, N, M) with centres (B, N, 2) in cells."""
     return scores * torch.exp(-(cells - centre.unsqueeze(2)).square().sum(-1) / (2 * c**2))
+
+
+def neighbour_consensus(scores: Tensor, grid: Size, grid_trg: Size, sigma: float) -> Tensor:
+    """The Gaussian mean of C_(i+d, j+d) over offsets d inside both grids, of scores (B, N, M).
+
+    A match counts more where neighbours match neighbours. The Gaussian reaches ceil(sigma) cells. It separates into the
+    axes, and along each it is a convolution with a diagonal kernel.
+    """
+    if not sigma:
+        return scores
+    reach = ceil(sigma)
+    offsets = torch.arange(-reach, reach + 1, device=scores.device, dtype=scores.dtype)
+    kernel = torch.exp(-offsets.square() / (2 * sigma**2)).diag()[None, None]
+    (h, w), (h_trg, w_trg) = grid, grid_trg
+    shape = {"h": h, "w": w, "y": h_trg, "x": w_trg}
+
+    def along(volume: Tensor) -> Tensor:
+        """Mean along the diagonals of (n, 1, a, b)."""
+        inside = F.conv2d(torch.ones_like(volume[:1]), kernel, padding=reach)
+        return F.conv2d(volume, kernel, padding=reach) / inside
+
+    rows = along(rearrange(scores, "b (h w) (y x) -> (b w x) 1 h y", **shape))
+    both = along(rearrange(rows, "(b w x) 1 h y -> (b h y) 1 w x", w=w, x=w_trg))
+    return rearrange(both, "(b h y) 1 w x -> b (h w) (y x)", h=h, y=h_trg)

@@ -6,21 +6,38 @@ a parameter), and a choice between the source and its mirror image (as in GeoAwa
 order of the code.
 """
 
-from math import ceil
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
 
 from corrzoo import ops
-from corrzoo.geometry import Size, cell_centres, cells_to_pixels, pixels_to_cells, points_to_flow, sample, size_of
-from corrzoo.heads.guidance import displacements, modulate, moving_least_squares, mutual_confidence, truncate
+from corrzoo.geometry import (
+    Size,
+    bilinear_cells,
+    cell_centres,
+    cells_to_pixels,
+    pixels_to_cells,
+    points_to_flow,
+    sample,
+    size_of,
+)
+from corrzoo.heads.guidance import (
+    displacements,
+    modulate,
+    moving_least_squares,
+    mutual_confidence,
+    neighbour_consensus,
+    truncate,
+)
 from corrzoo.heads.levels import stack_levels, stride_grid
+from corrzoo.losses import Term, means
 from corrzoo.matcher import HEADS, Matcher
 from corrzoo.precision import full, full_precision
-from corrzoo.types import Features, Match, ZooError
+from corrzoo.types import Features, Match, Pair, ZooError
 
 BETA = 50.0
 """Inverse temperature of the softmax over confident matches (SFNet, as in GSF)."""
@@ -42,8 +59,9 @@ class Guided(NamedTuple):
 class MirrorGuided(Matcher):
     """Guided matching of the source and of its mirror image; the better supported of both gives the matches.
 
-    Without training it has no parameter. The constants are chosen on validation pairs by
-    benchmarks/mirrorguided_constants.py. Fine-tuned, the backbone learns through the EPE of `Matcher`.
+    With `layers: 0` it has no parameter. The constants are chosen on validation pairs by
+    benchmarks/mirrorguided_constants.py. With layers, a network updates the features (eq. 1), and how much
+    consensus and guidance count is learned, too. It starts as the head without layers.
 
     Args:
         stride: Resize all feature maps to this stride.
@@ -58,6 +76,11 @@ class MirrorGuided(Matcher):
         rounds: How often eqs. 3 to 5 are applied. Each round reads the scores modulated by the last.
         temperature: T of the soft-argmax.
         radius: The soft-argmax reads this many cells around the maximum to each side.
+        layers: Bottlenecks of the network that updates the features; 0 is the head without parameters.
+        width: Channels of this network.
+        learn_guidance: Learn `floor` and the share of eq. 2 in the scores; both start at the head without layers.
+        epe_weight: Weight of the EPE in the loss.
+        row_weight: Weight of the cross-entropy of eq. 8 in the loss.
         **options: Options of `Matcher`.
     """
 
@@ -79,6 +102,11 @@ class MirrorGuided(Matcher):
         rounds: int = 1,
         temperature: float = 0.05,
         radius: int = 2,
+        layers: int = 0,
+        width: int = 256,
+        learn_guidance: bool = True,
+        epe_weight: float = 1.0,
+        row_weight: float = 0.0,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -91,6 +119,15 @@ class MirrorGuided(Matcher):
         self.stride, self.remove_mean, self.mirror, self.margin = stride, remove_mean, mirror, margin
         self.consensus, self.rho, self.c_p, self.c_m = consensus, rho, c_p, c_m
         self.floor, self.rounds, self.temperature, self.radius = floor, rounds, temperature, radius
+        self.epe_weight, self.row_weight = epe_weight, row_weight
+        self.share: float | nn.Parameter = 1.0
+        self.loss_temperature: float | nn.Parameter = temperature
+        channels = sum(self.backbone.channels)
+        self.update = FeatureUpdate(channels * (1 + mirror), channels, width, layers) if layers else None
+        if layers:
+            self.loss_temperature = nn.Parameter(torch.tensor(temperature))
+        if layers and learn_guidance:
+            self.share, self.floor = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(floor))
 
     def prepare(self, features: Features) -> Features:
         """One map (B, C, h, w) of unit features; with `mirror` (B, 2C, h, w), the second half from the mirror image.
@@ -103,7 +140,16 @@ class MirrorGuided(Matcher):
         if self.mirror:
             mirrored = self.unit_map(self.backbone(features.image.flip(-1)).maps, grid)
             maps = torch.cat([maps, mirrored.flip(-1)], 1)
-        return features._replace(maps=[maps])
+        return features._replace(maps=[self.updated(maps)])
+
+    def updated(self, maps: Tensor) -> Tensor:
+        """Eq. 1, for both halves of the map."""
+        if self.update is None:
+            return maps
+        update = full(self.update(maps))
+        if self.mirror:
+            update = torch.cat([update, full(self.update(mirror_image(maps))).flip(-1)], 1)
+        return maps + update
 
     def unit_map(self, levels: list[Tensor], grid: Size) -> Tensor:
         """Levels (B, C_i, h_i, w_i) as one map (B, C, h, w) of unit length in every cell."""
@@ -118,6 +164,32 @@ class MirrorGuided(Matcher):
         points = cell_centres(grid, image, src.image.device, src.maps[0].dtype)
         scores = self.scores_at(src, trg, points.expand(len(src.image), -1, -1))
         return Match(points_to_flow(self.read(scores, trg), grid, image), scores)
+
+    def loss(self, match: Match, pair: Pair) -> dict[str, Tensor]:
+        """EPE and the cross-entropy of eq. 8, weighted."""
+        terms = {"epe": self.keypoint_errors(match, pair)} if self.epe_weight else {}
+        if self.row_weight:
+            terms["rows"] = self.row_losses(match, pair)
+        found, weights = means(terms), {"epe": self.epe_weight, "rows": self.row_weight}
+        return {"loss": torch.stack([weights[name] * mean for name, mean in found.items()]).sum(), **found}
+
+    def row_losses(self, match: Match, pair: Pair) -> Term:
+        """Eq. 8 for each keypoint (B, K), both ways: the cross-entropy of its row of scores against its match.
+
+        The probability of the match is spread bilinearly over the four cells around it.
+        """
+        assert match.correlation is not None
+        image, grid = size_of(pair.src_img), size_of(match.flow)
+        losses = []
+        for scores, kps, truth in (
+            (match.correlation, pair.src_kps, pair.trg_kps),
+            (match.correlation.mT, pair.trg_kps, pair.src_kps),
+        ):
+            rows = sample(scores.mT.unflatten(2, grid), kps, image)  # (B, K, M)
+            index, weights = bilinear_cells(truth, grid, image)  # (B, K, 4)
+            found = (rows / self.loss_temperature).log_softmax(2).gather(2, index)
+            losses.append(-(weights * found).sum(2))
+        return (losses[0] + losses[1]) / 2, pair.kps_mask
 
     def match_points(self, src: Features, trg: Features, points: Tensor) -> Tensor:
         """Matches of points (B, n, 2), whose scores are interpolated: finer than to interpolate the flow."""
@@ -144,11 +216,9 @@ class MirrorGuided(Matcher):
     def hypotheses(self, src: Features, trg: Features, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Modulated scores (B, n, M) for the source and for its mirror image; ratio (B,) of the latter's support."""
         source, width = src.maps[0], src.image.shape[-1]
-        own, other = source.chunk(2, 1)
-        mirror_image = torch.cat([other, own], 1).flip(-1)
         x, y = points.unbind(-1)
         with full_precision(source):
-            guided = self.guide(torch.cat([source, mirror_image]), trg.maps[0].repeat(2, 1, 1, 1))
+            guided = self.guide(torch.cat([source, mirror_image(source)]), trg.maps[0].repeat(2, 1, 1, 1))
             both = torch.cat([points, torch.stack([width - x, y], -1)])  # (2B, n, 2)
             plain, mirrored = self.modulated_at(guided, both, size_of(src.image)).chunk(2)
             support, support_mirrored = guided.support.chunk(2)
@@ -159,7 +229,9 @@ class MirrorGuided(Matcher):
         grid, grid_trg = size_of(source), size_of(target)
         cells, cells_trg = (cell_centres(g, g, source.device, source.dtype) for g in (grid, grid_trg))
         rows, columns = (rearrange(x, "b c h w -> b (h w) c") for x in (source, target))
-        scores = neighbour_consensus(ops.correlation(rows, columns), grid, grid_trg, self.consensus)  # eqs. 1 and 2
+        cosines = ops.correlation(rows, columns)  # eq. 2
+        agreed = neighbour_consensus(cosines, grid, grid_trg, self.consensus)  # eq. 3
+        scores = torch.lerp(cosines, agreed, self.share)
         likely = scores
         for _ in range(self.rounds):
             kept, confident = truncate(mutual_confidence(likely.relu()), self.rho)  # eq. 3
@@ -182,25 +254,37 @@ class MirrorGuided(Matcher):
         return self.modulated(sample(volume, points, image), centre, cells)
 
 
-def neighbour_consensus(scores: Tensor, grid: Size, grid_trg: Size, sigma: float) -> Tensor:
-    """Eq. 2: the Gaussian mean of C_(i+d, j+d) over offsets d inside both grids, of scores (B, N, M).
+class FeatureUpdate(nn.Module):
+    """Eq. 1: maps (B, inputs, h, w) of an image -> the update of its features (B, outputs, h, w), at first zero."""
 
-    A match counts more where neighbours match neighbours. The Gaussian reaches ceil(sigma) cells. It separates into the
-    axes, and along each it is a convolution with a diagonal kernel.
-    """
-    if not sigma:
-        return scores
-    reach = ceil(sigma)
-    offsets = torch.arange(-reach, reach + 1, device=scores.device, dtype=scores.dtype)
-    kernel = torch.exp(-offsets.square() / (2 * sigma**2)).diag()[None, None]
-    (h, w), (h_trg, w_trg) = grid, grid_trg
-    shape = {"h": h, "w": w, "y": h_trg, "x": w_trg}
+    def __init__(self, inputs: int, outputs: int, width: int, layers: int) -> None:
+        super().__init__()
+        self.project, self.out = nn.Conv2d(inputs, width, 1), nn.Conv2d(width, outputs, 1)
+        nn.init.orthogonal_(self.project.weight)
+        for parameter in (self.project.bias, *self.out.parameters()):
+            nn.init.zeros_(parameter)
+        self.blocks = nn.Sequential(LayerNorm2d(width), *(Bottleneck(width) for _ in range(layers)), LayerNorm2d(width))
 
-    def along(volume: Tensor) -> Tensor:
-        """Mean along the diagonals of (n, 1, a, b)."""
-        inside = F.conv2d(torch.ones_like(volume[:1]), kernel, padding=reach)
-        return F.conv2d(volume, kernel, padding=reach) / inside
+    def forward(self, maps: Tensor) -> Tensor:
+        return self.out(self.blocks(self.project(maps)))
 
-    rows = along(rearrange(scores, "b (h w) (y x) -> (b w x) 1 h y", **shape))
-    both = along(rearrange(rows, "(b w x) 1 h y -> (b h y) 1 w x", w=w, x=w_trg))
-    return rearrange(both, "(b h y) 1 w x -> b (h w) (y x)", h=h, y=h_trg)
+
+class Bottleneck(nn.Sequential):
+    """ResNet's bottleneck, pre-normalised and residual."""
+
+    def __init__(self, width: int) -> None:
+        half = width // 2
+        super().__init__(
+            nn.GroupNorm(1, width), nn.Conv2d(width, half, 1),
+            nn.GroupNorm(8, half), nn.ReLU(), nn.Conv2d(half, half, 3, padding=1),
+            nn.GroupNorm(8, half), nn.ReLU(), nn.Conv2d(half, width, 1),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+def mirror_image(maps: Tensor) -> Tensor:
+    """The map (B, 2C, h, w) of the mirror image: flipped, with its halves exchanged."""
+    own, other = maps.chunk(2, 1)
+    return torch.cat([other, own], 1).flip(-1)
