@@ -3,11 +3,10 @@
 And the consensus of neighbouring matches, which MirrorGuided applies before them.
 """
 
-from math import ceil
+from math import ceil, exp
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from corrzoo.geometry import Size
@@ -66,22 +65,26 @@ def modulate(scores: Tensor, centre: Tensor, cells: Tensor, c: float) -> Tensor:
 def neighbour_consensus(scores: Tensor, grid: Size, grid_trg: Size, sigma: float) -> Tensor:
     """The Gaussian mean of C_(i+d, j+d) over offsets d inside both grids, of scores (B, N, M).
 
-    A match counts more where neighbours match neighbours. The Gaussian reaches ceil(sigma) cells. It separates into the
-    axes, and along each it is a convolution with a diagonal kernel.
+    A match counts more where neighbours match neighbours. The Gaussian reaches ceil(sigma) cells, and separates
+    into the axes.
     """
     if not sigma:
         return scores
     reach = ceil(sigma)
-    offsets = torch.arange(-reach, reach + 1, device=scores.device, dtype=scores.dtype)
-    kernel = torch.exp(-offsets.square() / (2 * sigma**2)).diag()[None, None]
-    (h, w), (h_trg, w_trg) = grid, grid_trg
-    shape = {"h": h, "w": w, "y": h_trg, "x": w_trg}
 
     def along(volume: Tensor) -> Tensor:
-        """Mean along the diagonals of (n, 1, a, b)."""
-        inside = F.conv2d(torch.ones_like(volume[:1]), kernel, padding=reach)
-        return F.conv2d(volume, kernel, padding=reach) / inside
+        """Mean along the diagonals of the last two axes."""
+        a, b = volume.shape[-2:]
+        padded = F.pad(volume, (reach,) * 4)
+        inside = F.pad(volume.new_ones(a, b), (reach,) * 4)
+        total, weights = torch.zeros_like(volume), volume.new_zeros(a, b)
+        for d in range(-reach, reach + 1):
+            weight, start = exp(-d * d / (2 * sigma**2)), reach + d
+            rows, columns = slice(start, start + a), slice(start, start + b)
+            total = total + weight * padded[..., rows, columns]
+            weights = weights + weight * inside[rows, columns]
+        return total / weights
 
-    rows = along(rearrange(scores, "b (h w) (y x) -> (b w x) 1 h y", **shape))
-    both = along(rearrange(rows, "(b w x) 1 h y -> (b h y) 1 w x", w=w, x=w_trg))
-    return rearrange(both, "(b h y) 1 w x -> b (h w) (y x)", h=h, y=h_trg)
+    (h, w), (y, x) = grid, grid_trg
+    volume = along(scores.unflatten(1, (h, w)).unflatten(3, (y, x)).permute(0, 2, 4, 1, 3))  # (B, w, x, h, y)
+    return along(volume.permute(0, 3, 4, 1, 2)).permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2)  # from (B, h, y, w, x)
