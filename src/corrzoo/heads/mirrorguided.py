@@ -43,6 +43,8 @@ BETA = 50.0
 """Inverse temperature of the softmax over confident matches (SFNet, as in GSF)."""
 
 
+CHOICE = 0.05
+"""our choice: temperature of the choice's cross-entropy; supports of good pairs differ by a few percent."""
 EPS = 1e-5
 """Lower bound of a support that divides: features without any agreement."""
 
@@ -127,7 +129,15 @@ class MirrorGuided(Matcher):
         if layers:
             self.loss_temperature = nn.Parameter(torch.tensor(temperature))
         if layers and learn_guidance:
-            self.share, self.floor = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(floor))
+            self.share, self.floor, self.margin = (nn.Parameter(torch.tensor(x)) for x in (1.0, floor, margin))
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Optimiser groups as in `Matcher`. our choice: single numbers have ten times the head's rate."""
+        groups = super().param_groups()
+        single = {"name": "numbers", "params": [p for p in self.parameters() if p.ndim == 0 and p.requires_grad]}
+        for group in groups:
+            group["params"] = [p for p in group["params"] if p.ndim]
+        return [group for group in [*groups, single | {"lr": 10 * self.hparams.lr}] if group["params"]]
 
     def prepare(self, features: Features) -> Features:
         """One map (B, C, h, w) of unit features; with `mirror` (B, 2C, h, w), the second half from the mirror image.
@@ -159,37 +169,57 @@ class MirrorGuided(Matcher):
         return F.normalize(stack_levels(levels, grid), dim=1)
 
     def match(self, src: Features, trg: Features) -> Match:
-        """The match of every cell's centre; `correlation` has the scores (B, N, M) they were read from."""
+        """The match of every cell's centre; `correlation` has the scores (B, N, M) they were read from.
+
+        To learn, `extras` has the cosines (B, N, M) and, by gradient apart from them, what `hypotheses` returns.
+        """
         grid, image = size_of(src.maps[0]), size_of(src.image)
-        points = cell_centres(grid, image, src.image.device, src.maps[0].dtype)
-        scores = self.scores_at(src, trg, points.expand(len(src.image), -1, -1))
-        return Match(points_to_flow(self.read(scores, trg), grid, image), scores)
+        points = cell_centres(grid, image, src.image.device, src.maps[0].dtype).expand(len(src.image), -1, -1)
+        extras = {}
+        if self.update is not None and torch.is_grad_enabled():
+            rows, columns = (rearrange(x.maps[0], "b c h w -> b (h w) c") for x in (src, trg))
+            extras["cosines"] = ops.correlation(rows, columns)
+            if not self.epe_weight:
+                src, trg = (x._replace(maps=[x.maps[0].detach()]) for x in (src, trg))
+        found = self.hypotheses(src, trg, points)
+        if extras:
+            extras |= dict(zip(("plain", "mirrored", "ratio"), found, strict=False))
+        scores = self.chosen(*found)
+        return Match(points_to_flow(self.read(scores, trg), grid, image), scores, extras)
 
     def loss(self, match: Match, pair: Pair) -> dict[str, Tensor]:
-        """EPE and the cross-entropy of eq. 8, weighted."""
+        """EPE; with layers, eq. 9 for the cosines and for the modulated scores, and eq. 10."""
         terms = {"epe": self.keypoint_errors(match, pair)} if self.epe_weight else {}
-        if self.row_weight:
-            terms["rows"] = self.row_losses(match, pair)
-        found, weights = means(terms), {"epe": self.epe_weight, "rows": self.row_weight}
-        return {"loss": torch.stack([weights[name] * mean for name, mean in found.items()]).sum(), **found}
+        weights = {"epe": self.epe_weight} | dict.fromkeys(("rows", "guided", "choice"), self.row_weight)
+        if self.row_weight and (found := match.extras):
+            grid, mask = size_of(match.flow), pair.kps_mask
+            rows = {name: self.row_losses(found[name], pair, grid) for name in found if name != "ratio"}
+            terms |= {"rows": (rows["cosines"], mask), "guided": (rows["plain"], mask)}
+            if self.mirror:
+                terms["choice"] = self.choice_losses(rows["plain"], rows["mirrored"], found["ratio"], mask)
+        means_of = means(terms)
+        return {"loss": torch.stack([weights[name] * mean for name, mean in means_of.items()]).sum(), **means_of}
 
-    def row_losses(self, match: Match, pair: Pair) -> Term:
-        """Eq. 8 for each keypoint (B, K), both ways: the cross-entropy of its row of scores against its match.
+    def row_losses(self, scores: Tensor, pair: Pair, grid: Size) -> Tensor:
+        """Eq. 9 for scores (B, N, M) on one grid (h, w) and each keypoint (B, K): the mean of both ways.
 
-        The probability of the match is spread bilinearly over the four cells around it.
+        Its row of scores is interpolated, and the probability of its match is spread bilinearly over four cells.
         """
-        assert match.correlation is not None
-        image, grid = size_of(pair.src_img), size_of(match.flow)
-        losses = []
-        for scores, kps, truth in (
-            (match.correlation, pair.src_kps, pair.trg_kps),
-            (match.correlation.mT, pair.trg_kps, pair.src_kps),
-        ):
-            rows = sample(scores.mT.unflatten(2, grid), kps, image)  # (B, K, M)
-            index, weights = bilinear_cells(truth, grid, image)  # (B, K, 4)
-            found = (rows / self.loss_temperature).log_softmax(2).gather(2, index)
-            losses.append(-(weights * found).sum(2))
-        return (losses[0] + losses[1]) / 2, pair.kps_mask
+        image = size_of(pair.src_img)
+        ways = (scores.mT, pair.src_kps, pair.trg_kps), (scores, pair.trg_kps, pair.src_kps)
+        total = scores.new_zeros(())
+        for volume, kps, truth in ways:
+            rows = sample(volume.unflatten(2, grid), kps, image)  # (B, K, M)
+            cells, weights = bilinear_cells(truth, grid, image)  # (B, K, 4)
+            found = (rows / self.loss_temperature).log_softmax(2).gather(2, cells)
+            total = total - (weights * found).sum(2) / 2
+        return total
+
+    def choice_losses(self, plain: Tensor, mirrored: Tensor, ratio: Tensor, mask: Tensor) -> Term:
+        """Eq. 10 (B,): cross-entropy of the choice against the hypothesis with the smaller loss (B, K)."""
+        better = ((mirrored - plain).detach() * mask).sum(1) < 0  # (B,)
+        logit = (ratio.detach().log() - torch.as_tensor(self.margin).log()) / CHOICE
+        return F.softplus(torch.where(better, -logit, logit)), mask.any(1)
 
     def match_points(self, src: Features, trg: Features, points: Tensor) -> Tensor:
         """Matches of points (B, n, 2), whose scores are interpolated: finer than to interpolate the flow."""
@@ -206,21 +236,29 @@ class MirrorGuided(Matcher):
         return cells_to_pixels(found, grid, size_of(trg.image))
 
     def scores_at(self, src: Features, trg: Features, points: Tensor) -> Tensor:
-        """Modulated scores (B, n, M) of points (B, n, 2), by the hypothesis that eq. 7 chooses."""
-        if not self.mirror:
-            with full_precision(src.maps[0]):
-                return self.modulated_at(self.guide(src.maps[0], trg.maps[0]), points, size_of(src.image))
-        plain, mirrored, ratio = self.hypotheses(src, trg, points)
-        return torch.where((ratio > self.margin).view(-1, 1, 1), mirrored, plain)  # eq. 7
+        """Modulated scores (B, n, M) of points (B, n, 2), by the hypothesis that eq. 8 chooses."""
+        return self.chosen(*self.hypotheses(src, trg, points))
 
-    def hypotheses(self, src: Features, trg: Features, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Modulated scores (B, n, M) for the source and for its mirror image; ratio (B,) of the latter's support."""
-        source, width = src.maps[0], src.image.shape[-1]
-        x, y = points.unbind(-1)
+    def chosen(self, plain: Tensor, *mirrored_and_ratio: Tensor) -> Tensor:
+        """Eq. 8: the scores (B, n, M) for the source or, if there are any and the ratio says so, its mirror image."""
+        if not mirrored_and_ratio:
+            return plain
+        mirrored, ratio = mirrored_and_ratio
+        return torch.where((ratio > self.margin).view(-1, 1, 1), mirrored, plain)
+
+    def hypotheses(self, src: Features, trg: Features, points: Tensor) -> tuple[Tensor, ...]:
+        """Modulated scores (B, n, M) for the source; with `mirror`, also for its mirror image, and a ratio (B,).
+
+        The ratio is that of the mirror image's support to the source's.
+        """
+        source, target, (height, width) = src.maps[0], trg.maps[0], size_of(src.image)
         with full_precision(source):
-            guided = self.guide(torch.cat([source, mirror_image(source)]), trg.maps[0].repeat(2, 1, 1, 1))
+            if not self.mirror:
+                return (self.modulated_at(self.guide(source, target), points, (height, width)),)
+            guided = self.guide(torch.cat([source, mirror_image(source)]), target.repeat(2, 1, 1, 1))
+            x, y = points.unbind(-1)
             both = torch.cat([points, torch.stack([width - x, y], -1)])  # (2B, n, 2)
-            plain, mirrored = self.modulated_at(guided, both, size_of(src.image)).chunk(2)
+            plain, mirrored = self.modulated_at(guided, both, (height, width)).chunk(2)
             support, support_mirrored = guided.support.chunk(2)
             return plain, mirrored, support_mirrored / support.clamp(min=EPS)
 
