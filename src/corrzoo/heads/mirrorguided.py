@@ -11,13 +11,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from corrzoo import ops
 from corrzoo.geometry import (
     Size,
-    bilinear_cells,
     cell_centres,
     cells_to_pixels,
     pixels_to_cells,
@@ -34,6 +32,7 @@ from corrzoo.heads.guidance import (
     truncate,
 )
 from corrzoo.heads.levels import stack_levels, stride_grid
+from corrzoo.heads.update import FeatureUpdate, row_cross_entropy
 from corrzoo.losses import Term, means
 from corrzoo.matcher import HEADS, Matcher
 from corrzoo.precision import full, full_precision
@@ -132,12 +131,13 @@ class MirrorGuided(Matcher):
             self.share, self.floor, self.margin = (nn.Parameter(torch.tensor(x)) for x in (1.0, floor, margin))
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Optimiser groups as in `Matcher`. our choice: single numbers have ten times the head's rate."""
+        """Optimiser groups as in `Matcher`. our choice: single numbers learn ten times as fast, and do not decay."""
         groups = super().param_groups()
-        single = {"name": "numbers", "params": [p for p in self.parameters() if p.ndim == 0 and p.requires_grad]}
+        numbers = [p for p in self.parameters() if not p.ndim]
         for group in groups:
             group["params"] = [p for p in group["params"] if p.ndim]
-        return [group for group in [*groups, single | {"lr": 10 * self.hparams.lr}] if group["params"]]
+        groups.append({"name": "numbers", "params": numbers, "lr": 10 * self.hparams.lr, "weight_decay": 0.0})
+        return [group for group in groups if group["params"]]
 
     def prepare(self, features: Features) -> Features:
         """One map (B, C, h, w) of unit features; with `mirror` (B, 2C, h, w), the second half from the mirror image.
@@ -192,28 +192,15 @@ class MirrorGuided(Matcher):
         terms = {"epe": self.keypoint_errors(match, pair)} if self.epe_weight else {}
         weights = {"epe": self.epe_weight} | dict.fromkeys(("rows", "guided", "choice"), self.row_weight)
         if self.row_weight and (found := match.extras):
-            grid, mask = size_of(match.flow), pair.kps_mask
-            rows = {name: self.row_losses(found[name], pair, grid) for name in found if name != "ratio"}
+            T, grid, mask = self.loss_temperature, size_of(match.flow), pair.kps_mask
+            rows = {
+                k: row_cross_entropy(found[k] / T, pair, grid) for k in ("cosines", "plain", "mirrored") if k in found
+            }
             terms |= {"rows": (rows["cosines"], mask), "guided": (rows["plain"], mask)}
             if self.mirror:
                 terms["choice"] = self.choice_losses(rows["plain"], rows["mirrored"], found["ratio"], mask)
         means_of = means(terms)
         return {"loss": torch.stack([weights[name] * mean for name, mean in means_of.items()]).sum(), **means_of}
-
-    def row_losses(self, scores: Tensor, pair: Pair, grid: Size) -> Tensor:
-        """Eq. 9 for scores (B, N, M) on one grid (h, w) and each keypoint (B, K): the mean of both ways.
-
-        Its row of scores is interpolated, and the probability of its match is spread bilinearly over four cells.
-        """
-        image = size_of(pair.src_img)
-        ways = (scores.mT, pair.src_kps, pair.trg_kps), (scores, pair.trg_kps, pair.src_kps)
-        total = scores.new_zeros(())
-        for volume, kps, truth in ways:
-            rows = sample(volume.unflatten(2, grid), kps, image)  # (B, K, M)
-            cells, weights = bilinear_cells(truth, grid, image)  # (B, K, 4)
-            found = (rows / self.loss_temperature).log_softmax(2).gather(2, cells)
-            total = total - (weights * found).sum(2) / 2
-        return total
 
     def choice_losses(self, plain: Tensor, mirrored: Tensor, ratio: Tensor, mask: Tensor) -> Term:
         """Eq. 10 (B,): cross-entropy of the choice against the hypothesis with the smaller loss (B, K)."""
@@ -290,36 +277,6 @@ class MirrorGuided(Matcher):
         volume = rearrange(guided.scores, "b (h w) hh ww -> b (hh ww) h w", h=grid[0])
         centre = pixels_to_cells(points, grid, image) + sample(guided.field, points, image)
         return self.modulated(sample(volume, points, image), centre, cells)
-
-
-class FeatureUpdate(nn.Module):
-    """Eq. 1: maps (B, inputs, h, w) of an image -> the update of its features (B, outputs, h, w), at first zero."""
-
-    def __init__(self, inputs: int, outputs: int, width: int, layers: int) -> None:
-        super().__init__()
-        self.project, self.out = nn.Conv2d(inputs, width, 1), nn.Conv2d(width, outputs, 1)
-        nn.init.orthogonal_(self.project.weight)
-        for parameter in (self.project.bias, *self.out.parameters()):
-            nn.init.zeros_(parameter)
-        self.blocks = nn.Sequential(LayerNorm2d(width), *(Bottleneck(width) for _ in range(layers)), LayerNorm2d(width))
-
-    def forward(self, maps: Tensor) -> Tensor:
-        return self.out(self.blocks(self.project(maps)))
-
-
-class Bottleneck(nn.Sequential):
-    """ResNet's bottleneck, pre-normalised and residual."""
-
-    def __init__(self, width: int) -> None:
-        half = width // 2
-        super().__init__(
-            nn.GroupNorm(1, width), nn.Conv2d(width, half, 1),
-            nn.GroupNorm(8, half), nn.ReLU(), nn.Conv2d(half, half, 3, padding=1),
-            nn.GroupNorm(8, half), nn.ReLU(), nn.Conv2d(half, width, 1),
-        )  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
 
 
 def mirror_image(maps: Tensor) -> Tensor:
