@@ -48,6 +48,7 @@ SIZES = {
 }
 """Options of heads whose demos do not match on 12 x 12 cells."""
 ABLATIONS = {
+    "mirrorguided": ("no_mirror", "fixed_guidance", "no_guidance", "epe"),
     "actr": ("no_cross_attention", "no_reweighting", "no_multi_path", "no_super_resolution"),
     "lpmflow": ("no_larl", "no_contrastive_loss", "no_pfsr", "no_mmfi"),
     "vitsc": ("table4_none", "table4_asymmetric", "table6_bilinear", "table7_epe_only"),

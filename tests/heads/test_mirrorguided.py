@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import corrzoo
-from corrzoo.heads.guidance import neighbour_consensus
-from corrzoo.heads.mirrorguided import BETA
+from corrzoo.heads.guidance import BETA, neighbour_consensus
 from corrzoo.types import Features, ZooError
 
 CNN = "timm/test_resnet.r160_in1k"

@@ -13,6 +13,8 @@ from corrzoo.geometry import Size
 
 EPS = 1e-5
 """Lower bound of the product of maxima in eq. 4 (NCNet)."""
+BETA = 50.0
+"""Inverse temperature of the softmax over confident matches (SFNet, as in GSF)."""
 FALLBACK = 8
 """our choice: number of rows that count as confident if no match passes the threshold; eq. 7 would be 0 / 0."""
 
@@ -55,6 +57,12 @@ def moving_least_squares(values: Tensor, known: Tensor, cells: Tensor, c: float)
     logits = -(cells.unsqueeze(1) - cells).square().sum(-1) / (2 * c**2)  # (N, N)
     logits = logits.masked_fill(~known.unsqueeze(1), torch.finfo(logits.dtype).min)  # (B, N, N)
     return (logits.softmax(2) * known.unsqueeze(1)) @ values
+
+
+def confident_field(scores: Tensor, cells: Tensor, cells_trg: Tensor, rho: float, c: float) -> Tensor:
+    """Eqs. 4 to 7: displacements G' (B, N, 2) in cells that follow the confident matches of scores (B, N, M) >= 0."""
+    kept, confident = truncate(mutual_confidence(scores), rho)
+    return moving_least_squares(displacements(kept, cells, cells_trg, BETA), confident, cells, c)
 
 
 def modulate(scores: Tensor, centre: Tensor, cells: Tensor, c: float) -> Tensor:

@@ -1,9 +1,9 @@
 """MirrorGuided: confident matches guide all others, in the image or in its mirror image. The zoo's own head.
 
-It combines parts that docs/heads/mirrorguided.md measures: cosines as in `Baseline`, the consensus of neighbouring
-matches (NCNet, without its network), GSF's confident matches, guidance field and modulation (its eqs. 4 to 8, without
-a parameter), and a choice between the source and its mirror image (as in GeoAware). Equations are numbered in the
-order of the code.
+It combines parts that docs/heads/mirrorguided.md measures: cosines as in `Baseline`, a residual network on the features
+of an image and its mirror image, the consensus of neighbouring matches (NCNet, without its network), GSF's confident
+matches, guidance field and modulation (its eqs. 4 to 8, without a parameter), and a choice between the source and its
+mirror image (as in GeoAware). Equations are numbered in the order of the code.
 """
 
 from typing import Any, ClassVar, NamedTuple
@@ -14,33 +14,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from corrzoo import ops
-from corrzoo.geometry import (
-    Size,
-    cell_centres,
-    cells_to_pixels,
-    pixels_to_cells,
-    points_to_flow,
-    sample,
-    size_of,
-)
-from corrzoo.heads.guidance import (
-    displacements,
-    modulate,
-    moving_least_squares,
-    mutual_confidence,
-    neighbour_consensus,
-    truncate,
-)
+from corrzoo.geometry import Size, cell_centres, cells_to_pixels, pixels_to_cells, points_to_flow, sample, size_of
+from corrzoo.heads.guidance import confident_field, modulate, neighbour_consensus
 from corrzoo.heads.levels import stack_levels, stride_grid
-from corrzoo.heads.update import FeatureUpdate, row_cross_entropy
-from corrzoo.losses import Term, means
+from corrzoo.heads.update import FeatureUpdate, mirror_image, row_cross_entropy
+from corrzoo.losses import means
 from corrzoo.matcher import HEADS, Matcher
 from corrzoo.precision import full, full_precision
 from corrzoo.types import Features, Match, Pair, ZooError
-
-BETA = 50.0
-"""Inverse temperature of the softmax over confident matches (SFNet, as in GSF)."""
-
 
 CHOICE = 0.05
 """our choice: temperature of the choice's cross-entropy; supports of good pairs differ by a few percent."""
@@ -49,9 +30,9 @@ EPS = 1e-5
 
 
 class Guided(NamedTuple):
-    """Results of eqs. 1 to 6 for B pairs; N cells of the source grid (h, w), M of the target grid."""
+    """Results of eqs. 2 to 7 for B pairs; N cells of the source grid (h, w), M of the target grid."""
 
-    scores: Tensor  # (B, N, h', w') consensus C
+    scores: Tensor  # (B, N, h', w') scores C
     field: Tensor  # (B, 2, h, w) guidance displacements G' in cells
     support: Tensor  # (B,) mean of the best modulated scores
 
@@ -60,28 +41,28 @@ class Guided(NamedTuple):
 class MirrorGuided(Matcher):
     """Guided matching of the source and of its mirror image; the better supported of both gives the matches.
 
-    With `layers: 0` it has no parameter. The constants are chosen on validation pairs by
-    benchmarks/mirrorguided_constants.py. With layers, a network updates the features (eq. 1), and how much
-    consensus and guidance count is learned, too. It starts as the head without layers.
+    With `layers: 0` it has no parameter, and a backbone that is fine-tuned learns through the EPE of `Matcher`. The
+    constants are chosen on validation pairs by benchmarks/mirrorguided_constants.py. With layers, a network updates the
+    features, and how much consensus and guidance count is learned. Before training, it equals the head without layers.
 
     Args:
         stride: Resize all feature maps to this stride.
         remove_mean: Subtract each map's mean over the image before normalisation.
-        mirror: Compute features of the mirror image, too. They enter eq. 1 and give the mirrored hypothesis of eq. 7.
-        margin: How many times the support of the source its mirror image must have to be matched instead (eq. 7).
-        consensus: Width of the Gaussian of eq. 2 in cells; 0 leaves the cosines as they are.
-        rho: Threshold of a confident match (eq. 3; GSF 5.1: 0.9).
-        c_p: Width of the propagation's Gaussian in cells (eq. 4).
-        c_m: Width of the modulation's Gaussian in cells (eq. 5).
-        floor: Weight of a score far from the guidance (eq. 5). GSF has 0, which loses objects that bend or turn.
-        rounds: How often eqs. 3 to 5 are applied. Each round reads the scores modulated by the last.
+        mirror: Compute features of the mirror image, too. They enter eq. 1 and give the mirrored hypothesis of eq. 8.
+        margin: How many times the support of the source its mirror image must have to be matched instead (eq. 8).
+        consensus: Width of the Gaussian of eq. 3 in cells; 0 leaves the cosines as they are.
+        rho: Threshold of a confident match (eq. 4; GSF 5.1: 0.9).
+        c_p: Width of the propagation's Gaussian in cells (eq. 5).
+        c_m: Width of the modulation's Gaussian in cells (eq. 6).
+        floor: Weight of a score far from the guidance (eq. 6). GSF has 0, which loses objects that bend or turn.
+        rounds: How often eqs. 4 to 6 are applied. Each round reads the scores modulated by the last.
         temperature: T of the soft-argmax.
         radius: The soft-argmax reads this many cells around the maximum to each side.
-        layers: Bottlenecks of the network that updates the features; 0 is the head without parameters.
+        layers: Bottlenecks of the network that updates the features (eq. 1); 0 is the head without parameters.
         width: Channels of this network.
-        learn_guidance: Learn `floor` and the share of eq. 2 in the scores; both start at the head without layers.
+        learn_guidance: With layers and eq. 9: learn the share of consensus, `floor` and `margin` (eqs. 3, 6 and 8).
         epe_weight: Weight of the EPE in the loss.
-        row_weight: Weight of the cross-entropy of eq. 8 in the loss.
+        row_weight: Weight of the cross-entropies of eqs. 9 and 10 in the loss.
         **options: Options of `Matcher`.
     """
 
@@ -117,23 +98,29 @@ class MirrorGuided(Matcher):
                 raise ZooError(f"{name} {value}: expected a number above 0")
         if not 0 <= floor <= 1 or consensus < 0:
             raise ZooError(f"floor {floor}, consensus {consensus}: expected 0 to 1, and 0 or more")
-        self.stride, self.remove_mean, self.mirror, self.margin = stride, remove_mean, mirror, margin
+        if min(epe_weight, row_weight) < 0 or not epe_weight + row_weight:
+            raise ZooError(f"epe_weight {epe_weight}, row_weight {row_weight}: expected 0 or more, and one above 0")
+        self.stride, self.remove_mean, self.mirror = stride, remove_mean, mirror
         self.consensus, self.rho, self.c_p, self.c_m = consensus, rho, c_p, c_m
-        self.floor, self.rounds, self.temperature, self.radius = floor, rounds, temperature, radius
+        self.rounds, self.temperature, self.radius = rounds, temperature, radius
         self.epe_weight, self.row_weight = epe_weight, row_weight
         self.share: float | nn.Parameter = 1.0
-        self.loss_temperature: float | nn.Parameter = temperature
-        channels = sum(self.backbone.channels)
-        self.update = FeatureUpdate(channels * (1 + mirror), channels, width, layers) if layers else None
-        if layers:
-            self.loss_temperature = nn.Parameter(torch.tensor(temperature))
-        if layers and learn_guidance:
-            self.share, self.floor, self.margin = (nn.Parameter(torch.tensor(x)) for x in (1.0, floor, margin))
+        self.floor: float | nn.Parameter = floor
+        self.margin: float | nn.Parameter = margin
+        self.row_temperature: float | nn.Parameter = temperature
+        self.update = FeatureUpdate(sum(self.backbone.channels), mirror, width, layers) if layers else None
+        if layers and row_weight:
+            self.row_temperature = nn.Parameter(torch.tensor(temperature))
+        self.learns = bool(layers and row_weight and learn_guidance)
+        if self.learns:
+            self.share, self.floor = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(floor))
+            if mirror:
+                self.margin = nn.Parameter(torch.tensor(margin))
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Optimiser groups as in `Matcher`. our choice: single numbers learn ten times as fast, and do not decay."""
         groups = super().param_groups()
-        numbers = [p for p in self.parameters() if not p.ndim]
+        numbers = [p for p in self.parameters() if not p.ndim and p.requires_grad]
         for group in groups:
             group["params"] = [p for p in group["params"] if p.ndim]
         groups.append({"name": "numbers", "params": numbers, "lr": 10 * self.hparams.lr, "weight_decay": 0.0})
@@ -143,23 +130,14 @@ class MirrorGuided(Matcher):
         """One map (B, C, h, w) of unit features; with `mirror` (B, 2C, h, w), the second half from the mirror image.
 
         The second half is flipped back, so that both describe the same cells. Flipping the map and exchanging its
-        halves gives the map of the mirror image, so that eq. 7 needs the backbone no more.
+        halves gives the map of the mirror image, so that eq. 8 needs the backbone no more.
         """
         grid = stride_grid(size_of(features.image), self.stride)
         maps = self.unit_map(features.maps, grid)
         if self.mirror:
             mirrored = self.unit_map(self.backbone(features.image.flip(-1)).maps, grid)
             maps = torch.cat([maps, mirrored.flip(-1)], 1)
-        return features._replace(maps=[self.updated(maps)])
-
-    def updated(self, maps: Tensor) -> Tensor:
-        """Eq. 1, for both halves of the map."""
-        if self.update is None:
-            return maps
-        update = full(self.update(maps))
-        if self.mirror:
-            update = torch.cat([update, full(self.update(mirror_image(maps))).flip(-1)], 1)
-        return maps + update
+        return features._replace(maps=[maps if self.update is None else self.update(maps)])  # eq. 1
 
     def unit_map(self, levels: list[Tensor], grid: Size) -> Tensor:
         """Levels (B, C_i, h_i, w_i) as one map (B, C, h, w) of unit length in every cell."""
@@ -171,42 +149,37 @@ class MirrorGuided(Matcher):
     def match(self, src: Features, trg: Features) -> Match:
         """The match of every cell's centre; `correlation` has the scores (B, N, M) they were read from.
 
-        To learn, `extras` has the cosines (B, N, M) and, by gradient apart from them, what `hypotheses` returns.
+        For eqs. 9 and 10, `extras` has the cosines (B, N, M) and what `hypotheses` returns. our choice: without EPE the
+        features learn from the cosines alone, as consensus and guidance blur what tells neighbouring cells apart.
         """
         grid, image = size_of(src.maps[0]), size_of(src.image)
         points = cell_centres(grid, image, src.image.device, src.maps[0].dtype).expand(len(src.image), -1, -1)
         extras = {}
-        if self.update is not None and torch.is_grad_enabled():
+        if self.row_weight and torch.is_grad_enabled():
             rows, columns = (rearrange(x.maps[0], "b c h w -> b (h w) c") for x in (src, trg))
             extras["cosines"] = ops.correlation(rows, columns)
             if not self.epe_weight:
                 src, trg = (x._replace(maps=[x.maps[0].detach()]) for x in (src, trg))
         found = self.hypotheses(src, trg, points)
-        if extras:
+        if extras and self.learns:
             extras |= dict(zip(("plain", "mirrored", "ratio"), found, strict=False))
         scores = self.chosen(*found)
         return Match(points_to_flow(self.read(scores, trg), grid, image), scores, extras)
 
     def loss(self, match: Match, pair: Pair) -> dict[str, Tensor]:
-        """EPE; with layers, eq. 9 for the cosines and for the modulated scores, and eq. 10."""
+        """EPE, eq. 9 for the cosines and, if guidance is learned, for the modulated scores, and eq. 10."""
         terms = {"epe": self.keypoint_errors(match, pair)} if self.epe_weight else {}
-        weights = {"epe": self.epe_weight} | dict.fromkeys(("rows", "guided", "choice"), self.row_weight)
-        if self.row_weight and (found := match.extras):
-            T, grid, mask = self.loss_temperature, size_of(match.flow), pair.kps_mask
-            rows = {
-                k: row_cross_entropy(found[k] / T, pair, grid) for k in ("cosines", "plain", "mirrored") if k in found
-            }
-            terms |= {"rows": (rows["cosines"], mask), "guided": (rows["plain"], mask)}
-            if self.mirror:
-                terms["choice"] = self.choice_losses(rows["plain"], rows["mirrored"], found["ratio"], mask)
-        means_of = means(terms)
-        return {"loss": torch.stack([weights[name] * mean for name, mean in means_of.items()]).sum(), **means_of}
-
-    def choice_losses(self, plain: Tensor, mirrored: Tensor, ratio: Tensor, mask: Tensor) -> Term:
-        """Eq. 10 (B,): cross-entropy of the choice against the hypothesis with the smaller loss (B, K)."""
-        better = ((mirrored - plain).detach() * mask).sum(1) < 0  # (B,)
-        logit = (ratio.detach().log() - torch.as_tensor(self.margin).log()) / CHOICE
-        return F.softplus(torch.where(better, -logit, logit)), mask.any(1)
+        grid, mask, ratio = size_of(match.flow), pair.kps_mask, match.extras.get("ratio")
+        volumes = {name: scores for name, scores in match.extras.items() if name != "ratio"}
+        rows = {name: row_cross_entropy(x / self.row_temperature, pair, grid) for name, x in volumes.items()}
+        terms |= {name: (rows[name], mask) for name in ("cosines", "plain") if name in rows}  # eq. 9
+        if ratio is not None:
+            better = ((rows["mirrored"] - rows["plain"]).detach() * mask).sum(1) < 0  # (B,)
+            logit = (ratio.detach().clamp(min=EPS).log() - torch.as_tensor(self.margin).log()) / CHOICE
+            terms["choice"] = F.softplus(torch.where(better, -logit, logit)), mask.any(1)  # eq. 10
+        found = means(terms)
+        weighted = [(self.epe_weight if name == "epe" else self.row_weight) * mean for name, mean in found.items()]
+        return {"loss": torch.stack(weighted).sum(), **found}
 
     def match_points(self, src: Features, trg: Features, points: Tensor) -> Tensor:
         """Matches of points (B, n, 2), whose scores are interpolated: finer than to interpolate the flow."""
@@ -250,24 +223,22 @@ class MirrorGuided(Matcher):
             return plain, mirrored, support_mirrored / support.clamp(min=EPS)
 
     def guide(self, source: Tensor, target: Tensor) -> Guided:
-        """Eqs. 1 to 6 for maps (B, C, h, w) of the source and (B, C, h', w') of the target."""
+        """Eqs. 2 to 7 for maps (B, C, h, w) of the source and (B, C, h', w') of the target."""
         grid, grid_trg = size_of(source), size_of(target)
         cells, cells_trg = (cell_centres(g, g, source.device, source.dtype) for g in (grid, grid_trg))
         rows, columns = (rearrange(x, "b c h w -> b (h w) c") for x in (source, target))
         cosines = ops.correlation(rows, columns)  # eq. 2
-        agreed = neighbour_consensus(cosines, grid, grid_trg, self.consensus)  # eq. 3
-        scores = torch.lerp(cosines, agreed, self.share)
+        agreed = neighbour_consensus(cosines, grid, grid_trg, self.consensus)
+        scores = torch.lerp(cosines, agreed, self.share)  # eq. 3
         likely = scores
         for _ in range(self.rounds):
-            kept, confident = truncate(mutual_confidence(likely.relu()), self.rho)  # eq. 3
-            sparse = displacements(kept, cells, cells_trg, BETA)
-            field = moving_least_squares(sparse, confident, cells, self.c_p)  # eq. 4, (B, N, 2)
-            likely = self.modulated(scores, cells + field, cells_trg)  # eq. 5
-        support = likely.amax(2).mean(1) + likely.amax(1).mean(1)  # eq. 6
+            field = confident_field(likely.relu(), cells, cells_trg, self.rho, self.c_p)  # eqs. 4 and 5, (B, N, 2)
+            likely = self.modulated(scores, cells + field, cells_trg)  # eq. 6
+        support = likely.amax(2).mean(1) + likely.amax(1).mean(1)  # eq. 7
         return Guided(scores.unflatten(2, grid_trg), field.mT.unflatten(2, grid), support)
 
     def modulated(self, scores: Tensor, centre: Tensor, cells: Tensor) -> Tensor:
-        """Eq. 5: (floor + (1 - floor) exp(-|j - centre_i|^2 / 2 c_m^2)) C_ij of scores (B, n, M)."""
+        """Eq. 6: (floor + (1 - floor) exp(-|j - centre_i|^2 / 2 c_m^2)) C_ij of scores (B, n, M)."""
         return self.floor * scores + (1 - self.floor) * modulate(scores, centre, cells, self.c_m)
 
     def modulated_at(self, guided: Guided, points: Tensor, image: Size) -> Tensor:
@@ -277,9 +248,3 @@ class MirrorGuided(Matcher):
         volume = rearrange(guided.scores, "b (h w) hh ww -> b (hh ww) h w", h=grid[0])
         centre = pixels_to_cells(points, grid, image) + sample(guided.field, points, image)
         return self.modulated(sample(volume, points, image), centre, cells)
-
-
-def mirror_image(maps: Tensor) -> Tensor:
-    """The map (B, 2C, h, w) of the mirror image: flipped, with its halves exchanged."""
-    own, other = maps.chunk(2, 1)
-    return torch.cat([other, own], 1).flip(-1)

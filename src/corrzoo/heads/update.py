@@ -1,30 +1,56 @@
 """Learned features: a residual network that is without effect before training, and the loss of their scores."""
 
+import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from corrzoo.geometry import Size, bilinear_cells, sample, size_of
+from corrzoo.precision import full
 from corrzoo.types import Pair
 
 
 class FeatureUpdate(nn.Module):
-    """Maps (B, inputs, h, w) of an image -> the update of its features (B, outputs, h, w), at first zero.
+    """Updated features of an image: x + U(x), where U(x) is zero before training.
 
-    our choice: the first convolution starts orthogonal, so that the angles between features reach the bottlenecks.
+    With `mirror`, a map (B, 2C, h, w) has the features of the image, and those of its mirror image flipped back. U sees
+    both, and updates the former. The latter are updated by the same weights from the mirror image's map. So the updated
+    map of the mirror image is the updated map, mirrored.
+
+    Args:
+        channels: C.
+        mirror: Whether maps have 2C channels.
+        width: Channels of U.
+        layers: Bottlenecks of U. our choice: the convolution before them starts orthogonal, which keeps most angles.
     """
 
-    def __init__(self, inputs: int, outputs: int, width: int, layers: int) -> None:
+    def __init__(self, channels: int, mirror: bool, width: int, layers: int) -> None:
         super().__init__()
-        self.project, self.out = nn.Conv2d(inputs, width, 1), nn.Conv2d(width, outputs, 1)
+        self.mirror = mirror
+        self.project = nn.Conv2d(channels * (1 + mirror), width, 1)
+        self.blocks = nn.Sequential(LayerNorm2d(width), *(Bottleneck(width) for _ in range(layers)), LayerNorm2d(width))
+        self.out = nn.Conv2d(width, channels, 1)
         nn.init.orthogonal_(self.project.weight)
         for parameter in (self.project.bias, *self.out.parameters()):
             assert parameter is not None
             nn.init.zeros_(parameter)
-        self.blocks = nn.Sequential(LayerNorm2d(width), *(Bottleneck(width) for _ in range(layers)), LayerNorm2d(width))
 
     def forward(self, maps: Tensor) -> Tensor:
-        return self.out(self.blocks(self.project(maps)))
+        """Maps (B, C, h, w), or (B, 2C, h, w) with `mirror` -> the same."""
+        update = self.updates(maps)
+        if self.mirror:
+            update = torch.cat([update, self.updates(mirror_image(maps)).flip(-1)], 1)
+        return maps + update
+
+    def updates(self, maps: Tensor) -> Tensor:
+        """U (B, C, h, w)."""
+        return full(self.out(self.blocks(self.project(maps))))
+
+
+def mirror_image(maps: Tensor) -> Tensor:
+    """The map (B, 2C, h, w) of the mirror image: flipped, with its halves exchanged."""
+    own, other = maps.chunk(2, 1)
+    return torch.cat([other, own], 1).flip(-1)
 
 
 class Bottleneck(nn.Sequential):
