@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS, CONFIGS, RUNS = ROOT / "benchmarks" / "results", ROOT / "zoo_configs", ROOT / "runs" / "study"
 RATES = RESULTS / "learning_rates.csv"
 
-HEADS = ("baseline", "gsf", "vitsc", "lpmflow", "actr", "ncnet", "geoaware", "cats", "transformatcher")
+HEADS = ("mirrorguided", "baseline", "gsf", "vitsc", "lpmflow", "actr", "ncnet", "geoaware", "cats", "transformatcher")
 SIZES = {
     "ncnet": ("--model.levels=[blocks.4.2, blocks.2.1]",),  # it matches on the grid of the last level
     "geoaware": ("--model.grid=12",),
@@ -45,9 +45,11 @@ SIZES = {
         "--model.grid=12",
         "--model.layers=2",
     ),  # 20,736 matches: 6 layers would take 3 times ACTR's time
+    "mirrorguided": ("--model.c_p=0.6", "--model.c_m=1.2"),  # 1 and 2 of 20 cells, as the demo's of 16
 }
 """Options of heads whose demos do not match on 12 x 12 cells."""
 ABLATIONS = {
+    "mirrorguided": ("no_mirror", "fixed_guidance", "no_guidance", "epe"),
     "actr": ("no_cross_attention", "no_reweighting", "no_multi_path", "no_super_resolution"),
     "lpmflow": ("no_larl", "no_contrastive_loss", "no_pfsr", "no_mmfi"),
     "vitsc": ("table4_none", "table4_asymmetric", "table6_bilinear", "table7_epe_only"),

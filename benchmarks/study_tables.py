@@ -13,6 +13,7 @@ PAIRS = 10_000
 """Training pairs that a run must have seen to be shown."""
 ALPHAS = (0.05, 0.1, 0.15)
 NAMES = {
+    "mirrorguided": "MirrorGuided",
     "geoaware": "GeoAware",
     "vitsc": "ViTSC",
     "lpmflow": "LPMFlow",
@@ -23,7 +24,8 @@ NAMES = {
     "gsf": "GSF",
     "ncnet": "NCNet",
 }
-"""Heads in the order of the rows: that of their published SPair-71k scores, and last those that need no keypoints."""
+"""Heads in the order of the rows: the zoo's own, those with published SPair-71k scores, and last those
+that need no keypoints."""
 LEARNS = dict.fromkeys(NAMES, "keypoints") | dict.fromkeys(("gsf", "ncnet"), "images")
 SEEDS = {"cub_frozen": (0, 1, 2), "cub_finetuned": (0,), "synthetic": (0,), "leave_one_out": (0,)}
 """Seeds that a complete study has."""
@@ -226,7 +228,7 @@ def picture() -> Any:
     start = study.MARKS[1] / 2  # the place of 0 on a logarithmic axis
     for (name, runs), ax in zip(shown.items(), axes[0], strict=False):
         for k, (head, title) in enumerate(NAMES.items()):
-            style: dict[str, Any] = {"color": f"C{k}", "marker": "o^sDPvX*<"[k], "ms": 5, "label": title}
+            style: dict[str, Any] = {"color": f"C{(k - 1) % 10}", "marker": ">o^sDPvX*<"[k], "ms": 5, "label": title}
             if found := runs.get(head):
                 points = curve(found)
                 ax.plot([seen or start for seen in points], list(points.values()), **style)

@@ -319,7 +319,7 @@ def test_tables_are_means_over_seeds_and_say_what_is_missing(folders):
     assert "| ViTSC | `table4_none` | not run yet |" in study_tables.parts()
     assert "| photographs (CUB), frozen features | ACTR | 2.0 | 11.0 | 20.0 |  |" in study_tables.curves()
     (frozen,) = [line for line in study_tables.missing().splitlines() if "frozen" in line]
-    assert "| 4 of 39 |" in frozen and "`vitsc` (0, 1, 2)" in frozen and "`actr_no_reweighting` (0)" in frozen
+    assert "| 4 of 46 |" in frozen and "`vitsc` (0, 1, 2)" in frozen and "`actr_no_reweighting` (0)" in frozen
     assert "`actr` " not in frozen and "`actr_no_multi_path`" not in frozen
 
 

@@ -1,12 +1,15 @@
 """MirrorGuided against its equations in plain loops, and what mirroring must and must not change."""
 
-from math import dist, exp, sqrt
+from math import dist, exp, log, sqrt
 
 import pytest
 import torch
 
 import corrzoo
-from corrzoo.heads.mirrorguided import BETA, neighbour_consensus
+from corrzoo.data import PairDataset
+from corrzoo.heads.guidance import BETA, neighbour_consensus
+from corrzoo.heads.mirrorguided import CHOICE
+from corrzoo.heads.update import FeatureUpdate, row_cross_entropy
 from corrzoo.types import Features, ZooError
 
 CNN = "timm/test_resnet.r160_in1k"
@@ -18,6 +21,10 @@ CELLS = [(x + 0.5, y + 0.5) for y in range(GRID[0]) for x in range(GRID[1])]
 def build(**options):
     torch.manual_seed(0)
     return corrzoo.create_matcher("MirrorGuided", CNN, "random", levels=[2, 3], **options).double().eval()
+
+
+def learning(**options):
+    return build(**{"layers": 2, "width": 32, "epe_weight": 0.0, "row_weight": 1.0, "stride": STRIDE} | options).train()
 
 
 def features(seed, channels=12):
@@ -212,3 +219,138 @@ def test_floor_one_without_consensus_is_the_baseline():
 def test_impossible_options_are_refused(wrong):
     with pytest.raises(ZooError, match=next(iter(wrong))):
         build(**wrong)
+
+
+# ---------------------------------------------------------------------- learning
+
+
+def batch(count=2):
+    dataset = corrzoo.create_dataset("synthetic", "", "test", size=96)
+    pair = PairDataset.collate([dataset[i] for i in range(count)])
+    return pair._replace(
+        **{
+            name: value.double()
+            for name, value in pair._asdict().items()
+            if torch.is_tensor(value) and name.endswith("kps")
+        }
+    )
+
+
+def images(pair):
+    return pair.src_img.double() / 255, pair.trg_img.double() / 255
+
+
+@pytest.mark.parametrize("options", [{}, {"mirror": False}, {"margin": 0.01}, {"learn_guidance": False}])
+def test_before_training_the_layers_change_nothing(options):
+    """Bit by bit."""
+    learned, zero_shot = learning(**options), build(stride=STRIDE, **options)
+    assert any(p.requires_grad for n, p in learned.named_parameters() if not n.startswith("backbone"))
+    pair = batch()
+    found, want = (model.eval()(*images(pair)) for model in (learned, zero_shot))
+    assert torch.equal(found.flow, want.flow) and torch.equal(found.correlation, want.correlation)
+    points = [model.match_points(*model.features_of(*images(pair)), pair.src_kps) for model in (learned, zero_shot)]
+    assert torch.equal(*points)
+
+
+@pytest.mark.parametrize("options", [{}, {"mirror": False}, {"learn_guidance": False}, {"epe_weight": 1.0}])
+def test_two_steps_reach_every_parameter(options):
+    model, pair = learning(**{"finetune": "none"} | options), batch()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    start = {name: p.detach().clone() for name, p in trained.items()}
+    optimizer = torch.optim.SGD(model.param_groups(), lr=1e-3)
+    reached = set()
+    for _ in range(2):
+        optimizer.zero_grad()
+        model.loss(model(*images(pair)), pair)["loss"].backward()
+        reached |= {name for name, p in trained.items() if p.grad is not None and p.grad.any()}
+        optimizer.step()
+    assert reached == trained.keys()
+    assert not [name for name in trained if torch.equal(trained[name], start[name])]
+
+
+def test_backbone_learns_from_the_cosines():
+    model, pair = learning(finetune="all"), batch()
+    model.loss(model(*images(pair)), pair)["loss"].backward()
+    first = next(p for p in model.backbone.parameters() if p.ndim == 4)
+    assert first.grad is not None and first.grad.any()
+
+
+def test_numbers_learn_ten_times_as_fast_and_do_not_decay():
+    groups = {group["name"]: group for group in learning(lr=0.01, finetune="none").param_groups()}
+    assert groups.keys() == {"head", "numbers"}
+    assert [p.ndim for p in groups["numbers"]["params"]] == [0] * 4  # share, floor, margin, temperature
+    assert groups["numbers"]["lr"] == pytest.approx(0.1) and groups["numbers"]["weight_decay"] == 0
+    assert {group["name"] for group in build().param_groups()} == {"backbone"}
+
+
+@pytest.mark.parametrize("mirrored", [True, False])
+def test_margin_learns_which_hypothesis_is_right(mirrored):
+    """The target is the source, or its mirror image, so that one hypothesis is exact."""
+    model, src = learning(finetune="none"), features(3)
+    trg = src._replace(maps=[swap(src.maps[0])]) if mirrored else src
+    kps = torch.tensor([[[20.0, 10.0], [70.0, 40.0], [50.0, 30.0]]], dtype=torch.float64)
+    there = torch.stack([IMAGE[1] - kps[..., 0], kps[..., 1]], -1) if mirrored else kps
+    pair = batch(1)._replace(
+        src_img=src.image, trg_img=trg.image, src_kps=kps, trg_kps=there, kps_mask=torch.ones(1, 3, dtype=torch.bool)
+    )
+    match = model.match(src, trg)
+    found = model.loss(match, pair)
+    logit = (log(match.extras["ratio"].item()) - log(1.08)) / CHOICE
+    assert found["choice"].item() == pytest.approx(log(1 + exp(-logit if mirrored else logit)), rel=1e-5)
+    found["choice"].backward()
+    assert (model.margin.grad > 0) == mirrored  # a step lowers the margin, so that more mirror images are chosen
+    assert found["loss"].item() == pytest.approx(sum(found[k].item() for k in ("cosines", "plain", "choice")))
+
+
+def test_cross_entropy_of_rows_in_loops():
+    pair, (h, w) = batch(), GRID
+    pair = pair._replace(src_img=torch.zeros(2, 3, *IMAGE), trg_img=torch.zeros(2, 3, *IMAGE))
+    scale = torch.tensor([IMAGE[1] / 96, IMAGE[0] / 96], dtype=torch.float64)
+    pair = pair._replace(src_kps=pair.src_kps * scale, trg_kps=pair.trg_kps * scale)
+    logits = torch.randn(2, h * w, h * w, dtype=torch.float64)
+    found = row_cross_entropy(logits, pair, GRID)
+
+    def around(point):
+        """{cell: weight} of the bilinear interpolation at a point in pixels."""
+        weights = {}
+        for j, (x, y) in enumerate(CELLS):
+            at = [min(max(point[axis] / STRIDE, 0.5), GRID[1 - axis] - 0.5) for axis in (0, 1)]
+            weights[j] = max(0.0, 1 - abs(at[0] - x)) * max(0.0, 1 - abs(at[1] - y))
+        assert sum(weights.values()) == pytest.approx(1)
+        return weights
+
+    def one_way(volume, query, truth):
+        row = [sum(q * volume[i][j] for i, q in around(query).items()) for j in range(h * w)]
+        total = log(sum(exp(v) for v in row))
+        return sum(q * (total - row[j]) for j, q in around(truth).items())
+
+    for b, k in pair.kps_mask.nonzero().tolist():
+        src, trg = pair.src_kps[b, k].tolist(), pair.trg_kps[b, k].tolist()
+        want = one_way(logits[b].tolist(), src, trg) + one_way(logits[b].T.tolist(), trg, src)
+        assert found[b, k].item() == pytest.approx(want / 2)
+
+
+def test_updated_map_of_the_mirror_image_is_the_updated_map_mirrored():
+    torch.manual_seed(0)
+    update, maps = FeatureUpdate(8, True, 16, 2).double(), torch.randn(2, 16, 4, 6, dtype=torch.float64)
+    assert torch.equal(update(maps), maps)
+    torch.nn.init.normal_(update.out.weight)
+    assert not torch.allclose(update(maps), maps)
+    torch.testing.assert_close(update(swap(maps)), swap(update(maps)))
+
+
+def test_what_was_learned_is_saved_and_loaded(tmp_path):
+    model, pair = learning(finetune="none"), batch()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.01 * torch.randn_like(p)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    again = learning(finetune="none")
+    again.load_state_dict(torch.load(tmp_path / "weights.pt"))
+    found, want = (m.eval()(*images(pair)).flow for m in (again, model))
+    assert torch.equal(found, want) and not torch.equal(want, build(stride=STRIDE)(*images(pair)).flow)
+
+
+def test_a_loss_without_terms_is_refused():
+    with pytest.raises(ZooError, match="epe_weight"):
+        build(epe_weight=0.0)

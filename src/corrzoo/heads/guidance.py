@@ -1,10 +1,20 @@
-"""Confident matches guide all others: eqs. 4 to 8 of "Guided Semantic Flow" (ECCV 2020), without a parameter."""
+"""Confident matches guide all others: eqs. 4 to 8 of "Guided Semantic Flow" (ECCV 2020), without a parameter.
+
+And the consensus of neighbouring matches, which MirrorGuided applies before them.
+"""
+
+from math import ceil, exp
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from corrzoo.geometry import Size
 
 EPS = 1e-5
 """Lower bound of the product of maxima in eq. 4 (NCNet)."""
+BETA = 50.0
+"""Inverse temperature of the softmax over confident matches (SFNet, as in GSF)."""
 FALLBACK = 8
 """our choice: number of rows that count as confident if no match passes the threshold; eq. 7 would be 0 / 0."""
 
@@ -49,6 +59,40 @@ def moving_least_squares(values: Tensor, known: Tensor, cells: Tensor, c: float)
     return (logits.softmax(2) * known.unsqueeze(1)) @ values
 
 
+def confident_field(scores: Tensor, cells: Tensor, cells_trg: Tensor, rho: float, c: float) -> Tensor:
+    """Eqs. 4 to 7: displacements G' (B, N, 2) in cells that follow the confident matches of scores (B, N, M) >= 0."""
+    kept, confident = truncate(mutual_confidence(scores), rho)
+    return moving_least_squares(displacements(kept, cells, cells_trg, BETA), confident, cells, c)
+
+
 def modulate(scores: Tensor, centre: Tensor, cells: Tensor, c: float) -> Tensor:
     """Eq. 8: C'_ij = exp(-|j - centre_i|^2 / 2c^2) C_ij of scores (B, N, M) with centres (B, N, 2) in cells."""
     return scores * torch.exp(-(cells - centre.unsqueeze(2)).square().sum(-1) / (2 * c**2))
+
+
+def neighbour_consensus(scores: Tensor, grid: Size, grid_trg: Size, sigma: float) -> Tensor:
+    """The Gaussian mean of C_(i+d, j+d) over offsets d inside both grids, of scores (B, N, M).
+
+    A match counts more where neighbours match neighbours. The Gaussian reaches ceil(sigma) cells, and separates
+    into the axes.
+    """
+    if not sigma:
+        return scores
+    reach = ceil(sigma)
+
+    def along(volume: Tensor) -> Tensor:
+        """Mean along the diagonals of the last two axes."""
+        a, b = volume.shape[-2:]
+        padded = F.pad(volume, (reach,) * 4)
+        inside = F.pad(volume.new_ones(a, b), (reach,) * 4)
+        total, weights = torch.zeros_like(volume), volume.new_zeros(a, b)
+        for d in range(-reach, reach + 1):
+            weight, start = exp(-d * d / (2 * sigma**2)), reach + d
+            rows, columns = slice(start, start + a), slice(start, start + b)
+            total = total + weight * padded[..., rows, columns]
+            weights = weights + weight * inside[rows, columns]
+        return total / weights
+
+    (h, w), (y, x) = grid, grid_trg
+    volume = along(scores.unflatten(1, (h, w)).unflatten(3, (y, x)).permute(0, 2, 4, 1, 3))  # (B, w, x, h, y)
+    return along(volume.permute(0, 3, 4, 1, 2)).permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2)  # from (B, h, y, w, x)

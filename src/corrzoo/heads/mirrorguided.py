@@ -1,39 +1,38 @@
 """MirrorGuided: confident matches guide all others, in the image or in its mirror image. The zoo's own head.
 
-It combines parts that docs/heads/mirrorguided.md measures: cosines as in `Baseline`, the consensus of neighbouring
-matches (NCNet, without its network), GSF's confident matches, guidance field and modulation (its eqs. 4 to 8, without
-a parameter), and a choice between the source and its mirror image (as in GeoAware). Equations are numbered in the
-order of the code.
+It combines parts that docs/heads/mirrorguided.md measures: cosines as in `Baseline`, a residual network on the features
+of an image and its mirror image, the consensus of neighbouring matches (NCNet, without its network), GSF's confident
+matches, guidance field and modulation (its eqs. 4 to 8, without a parameter), and a choice between the source and its
+mirror image (as in GeoAware). Equations are numbered in the order of the code.
 """
 
-from math import ceil
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from corrzoo import ops
 from corrzoo.geometry import Size, cell_centres, cells_to_pixels, pixels_to_cells, points_to_flow, sample, size_of
-from corrzoo.heads.guidance import displacements, modulate, moving_least_squares, mutual_confidence, truncate
+from corrzoo.heads.guidance import confident_field, modulate, neighbour_consensus
 from corrzoo.heads.levels import stack_levels, stride_grid
+from corrzoo.heads.update import FeatureUpdate, mirror_image, row_cross_entropy
+from corrzoo.losses import means
 from corrzoo.matcher import HEADS, Matcher
 from corrzoo.precision import full, full_precision
-from corrzoo.types import Features, Match, ZooError
+from corrzoo.types import Features, Match, Pair, ZooError
 
-BETA = 50.0
-"""Inverse temperature of the softmax over confident matches (SFNet, as in GSF)."""
-
-
+CHOICE = 0.05
+"""our choice: temperature of the choice's cross-entropy; supports of good pairs differ by a few percent."""
 EPS = 1e-5
 """Lower bound of a support that divides: features without any agreement."""
 
 
 class Guided(NamedTuple):
-    """Results of eqs. 1 to 6 for B pairs; N cells of the source grid (h, w), M of the target grid."""
+    """Results of eqs. 2 to 7 for B pairs; N cells of the source grid (h, w), M of the target grid."""
 
-    scores: Tensor  # (B, N, h', w') consensus C
+    scores: Tensor  # (B, N, h', w') scores C
     field: Tensor  # (B, 2, h, w) guidance displacements G' in cells
     support: Tensor  # (B,) mean of the best modulated scores
 
@@ -42,22 +41,28 @@ class Guided(NamedTuple):
 class MirrorGuided(Matcher):
     """Guided matching of the source and of its mirror image; the better supported of both gives the matches.
 
-    Without training it has no parameter. The constants are chosen on validation pairs by
-    benchmarks/mirrorguided_constants.py. Fine-tuned, the backbone learns through the EPE of `Matcher`.
+    With `layers: 0` it has no parameter, and a backbone that is fine-tuned learns through the EPE of `Matcher`. The
+    constants are chosen on validation pairs by benchmarks/mirrorguided_constants.py. With layers, a network updates the
+    features, and how much consensus and guidance count is learned. Before training, it equals the head without layers.
 
     Args:
         stride: Resize all feature maps to this stride.
         remove_mean: Subtract each map's mean over the image before normalisation.
-        mirror: Compute features of the mirror image, too. They enter eq. 1 and give the mirrored hypothesis of eq. 7.
-        margin: How many times the support of the source its mirror image must have to be matched instead (eq. 7).
-        consensus: Width of the Gaussian of eq. 2 in cells; 0 leaves the cosines as they are.
-        rho: Threshold of a confident match (eq. 3; GSF 5.1: 0.9).
-        c_p: Width of the propagation's Gaussian in cells (eq. 4).
-        c_m: Width of the modulation's Gaussian in cells (eq. 5).
-        floor: Weight of a score far from the guidance (eq. 5). GSF has 0, which loses objects that bend or turn.
-        rounds: How often eqs. 3 to 5 are applied. Each round reads the scores modulated by the last.
+        mirror: Compute features of the mirror image, too. They enter eq. 1 and give the mirrored hypothesis of eq. 8.
+        margin: How many times the support of the source its mirror image must have to be matched instead (eq. 8).
+        consensus: Width of the Gaussian of eq. 3 in cells; 0 leaves the cosines as they are.
+        rho: Threshold of a confident match (eq. 4; GSF 5.1: 0.9).
+        c_p: Width of the propagation's Gaussian in cells (eq. 5).
+        c_m: Width of the modulation's Gaussian in cells (eq. 6).
+        floor: Weight of a score far from the guidance (eq. 6). GSF has 0, which loses objects that bend or turn.
+        rounds: How often eqs. 4 to 6 are applied. Each round reads the scores modulated by the last.
         temperature: T of the soft-argmax.
         radius: The soft-argmax reads this many cells around the maximum to each side.
+        layers: Bottlenecks of the network that updates the features (eq. 1); 0 is the head without parameters.
+        width: Channels of this network.
+        learn_guidance: With layers and eq. 9: learn the share of consensus, `floor` and `margin` (eqs. 3, 6 and 8).
+        epe_weight: Weight of the EPE in the loss.
+        row_weight: Weight of the cross-entropies of eqs. 9 and 10 in the loss.
         **options: Options of `Matcher`.
     """
 
@@ -79,6 +84,11 @@ class MirrorGuided(Matcher):
         rounds: int = 1,
         temperature: float = 0.05,
         radius: int = 2,
+        layers: int = 0,
+        width: int = 256,
+        learn_guidance: bool = True,
+        epe_weight: float = 1.0,
+        row_weight: float = 0.0,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -88,22 +98,46 @@ class MirrorGuided(Matcher):
                 raise ZooError(f"{name} {value}: expected a number above 0")
         if not 0 <= floor <= 1 or consensus < 0:
             raise ZooError(f"floor {floor}, consensus {consensus}: expected 0 to 1, and 0 or more")
-        self.stride, self.remove_mean, self.mirror, self.margin = stride, remove_mean, mirror, margin
+        if min(epe_weight, row_weight) < 0 or not epe_weight + row_weight:
+            raise ZooError(f"epe_weight {epe_weight}, row_weight {row_weight}: expected 0 or more, and one above 0")
+        self.stride, self.remove_mean, self.mirror = stride, remove_mean, mirror
         self.consensus, self.rho, self.c_p, self.c_m = consensus, rho, c_p, c_m
-        self.floor, self.rounds, self.temperature, self.radius = floor, rounds, temperature, radius
+        self.rounds, self.temperature, self.radius = rounds, temperature, radius
+        self.epe_weight, self.row_weight = epe_weight, row_weight
+        self.share: float | nn.Parameter = 1.0
+        self.floor: float | nn.Parameter = floor
+        self.margin: float | nn.Parameter = margin
+        self.row_temperature: float | nn.Parameter = temperature
+        self.update = FeatureUpdate(sum(self.backbone.channels), mirror, width, layers) if layers else None
+        if layers and row_weight:
+            self.row_temperature = nn.Parameter(torch.tensor(temperature))
+        self.learns = bool(layers and row_weight and learn_guidance)
+        if self.learns:
+            self.share, self.floor = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(floor))
+            if mirror:
+                self.margin = nn.Parameter(torch.tensor(margin))
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Optimiser groups as in `Matcher`. our choice: single numbers learn ten times as fast, and do not decay."""
+        groups = super().param_groups()
+        numbers = [p for p in self.parameters() if not p.ndim and p.requires_grad]
+        for group in groups:
+            group["params"] = [p for p in group["params"] if p.ndim]
+        groups.append({"name": "numbers", "params": numbers, "lr": 10 * self.hparams.lr, "weight_decay": 0.0})
+        return [group for group in groups if group["params"]]
 
     def prepare(self, features: Features) -> Features:
         """One map (B, C, h, w) of unit features; with `mirror` (B, 2C, h, w), the second half from the mirror image.
 
         The second half is flipped back, so that both describe the same cells. Flipping the map and exchanging its
-        halves gives the map of the mirror image, so that eq. 7 needs the backbone no more.
+        halves gives the map of the mirror image, so that eq. 8 needs the backbone no more.
         """
         grid = stride_grid(size_of(features.image), self.stride)
         maps = self.unit_map(features.maps, grid)
         if self.mirror:
             mirrored = self.unit_map(self.backbone(features.image.flip(-1)).maps, grid)
             maps = torch.cat([maps, mirrored.flip(-1)], 1)
-        return features._replace(maps=[maps])
+        return features._replace(maps=[maps if self.update is None else self.update(maps)])  # eq. 1
 
     def unit_map(self, levels: list[Tensor], grid: Size) -> Tensor:
         """Levels (B, C_i, h_i, w_i) as one map (B, C, h, w) of unit length in every cell."""
@@ -113,11 +147,39 @@ class MirrorGuided(Matcher):
         return F.normalize(stack_levels(levels, grid), dim=1)
 
     def match(self, src: Features, trg: Features) -> Match:
-        """The match of every cell's centre; `correlation` has the scores (B, N, M) they were read from."""
+        """The match of every cell's centre; `correlation` has the scores (B, N, M) they were read from.
+
+        For eqs. 9 and 10, `extras` has the cosines (B, N, M) and what `hypotheses` returns. our choice: without EPE the
+        features learn from the cosines alone, as consensus and guidance blur what tells neighbouring cells apart.
+        """
         grid, image = size_of(src.maps[0]), size_of(src.image)
-        points = cell_centres(grid, image, src.image.device, src.maps[0].dtype)
-        scores = self.scores_at(src, trg, points.expand(len(src.image), -1, -1))
-        return Match(points_to_flow(self.read(scores, trg), grid, image), scores)
+        points = cell_centres(grid, image, src.image.device, src.maps[0].dtype).expand(len(src.image), -1, -1)
+        extras = {}
+        if self.row_weight and torch.is_grad_enabled():
+            rows, columns = (rearrange(x.maps[0], "b c h w -> b (h w) c") for x in (src, trg))
+            extras["cosines"] = ops.correlation(rows, columns)
+            if not self.epe_weight:
+                src, trg = (x._replace(maps=[x.maps[0].detach()]) for x in (src, trg))
+        found = self.hypotheses(src, trg, points)
+        if extras and self.learns:
+            extras |= dict(zip(("plain", "mirrored", "ratio"), found, strict=False))
+        scores = self.chosen(*found)
+        return Match(points_to_flow(self.read(scores, trg), grid, image), scores, extras)
+
+    def loss(self, match: Match, pair: Pair) -> dict[str, Tensor]:
+        """EPE, eq. 9 for the cosines and, if guidance is learned, for the modulated scores, and eq. 10."""
+        terms = {"epe": self.keypoint_errors(match, pair)} if self.epe_weight else {}
+        grid, mask, ratio = size_of(match.flow), pair.kps_mask, match.extras.get("ratio")
+        volumes = {name: scores for name, scores in match.extras.items() if name != "ratio"}
+        rows = {name: row_cross_entropy(x / self.row_temperature, pair, grid) for name, x in volumes.items()}
+        terms |= {name: (rows[name], mask) for name in ("cosines", "plain") if name in rows}  # eq. 9
+        if ratio is not None:
+            better = ((rows["mirrored"] - rows["plain"]).detach() * mask).sum(1) < 0  # (B,)
+            logit = (ratio.detach().clamp(min=EPS).log() - torch.as_tensor(self.margin).log()) / CHOICE
+            terms["choice"] = F.softplus(torch.where(better, -logit, logit)), mask.any(1)  # eq. 10
+        found = means(terms)
+        weighted = [(self.epe_weight if name == "epe" else self.row_weight) * mean for name, mean in found.items()]
+        return {"loss": torch.stack(weighted).sum(), **found}
 
     def match_points(self, src: Features, trg: Features, points: Tensor) -> Tensor:
         """Matches of points (B, n, 2), whose scores are interpolated: finer than to interpolate the flow."""
@@ -134,43 +196,49 @@ class MirrorGuided(Matcher):
         return cells_to_pixels(found, grid, size_of(trg.image))
 
     def scores_at(self, src: Features, trg: Features, points: Tensor) -> Tensor:
-        """Modulated scores (B, n, M) of points (B, n, 2), by the hypothesis that eq. 7 chooses."""
-        if not self.mirror:
-            with full_precision(src.maps[0]):
-                return self.modulated_at(self.guide(src.maps[0], trg.maps[0]), points, size_of(src.image))
-        plain, mirrored, ratio = self.hypotheses(src, trg, points)
-        return torch.where((ratio > self.margin).view(-1, 1, 1), mirrored, plain)  # eq. 7
+        """Modulated scores (B, n, M) of points (B, n, 2), by the hypothesis that eq. 8 chooses."""
+        return self.chosen(*self.hypotheses(src, trg, points))
 
-    def hypotheses(self, src: Features, trg: Features, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Modulated scores (B, n, M) for the source and for its mirror image; ratio (B,) of the latter's support."""
-        source, width = src.maps[0], src.image.shape[-1]
-        own, other = source.chunk(2, 1)
-        mirror_image = torch.cat([other, own], 1).flip(-1)
-        x, y = points.unbind(-1)
+    def chosen(self, plain: Tensor, *mirrored_and_ratio: Tensor) -> Tensor:
+        """Eq. 8: the scores (B, n, M) for the source or, if there are any and the ratio says so, its mirror image."""
+        if not mirrored_and_ratio:
+            return plain
+        mirrored, ratio = mirrored_and_ratio
+        return torch.where((ratio > self.margin).view(-1, 1, 1), mirrored, plain)
+
+    def hypotheses(self, src: Features, trg: Features, points: Tensor) -> tuple[Tensor, ...]:
+        """Modulated scores (B, n, M) for the source; with `mirror`, also for its mirror image, and a ratio (B,).
+
+        The ratio is that of the mirror image's support to the source's.
+        """
+        source, target, (height, width) = src.maps[0], trg.maps[0], size_of(src.image)
         with full_precision(source):
-            guided = self.guide(torch.cat([source, mirror_image]), trg.maps[0].repeat(2, 1, 1, 1))
+            if not self.mirror:
+                return (self.modulated_at(self.guide(source, target), points, (height, width)),)
+            guided = self.guide(torch.cat([source, mirror_image(source)]), target.repeat(2, 1, 1, 1))
+            x, y = points.unbind(-1)
             both = torch.cat([points, torch.stack([width - x, y], -1)])  # (2B, n, 2)
-            plain, mirrored = self.modulated_at(guided, both, size_of(src.image)).chunk(2)
+            plain, mirrored = self.modulated_at(guided, both, (height, width)).chunk(2)
             support, support_mirrored = guided.support.chunk(2)
             return plain, mirrored, support_mirrored / support.clamp(min=EPS)
 
     def guide(self, source: Tensor, target: Tensor) -> Guided:
-        """Eqs. 1 to 6 for maps (B, C, h, w) of the source and (B, C, h', w') of the target."""
+        """Eqs. 2 to 7 for maps (B, C, h, w) of the source and (B, C, h', w') of the target."""
         grid, grid_trg = size_of(source), size_of(target)
         cells, cells_trg = (cell_centres(g, g, source.device, source.dtype) for g in (grid, grid_trg))
         rows, columns = (rearrange(x, "b c h w -> b (h w) c") for x in (source, target))
-        scores = neighbour_consensus(ops.correlation(rows, columns), grid, grid_trg, self.consensus)  # eqs. 1 and 2
+        cosines = ops.correlation(rows, columns)  # eq. 2
+        agreed = neighbour_consensus(cosines, grid, grid_trg, self.consensus)
+        scores = torch.lerp(cosines, agreed, self.share)  # eq. 3
         likely = scores
         for _ in range(self.rounds):
-            kept, confident = truncate(mutual_confidence(likely.relu()), self.rho)  # eq. 3
-            sparse = displacements(kept, cells, cells_trg, BETA)
-            field = moving_least_squares(sparse, confident, cells, self.c_p)  # eq. 4, (B, N, 2)
-            likely = self.modulated(scores, cells + field, cells_trg)  # eq. 5
-        support = likely.amax(2).mean(1) + likely.amax(1).mean(1)  # eq. 6
+            field = confident_field(likely.relu(), cells, cells_trg, self.rho, self.c_p)  # eqs. 4 and 5, (B, N, 2)
+            likely = self.modulated(scores, cells + field, cells_trg)  # eq. 6
+        support = likely.amax(2).mean(1) + likely.amax(1).mean(1)  # eq. 7
         return Guided(scores.unflatten(2, grid_trg), field.mT.unflatten(2, grid), support)
 
     def modulated(self, scores: Tensor, centre: Tensor, cells: Tensor) -> Tensor:
-        """Eq. 5: (floor + (1 - floor) exp(-|j - centre_i|^2 / 2 c_m^2)) C_ij of scores (B, n, M)."""
+        """Eq. 6: (floor + (1 - floor) exp(-|j - centre_i|^2 / 2 c_m^2)) C_ij of scores (B, n, M)."""
         return self.floor * scores + (1 - self.floor) * modulate(scores, centre, cells, self.c_m)
 
     def modulated_at(self, guided: Guided, points: Tensor, image: Size) -> Tensor:
@@ -180,27 +248,3 @@ class MirrorGuided(Matcher):
         volume = rearrange(guided.scores, "b (h w) hh ww -> b (hh ww) h w", h=grid[0])
         centre = pixels_to_cells(points, grid, image) + sample(guided.field, points, image)
         return self.modulated(sample(volume, points, image), centre, cells)
-
-
-def neighbour_consensus(scores: Tensor, grid: Size, grid_trg: Size, sigma: float) -> Tensor:
-    """Eq. 2: the Gaussian mean of C_(i+d, j+d) over offsets d inside both grids, of scores (B, N, M).
-
-    A match counts more where neighbours match neighbours. The Gaussian reaches ceil(sigma) cells. It separates into the
-    axes, and along each it is a convolution with a diagonal kernel.
-    """
-    if not sigma:
-        return scores
-    reach = ceil(sigma)
-    offsets = torch.arange(-reach, reach + 1, device=scores.device, dtype=scores.dtype)
-    kernel = torch.exp(-offsets.square() / (2 * sigma**2)).diag()[None, None]
-    (h, w), (h_trg, w_trg) = grid, grid_trg
-    shape = {"h": h, "w": w, "y": h_trg, "x": w_trg}
-
-    def along(volume: Tensor) -> Tensor:
-        """Mean along the diagonals of (n, 1, a, b)."""
-        inside = F.conv2d(torch.ones_like(volume[:1]), kernel, padding=reach)
-        return F.conv2d(volume, kernel, padding=reach) / inside
-
-    rows = along(rearrange(scores, "b (h w) (y x) -> (b w x) 1 h y", **shape))
-    both = along(rearrange(rows, "(b w x) 1 h y -> (b h y) 1 w x", w=w, x=w_trg))
-    return rearrange(both, "(b h y) 1 w x -> b (h w) (y x)", h=h, y=h_trg)
