@@ -242,5 +242,7 @@ def picture() -> Any:
         ax.set_xlabel("training pairs seen")
         ax.grid(alpha=0.4)
     axes[0, 0].set_ylabel("PCK @.10, validation pairs")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4 * panels, fontsize=8)
+    drawn = {line.get_label(): line for ax in axes.flat for line in ax.lines if line.get_label() in NAMES.values()}
+    lines = [drawn[title] for title in NAMES.values() if title in drawn]
+    figure.legend(handles=lines, loc="outside upper center", ncols=4 * panels, fontsize=8)
     return figure
