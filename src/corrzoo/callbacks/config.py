@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
 from corrzoo.callbacks.folder import run_folder
+from corrzoo.files import whole_file
 
 ALWAYS = re.compile(r"(config|hparams)\.yaml|events\.")
 """Files that every run writes before it starts."""
@@ -31,8 +32,8 @@ class SaveConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, self.folder / "config.yaml", skip_unset=False, overwrite=True, multifile=False)
+        with whole_file(self.folder / "config.yaml") as partial:
+            self.parser.save(self.config, partial, skip_unset=False, multifile=False)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove the folder of a run that failed before it wrote results."""
