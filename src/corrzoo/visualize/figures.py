@@ -65,7 +65,7 @@ def overlay(ax: Axes, image: Tensor, values: Tensor) -> None:
     """Draw values (h, w) over the grey image, from dark (lowest) to bright (highest)."""
     H, W = image.shape[-2:]
     show(ax, (0.7 * image.float().mean(0, keepdim=True)).byte().expand(3, -1, -1))
-    ax.imshow(values.float().cpu(), cmap="inferno", alpha=0.6, interpolation="bicubic", extent=(0, W, H, 0))
+    ax.imshow(values.float().cpu().numpy(), cmap="inferno", alpha=0.6, interpolation="bicubic", extent=(0, W, H, 0))
 
 
 def save_figure(figure: Figure, path: Path | str) -> Path:
