@@ -17,11 +17,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run a command of `COMMANDS`; without one, print the help.
-
-    Args:
-        args: Command line; `sys.argv` if None.
-    """
+    """Run a command of `COMMANDS`; without one, print the help. `args` is the command line, `sys.argv` if None."""
     if int(os.environ.get("LOCAL_RANK", "0")) and sys.platform == "linux":
         # If the first process is killed, its other training processes would wait for it.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -31,11 +31,7 @@ RUNS = "runs"
 
 
 class ZooCLI(LightningCLI):
-    """LightningCLI with the zoo's defaults. A checkpoint that contradicts the command line is an error.
-
-    Args:
-        args: Command line.
-    """
+    """LightningCLI with the zoo's defaults. A checkpoint that contradicts the command line is an error."""
 
     training_options: ClassVar[frozenset[str]] = frozenset(
         "weights low_weights finetune lr backbone_lr optimizer weight_decay".split()
@@ -175,11 +171,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run a command of LightningCLI.
-
-    Args:
-        args: Command line; `sys.argv` if None.
-    """
+    """Run a command of LightningCLI; `args` is the command line, `sys.argv` if None."""
     try:
         ZooCLI(sys.argv[1:] if args is None else args)
     except Stopped as stopped:

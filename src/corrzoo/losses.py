@@ -9,16 +9,8 @@ Term = tuple[Tensor, Tensor]
 """Values of a loss, and a bool of the same shape: where they count."""
 
 
-def endpoint_error(flow: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """EPE: mean Euclidean distance between two flows over the supervised cells of the whole batch (ViTSC eq. 6).
-
-    Arguments as for `endpoint_errors`. Zero, with a gradient of zero, when no cell is supervised.
-    """
-    return mean_where(*endpoint_errors(flow, target, mask))
-
-
 def endpoint_errors(flow: Tensor, target: Tensor, mask: Tensor) -> Term:
-    """Euclidean distance between two flows at each cell, and which cells are supervised.
+    """Euclidean distance between two flows at each cell, whose mean is the EPE (ViTSC eq. 6).
 
     Args:
         flow: (B, 2, h, w) prediction.

@@ -120,16 +120,18 @@ class Matcher(LightningModule, ABC):
         """
         return mean_where(*self.keypoint_errors(match, pair))
 
-    def keypoint_errors(self, match: Match, pair: Pair) -> Term:
+    def keypoint_errors(self, match: Match, pair: Pair, radius: float | None = None) -> Term:
         """Distance of the flow (B, h, w) from the pseudo-flow, in cells, and which cells a keypoint supervises.
+
+        `radius` is half the side of the square that a keypoint supervises, in cells.
 
         our choice, as the paper gives no radius: CATs' share of the image, and at least CATs' share of a cell (17 px
         of its coarsest grid's 32), so that every keypoint supervises the cell it lies in.
         """
         image, grid = size_of(pair.src_img), size_of(match.flow)
         stride = max(image) / max(grid)
-        radius = CATS_RADIUS * max(max(image) / 512, stride / 32)
-        target, mask = pseudo_flow(pair.src_kps, pair.trg_kps, pair.kps_mask, grid, image, radius)
+        pixels = stride * radius if radius else CATS_RADIUS * max(max(image) / 512, stride / 32)
+        target, mask = pseudo_flow(pair.src_kps, pair.trg_kps, pair.kps_mask, grid, image, pixels)
         return endpoint_errors(match.flow / stride, target / stride, mask)
 
     def match_points(self, src: Features, trg: Features, points: Tensor) -> Tensor:
@@ -239,8 +241,7 @@ class Matcher(LightningModule, ABC):
         self._training_features = None
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        groups = self.param_groups()
-        if not groups:
+        if not (groups := self.param_groups()):
             raise ZooError("nothing to train: every parameter is frozen; set --model.finetune to `all` or a number")
         h = self.hparams
         optimizer = create_optimizer(h.optimizer, groups, h.weight_decay)

@@ -55,11 +55,9 @@ class OneCycle(OneCycleLR):
 
 
 def warmup_cosine(warmup: int, total: Callable[[], int] | None) -> Callable[[int], float]:
-    """Factor of the learning rate by step: a linear rise over `warmup` steps, then half a cosine down to zero.
+    """Factor of the learning rate by step: a linear rise over `warmup` steps, then half a cosine, zero at `total`.
 
-    Args:
-        warmup: Steps before the full rate.
-        total: Steps of the training; constant after the warm-up if None.
+    Without `total`, the rate is constant after the warm-up.
     """
 
     def factor(step: int) -> float:

@@ -40,14 +40,7 @@ class ZooParser(LightningArgumentParser):
 
 
 def explain(message: str, parser: LightningArgumentParser) -> str:
-    """Rewrite a message of the parser in one line, with the nearest option or head.
-
-    A message of another form is only joined to one line.
-
-    Args:
-        message: Message of argparse or jsonargparse.
-        parser: Parser of the message.
-    """
+    """Rewrite a message of argparse or jsonargparse in one line, with the nearest option or head if it is known."""
     heads = list_heads()
     if found := re.search(r"Option '(\S+?)' is not accepted|unrecognized arguments: (--[^\s=]+)", message):
         name = found[1] or found[2]

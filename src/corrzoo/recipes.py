@@ -15,9 +15,8 @@ FOLDER = Path(__file__).parent / "zoo_configs"
 def find(name: str) -> str:
     """Find the file of `--config <name>`: a file of that name, else a recipe of the package.
 
-    Args:
-        name: A path such as `mine.yaml`, or a recipe: `lpmflow`, `lpmflow.yaml`, `zoo_configs/data/pfwillow.yaml`.
-            YAML text and URLs are returned unchanged.
+    Names of recipes are `lpmflow`, `lpmflow.yaml` or `zoo_configs/data/pfwillow.yaml`. YAML text and URLs are returned
+    unchanged.
 
     Raises:
         ZooError: if there is no such file.

@@ -15,7 +15,7 @@ from corrzoo.data import PairDataset
 from corrzoo.heads import CATs
 from corrzoo.heads.cats import correlate, mutual_filter
 from corrzoo.heads.levels import resize
-from corrzoo.losses import endpoint_error
+from corrzoo.losses import endpoint_errors, mean_where
 from corrzoo.store.official import LAYOUTS, load_official, official_key
 from corrzoo.types import Features, Match, ZooError
 from golden import Further, assert_close, assert_gradients, record
@@ -83,7 +83,7 @@ def in_cells(match, model, image):
 
 def their_loss(flow, theirs):
     """EPE over the cells that their pseudo-flow moves."""
-    return endpoint_error(flow, theirs["gt_flow"], (theirs["gt_flow"] != 0).any(1))
+    return mean_where(*endpoint_errors(flow, theirs["gt_flow"], (theirs["gt_flow"] != 0).any(1)))
 
 
 def step(model, source, target, theirs):

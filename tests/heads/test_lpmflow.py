@@ -13,7 +13,7 @@ import yaml
 import corrzoo
 from corrzoo.data import PairDataset
 from corrzoo.heads.lpmflow import LPMFlow, grid_neighbours, self_contrast
-from corrzoo.losses import endpoint_error
+from corrzoo.losses import endpoint_errors, mean_where
 from corrzoo.store.official import load_official
 from corrzoo.types import ZooError
 from golden import assert_close, record, without_dropout
@@ -43,7 +43,7 @@ def released(golden, gigabytes):
     match = model.match(*features)
     flows["training"] = match.flow / 4
     truth = torch.from_numpy(golden.arrays("data")["kpflow_128"]).double()
-    terms = {"epe": endpoint_error(flows["training"], truth, (truth != 0).any(1))}
+    terms = {"epe": mean_where(*endpoint_errors(flows["training"], truth, (truth != 0).any(1)))}
     terms["rptc"] = self_contrast(match.extras["tokens"], match.extras["masked"], model.neighbours)
     terms["loss"] = terms["epe"] + model.rptc_rate(0) * terms["rptc"].mean()
     terms["loss"].backward()

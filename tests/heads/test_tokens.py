@@ -83,7 +83,7 @@ def test_points_read_as_released(golden, grid):
     """flow2kps: bilinear enlargement to 512, whole pixels."""
     data = golden.arrays("data")
     pair, flow = golden.pair(), torch.from_numpy(data[f"pred_flow_{grid}"]) * (512 / grid)
-    found = tokens.read_pixels(pair.src_kps, flow, (512, 512))
+    found = tokens.read_flow(pair.src_kps, flow, (512, 512), "pixel")
     expected = torch.from_numpy(data[f"est_kps_{grid}"]).transpose(1, 2)
     np.testing.assert_allclose(found[pair.kps_mask], expected[pair.kps_mask], rtol=0, atol=1e-3)
     exact = transfer(pair.src_kps, flow, (512, 512))[pair.kps_mask]
@@ -92,7 +92,7 @@ def test_points_read_as_released(golden, grid):
 
 def test_pixels_outside_the_image_are_clamped():
     flow, points = torch.zeros(1, 2, 4, 4), torch.tensor([[[-3.2, 5.9], [700.0, 64.0]]])
-    assert tokens.read_pixels(points, flow, (64, 128)).tolist() == [[[0, 5], [127, 63]]]
+    assert tokens.read_flow(points, flow, (64, 128), "pixel").tolist() == [[[0, 5], [127, 63]]]
 
 
 # ---------------------------------------------------------------------- options of both heads

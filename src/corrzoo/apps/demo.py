@@ -32,14 +32,7 @@ JPEG_SIDE = 16384
 
 
 class Server(ThreadingHTTPServer):
-    """Server of the demo page, reachable from this machine only.
-
-    Args:
-        matcher: The model.
-        src: First image.
-        trg: Second image.
-        port: Port; 0 for any free one.
-    """
+    """Server of the demo page, reachable from this machine only. Port 0 is any free one."""
 
     daemon_threads = True
 

@@ -20,14 +20,7 @@ class Query(NamedTuple):
 
 
 def list_queries(a: str | None, b: str | None, pairs: str | None, points: str | None) -> list[Query]:
-    """The pairs that the command line names.
-
-    Args:
-        a: Path of the source image.
-        b: Path of the target image, or of a folder of them.
-        pairs: Path of a CSV file with the columns `src` and `trg`, which are relative to its folder, and, if wanted,
-            `points`.
-        points: Query points of pairs without their own, see `read_points`.
+    """The pairs that the arguments of `corrzoo match` name. Paths in a CSV file are relative to its folder.
 
     Raises:
         ZooError: if no pair is named, or a file is missing or lacks a column.

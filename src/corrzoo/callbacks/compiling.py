@@ -14,10 +14,8 @@ PER_IMAGE, PER_PAIR = ("prepare",), ("match", "match_points")
 def compile_matcher(matcher: LightningModule, graphs: bool = False) -> None:
     """Compile the backbones and the head in place.
 
-    Args:
-        matcher: The model.
-        graphs: Run `match` and `match_points` as CUDA graphs. Their results are valid until the next batch. The
-            backbone has none: evaluation gives it the images that are not in the feature cache, any number of them.
+    With `graphs`, `match` and `match_points` run as CUDA graphs. Their results are valid until the next batch. The
+    backbone has none: evaluation gives it the images that are not in the feature cache, any number of them.
     """
     for module in matcher.modules():
         if isinstance(module, Backbone):

@@ -16,13 +16,7 @@ ALWAYS = re.compile(r"(config|hparams)\.yaml|events\.")
 
 
 class SaveConfig(SaveConfigCallback):
-    """Save `config.yaml` in the run's folder.
-
-    Args:
-        parser: Writes the configuration.
-        config: Configuration of this run, with the name of its folder. LightningCLI passes it; it is not saved.
-        saved: Configuration without that name, so that it can be run again.
-    """
+    """Save `config.yaml` in the run's folder: `saved`, which can be run again, as it does not name that folder."""
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, saved: Namespace) -> None:
         super().__init__(parser, saved, save_to_log_dir=False)

@@ -16,15 +16,10 @@ def group_name(head: str, backbone: str) -> str:
 
 
 def name_run(config: "Namespace", command: str, root: Path) -> None:
-    """Set the logger's folder, and name an evaluation after the run that it evaluates.
+    """Complete the logger's options in `config`: its folder, and an evaluation's name, after the run it evaluates.
 
     Lightning's loggers number training runs: `version_0`, `version_1`. A test of `version_0`'s checkpoint becomes
-    `version_0-test`. Names that the user has given stay.
-
-    Args:
-        config: Options of the command, completed in place.
-        command: `fit`, `validate`, `test` or `predict`.
-        root: Folder of all runs, unless `trainer.default_root_dir` is given.
+    `version_0-test`. Names that the user has given stay, and so does `trainer.default_root_dir` in place of `root`.
     """
     logger, head = config.trainer.logger, config.model.class_path.rpartition(".")[2]
     options: Any = getattr(logger, "init_args", {})

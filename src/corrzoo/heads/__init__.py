@@ -15,20 +15,9 @@ from corrzoo.heads.vitsc import ViTSC
 from corrzoo.matcher import HEADS, Matcher
 
 __all__ = [
-    "ACTR",
-    "GSF",
-    "HEADS",
-    "Baseline",
-    "CATs",
-    "GeoAware",
-    "LPMFlow",
-    "MirrorGuided",
-    "NCNet",
-    "TransforMatcher",
-    "ViTSC",
-    "create_matcher",
-    "list_heads",
-]
+    "ACTR", "GSF", "HEADS", "Baseline", "CATs", "GeoAware", "LPMFlow", "MirrorGuided", "NCNet", "TransforMatcher",
+    "ViTSC", "create_matcher", "list_heads",
+]  # fmt: skip
 
 
 def list_heads() -> list[str]:

@@ -92,12 +92,8 @@ class ACTR(TokenMatcher):
 class AsymmetricAlignment(nn.Module):
     """One block: self-attention in both images, cross-attention for the source, re-weighting for the target.
 
-    Args:
-        dim: Channels of the tokens.
-        tokens: Number of tokens, the class token included.
-        source_pe: The source has a position embedding in every block.
-        reweight: Scale target tokens by the attention that they received; not in the last block.
-        cross_attention: Update the source by cross-attention.
+    `source_pe` gives the source a position embedding in every block; `tokens` counts the class token. `reweight` scales
+    target tokens by the attention that they received; not in the last block.
     """
 
     def __init__(self, dim: int, tokens: int, source_pe: bool, reweight: bool, cross_attention: bool) -> None:
@@ -133,10 +129,7 @@ class AsymmetricAlignment(nn.Module):
 class FlowSuperResolution(nn.Module):
     """Multi-path flow super-resolution: every flow is refined beside the source's features, by the same weights.
 
-    Args:
-        dim: Channels of the source's features.
-        grid: Side of the features' grid.
-        windows: Window sides, one branch each.
+    Each of the `windows` is the window side of one branch.
     """
 
     def __init__(self, dim: int, grid: int, windows: list[int]) -> None:

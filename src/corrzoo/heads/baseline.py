@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from corrzoo import ops
 from corrzoo.geometry import bilinear_cells, cell_centres, cells_to_pixels, points_to_flow, sample, size_of
-from corrzoo.heads.levels import stack_levels, stride_grid
+from corrzoo.heads.levels import centres_of, rows_of, stack_levels, stride_grid
 from corrzoo.matcher import HEADS, Matcher
 from corrzoo.types import Features, Match, ZooError
 
@@ -44,13 +44,9 @@ class Baseline(Matcher):
         **options: Options of `Matcher`.
     """
 
-    evaluation_options: ClassVar[frozenset[str]] = Matcher.evaluation_options | {
-        "readout",
-        "sigma",
-        "radius",
-        "point_query",
-        "mutual",
-    }
+    evaluation_options: ClassVar[frozenset[str]] = Matcher.evaluation_options.union(
+        "readout sigma radius point_query mutual".split()
+    )
 
     def __init__(
         self,
@@ -86,7 +82,7 @@ class Baseline(Matcher):
         grid, image = size_of(src.maps[0]), size_of(src.image)
         if self.readout == "identity":
             return Match(src.image.new_zeros(len(src.image), 2, *grid))
-        return Match(points_to_flow(self._match_rows(_rows(src), src, trg), grid, image))
+        return Match(points_to_flow(self._match_rows(rows_of(src), src, trg), grid, image))
 
     def match_points(self, src: Features, trg: Features, points: Tensor) -> Tensor:
         """See the option `point_query`. `flow` gives the same as the dense flow, from four cells per point."""
@@ -96,7 +92,7 @@ class Baseline(Matcher):
         if self.point_query == "features":
             return self._match_rows(sample(src.maps[0], points, image), src, trg).to(points.dtype)
         cells, weights = bilinear_cells(points, grid, image)  # (B, n, 4)
-        rows = _rows(src)
+        rows = rows_of(src)
         picked = rearrange(cells, "b n four -> b (n four) 1").expand(-1, -1, rows.shape[-1])
         matched = self._match_rows(rows.gather(1, picked), src, trg)  # (B, n*4, 2)
         centres = cell_centres(grid, image, points.device, matched.dtype)[cells]  # (B, n, 4, 2)
@@ -105,7 +101,7 @@ class Baseline(Matcher):
 
     def _match_rows(self, rows: Tensor, src: Features, trg: Features) -> Tensor:
         """Target positions (B, N, 2) in pixels of the network image, for source features (B, N, C)."""
-        grid, columns = size_of(trg.maps[0]), _rows(trg)  # (B, h*w, C)
+        grid, columns = size_of(trg.maps[0]), rows_of(trg)  # (B, h*w, C)
         window = WINDOWS.get(self.readout, "none")
         how: dict[str, Any] = dict(
             window=window,
@@ -114,19 +110,12 @@ class Baseline(Matcher):
         )
         temperature = self.temperature.clamp(min=1e-3)
         if self.mutual:
-            best_of_column = ops.mutual(_rows(src), columns).col_max.unsqueeze(1)
+            best_of_column = ops.mutual(rows_of(src), columns).col_max.unsqueeze(1)
             scores = ops.correlation(rows, columns).relu()  # (B, N, h*w)
             best_of_row = scores.amax(2, keepdim=True)
             scores = scores**3 / (best_of_row * best_of_column).clamp(min=1e-5)  # s * s/row * s/column
             found = ops.readout(scores, grid, temperature, **how)
         else:
             found = ops.match(rows, columns, grid, temperature, backend=self.backend, **how)
-        cells = found.xy
-        if self.readout == "argmax":
-            cells = torch.stack([found.argmax % grid[1], found.argmax // grid[1]], dim=-1).to(cells) + 0.5
+        cells = centres_of(found.argmax, grid).to(found.xy) if self.readout == "argmax" else found.xy
         return cells_to_pixels(cells, grid, size_of(trg.image))
-
-
-def _rows(features: Features) -> Tensor:
-    """The prepared map's cells as rows, (B, h*w, C)."""
-    return rearrange(features.maps[0], "b c h w -> b (h w) c")

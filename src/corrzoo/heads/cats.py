@@ -10,10 +10,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from corrzoo.geometry import cells_to_pixels, pseudo_flow, size_of, transfer
+from corrzoo.geometry import cells_to_pixels, size_of
 from corrzoo.heads.levels import resize
-from corrzoo.heads.tokens import Attention, SoftArgmax, init_linear, mlp, read_pixels
-from corrzoo.losses import endpoint_error
+from corrzoo.heads.tokens import SelfAttention, SoftArgmax, init_linear, read_flow
+from corrzoo.losses import mean_where
 from corrzoo.matcher import HEADS, Matcher
 from corrzoo.precision import full, full_precision
 from corrzoo.types import Features, Match, Pair, ZooError
@@ -24,7 +24,7 @@ RADIUS = 17 / 16
 our choice: other grids keep the share of a cell, so that every keypoint supervises the cell it lies in.
 """
 EPS = 1e-6
-"""Added to a feature's squared length before it is normalised, and in every LayerNorm (released code)."""
+"""Added to a feature's squared length before it is normalised (released code)."""
 
 
 @HEADS.register
@@ -127,18 +127,14 @@ class CATs(Matcher):
 
     def match_points(self, src: Features, trg: Features, points: Tensor) -> Tensor:
         """Read matches of source points (B, n, 2) from the flow, as the option `read` says."""
-        flow, image = self.match(src, trg).flow, size_of(src.image)
-        return transfer(points, flow, image) if self.read == "point" else read_pixels(points, flow, image)
+        return read_flow(points, self.match(src, trg).flow, size_of(src.image), self.read)
 
     def loss(self, match: Match, pair: Pair) -> Tensor:
         """EPE in cells against the pseudo-flow around the keypoints.
 
         The released code leaves out a cell that its keypoint does not move. our choice: it counts.
         """
-        image, grid = size_of(pair.src_img), size_of(match.flow)
-        stride = max(image) / max(grid)
-        target, mask = pseudo_flow(pair.src_kps, pair.trg_kps, pair.kps_mask, grid, image, RADIUS * stride)
-        return endpoint_error(match.flow / stride, target / stride, mask)
+        return mean_where(*self.keypoint_errors(match, pair, RADIUS))
 
 
 # ---------------------------------------------------------------------- correlation
@@ -164,18 +160,12 @@ def mutual_filter(scores: Tensor) -> Tensor:
 
 
 class Aggregation(nn.Module):
-    """One block: self-attention within each level, then across the levels of each token.
-
-    Args:
-        dim: Channels of the tokens.
-        heads: Number of heads.
-        levels: With one level, there is no attention across levels.
-    """
+    """One block: self-attention within each level, then across the levels of each token if there are several."""
 
     def __init__(self, dim: int, heads: int, levels: int) -> None:
         super().__init__()
-        self.intra = AttentionLayer(dim, heads)
-        self.inter = AttentionLayer(dim, heads) if levels > 1 else None
+        self.intra = SelfAttention(dim, heads=heads).apply(init_linear)
+        self.inter = SelfAttention(dim, heads=heads).apply(init_linear) if levels > 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, N, D) -> the same."""
@@ -186,23 +176,6 @@ class Aggregation(nn.Module):
             return x
         x = self.inter(rearrange(x, "b l n d -> (b n) l d"))
         return rearrange(x, "(b n) l d -> b l n d", b=batch)
-
-
-class AttentionLayer(nn.Module):
-    """Self-attention and MLP of a ViT, each pre-normalised and residual."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=EPS)
-        self.attention = Attention(dim, heads=heads)
-        self.norm2 = nn.LayerNorm(dim, eps=EPS)
-        self.mlp = mlp(dim)
-        self.apply(init_linear)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> the same."""
-        x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
 
 
 def stack_tokens(maps: list[Tensor]) -> list[Tensor]:

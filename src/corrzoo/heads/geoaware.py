@@ -8,12 +8,11 @@ import math
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from corrzoo import ops
 from corrzoo.geometry import Size, cells_to_pixels, pixels_to_cells, points_to_flow, size_of
-from corrzoo.heads.levels import resize, stack_levels
+from corrzoo.heads.levels import centres_of, resize, rows_of, stack_levels
 from corrzoo.losses import mean_where
 from corrzoo.matcher import HEADS, Matcher
 from corrzoo.precision import full, full_precision
@@ -75,13 +74,9 @@ class GeoAware(Matcher):
         **options: Options of Matcher.
     """
 
-    evaluation_options: ClassVar[frozenset[str]] = Matcher.evaluation_options | {
-        "readout",
-        "window",
-        "outside",
-        "read",
-        "pose_alignment",
-    }
+    evaluation_options: ClassVar[frozenset[str]] = Matcher.evaluation_options.union(
+        "readout window outside read pose_alignment".split()
+    )
     x_normal: nn.Parameter
     y_normal: nn.Parameter
 
@@ -319,18 +314,11 @@ def mirror_images(pair: Pair) -> Pair:
 
 
 def self_flip(kps: Tensor, ids: Tensor, mirrored: Tensor, mask: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Corresponding keypoints of an image's mirror image and the image itself.
+    """Corresponding keypoints of an image's mirror image and the image itself, `width` pixels wide.
 
-    Args:
-        kps: (B, K, 2) keypoints of the image, in pixels.
-        ids: (B, K) their parts, -1 if unknown.
-        mirrored: (B, K) the parts that they mark in the mirror image.
-        mask: (B, K) bool, which are keypoints.
-        width: Of the image in pixels.
-
-    Returns:
-        (B, K, 2) keypoints of the mirror image; (B, K) the numbers of those of the image that mark the same part; and
-        (B, K) bool, which of them there are.
+    Keypoints (B, K, 2) in pixels, with their parts `ids` (B, K), -1 if unknown, and the parts `mirrored` (B, K) that
+    they mark in the mirror image -> (B, K, 2) keypoints of the mirror image; (B, K) the numbers of those of the image
+    that mark the same part; and (B, K) bool, which of them there are.
     """
     same = (mirrored.unsqueeze(2) == ids.unsqueeze(1)) & (ids >= 0).unsqueeze(1) & mask.unsqueeze(1)  # (B, K, K)
     twin = same.to(torch.int8).argmax(2)  # (B, K)
@@ -348,20 +336,10 @@ def combine(terms: list[tuple[float, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------------- helpers
 
 
-def rows_of(features: Features) -> Tensor:
-    """The descriptors' cells as rows, (B, h*w, C)."""
-    return rearrange(features.maps[0], "b c h w -> b (h w) c")
-
-
 def cell_of(points: Tensor, grid: Size) -> Tensor:
     """Numbers (B, K) of the cells that points (B, K, 2) in cells lie in; those outside the grid in the nearest."""
     x, y = points.floor().unbind(-1)
     return (y.clamp(0, grid[0] - 1) * grid[1] + x.clamp(0, grid[1] - 1)).long()
-
-
-def centres_of(index: Tensor, grid: Size) -> Tensor:
-    """Centres (..., 2) in cells of cells that are numbered row by row."""
-    return torch.stack([index % grid[1], index // grid[1]], dim=-1) + 0.5
 
 
 def pick(rows: Tensor, index: Tensor) -> Tensor:

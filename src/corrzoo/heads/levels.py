@@ -1,10 +1,12 @@
-"""Backbone levels, maps of several sizes and scales, on one grid."""
+"""Backbone levels, maps of several sizes and scales, on one grid, and the cells of that grid."""
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from corrzoo.geometry import Size, size_of
+from corrzoo.types import Features
 
 
 def stride_grid(image: Size, stride: int) -> Size:
@@ -35,3 +37,13 @@ def stack_levels(maps: list[Tensor], size: Size) -> Tensor:
     """
     maps = [resize(level, size) for level in maps]
     return torch.cat([F.normalize(level, dim=1) for level in maps], dim=1) if len(maps) > 1 else maps[0]
+
+
+def rows_of(features: Features) -> Tensor:
+    """The cells of the first prepared map as rows, (B, h*w, C)."""
+    return rearrange(features.maps[0], "b c h w -> b (h w) c")
+
+
+def centres_of(index: Tensor, grid: Size) -> Tensor:
+    """Centres (..., 2) in cells of cells that are numbered row by row."""
+    return torch.stack([index % grid[1], index // grid[1]], dim=-1) + 0.5

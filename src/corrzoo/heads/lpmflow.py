@@ -21,6 +21,7 @@ from corrzoo.heads.tokens import (
     FeatureProjection,
     FlowHead,
     Recomputed,
+    SelfAttention,
     SoftArgmax,
     TokenMatcher,
     WindowRefinement,
@@ -186,7 +187,9 @@ class LayoutEncoder(nn.Module):
             nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=0.02)) for _ in range(2)
         )
         self.drop = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(EncoderBlock(dim, grid, dropout, region_pe, larl) for _ in range(depth))
+        self.blocks = nn.Sequential(
+            *(SelfAttention(dim, dropout, bias=RegionBias(grid, region_pe, larl)) for _ in range(depth))
+        )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_linear)
 
@@ -195,27 +198,8 @@ class LayoutEncoder(nn.Module):
         s_cls, s = s[:, :1] + self.cls_embed_src, s[:, 1:] + self.pos_embed_src + self.segment_src
         t_cls, t = t[:, :1] + self.cls_embed_trg, t[:, 1:] + self.pos_embed_trg + self.segment_trg
         x = self.drop(torch.cat([s_cls, s, t_cls, t], dim=1))  # (B, 2 + 2*g*g, C)
-        for block in self.blocks:
-            x = block(x)
-        s, t = self.norm(x).chunk(2, dim=1)
+        s, t = self.norm(self.blocks(x)).chunk(2, dim=1)
         return s, t
-
-
-class EncoderBlock(nn.Module):
-    """Pre-norm attention and MLP of a ViT."""
-
-    def __init__(self, dim: int, grid: int, dropout: float, region_pe: bool, larl: str) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.bias = RegionBias(grid, region_pe, larl)
-        self.attention = Attention(dim, dropout)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = mlp(dim, dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 2 + 2*g*g, C) -> the same."""
-        x = x + self.attention(self.norm1(x), self.bias())
-        return x + self.mlp(self.norm2(x))
 
 
 class RegionBias(nn.Module):
@@ -374,15 +358,10 @@ def to_fine(correlation: Tensor, grid: int) -> Tensor:
 
 
 def self_contrast(tokens: Tensor, masked: Tensor, neighbours: Tensor) -> Tensor:
-    """L_c: InfoNCE of each replaced token between its neighbours' mean and the sample's other replaced tokens.
+    """L_c (B,): InfoNCE of each replaced token between its neighbours' mean and the sample's other replaced tokens.
 
-    Args:
-        tokens: (B, 1 + g*g, C) source tokens after the encoder.
-        masked: (B, m) positions of the replaced ones.
-        neighbours: (g*g, g*g) from `grid_neighbours`.
-
-    Returns:
-        (B,) mean over the m replaced tokens. The neighbours carry no gradient.
+    Source tokens (B, 1 + g*g, C) after the encoder, positions `masked` (B, m) of the replaced ones, and the weights of
+    `grid_neighbours`. The neighbours carry no gradient.
     """
     with full_precision(tokens):
         tokens = full(tokens)

@@ -197,11 +197,7 @@ def read_corners(points: Tensor, cells: Tensor, src_grid: Size, trg_grid: Size) 
     Cell c of n has its centre at pixel 1 + c (FRAME - 1) / (n - 1). A point beyond the outermost centres is weighted by
     its distances to the last two, as in the released code; there it may read another row, here it does not.
 
-    Args:
-        points: (B, n, 2) in pixels of the source.
-        cells: (B, h*w, 2) columns and rows of the target that the source's cells match.
-        src_grid: (h, w).
-        trg_grid: Grid of the target.
+    Points (B, n, 2) in pixels of the source; columns and rows (B, h*w, 2) of the target that its cells match.
     """
     (h, w), (rows, columns) = src_grid, trg_grid
     low, weight = zip(*(_between(x, n) for x, n in zip(points.unbind(-1), (w, h), strict=True)), strict=True)

@@ -99,8 +99,7 @@ class TokenMatcher(Matcher):
 
     def match_points(self, src: Features, trg: Features, points: Tensor) -> Tensor:
         """Read matches of source points (B, n, 2) from the flow, as the option `read` says."""
-        flow, image = self.match(src, trg).flow, size_of(src.image)
-        return transfer(points, flow, image) if self.read == "point" else read_pixels(points, flow, image)
+        return read_flow(points, self.match(src, trg).flow, size_of(src.image), self.read)
 
     def apply_options(self) -> None:
         """Apply the options `init` and `checkpointing` to the modules; called at the end of a head's `__init__`."""
@@ -128,6 +127,25 @@ class Attention(nn.Module):
         """(B, N, C) -> (B, N, C); `bias` (heads, N, N) is added to the scaled logits."""
         q, k, v = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.heads)
         return self.drop(self.proj(rearrange(attend(q, k, v, bias), "b h n d -> b n (h d)")))
+
+
+class SelfAttention(nn.Module):
+    """Self-attention and MLP of a ViT, each pre-normalised and residual; `bias` returns what is added to the logits."""
+
+    def __init__(
+        self, dim: int, drop: float = 0.0, heads: int = ATTENTION_HEADS, bias: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.bias = bias
+        self.attention = Attention(dim, drop, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = mlp(dim, drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> the same."""
+        x = x + self.attention(self.norm1(x), self.bias() if self.bias is not None else None)
+        return x + self.mlp(self.norm2(x))
 
 
 class CrossAttention(nn.Module):
@@ -314,17 +332,14 @@ def upscale(flow: Tensor) -> Tensor:
     return F.interpolate(flow, scale_factor=float(UPSCALE), mode="nearest") * UPSCALE
 
 
-def read_pixels(points: Tensor, flow: Tensor, image: Size) -> Tensor:
-    """Transfer source points as the released `flow2kps` does: from whole pixels.
+def read_flow(points: Tensor, flow: Tensor, image: Size, read: str) -> Tensor:
+    """Source points (B, n, 2) displaced by a flow (B, 2, h, w), in pixels of the (H, W) network image.
 
-    A point is truncated to its pixel. The flow, enlarged to the image, is read at that pixel's centre, half a pixel
-    further, and added to the truncated point.
-
-    Args:
-        points: (B, n, 2) in pixels of the (H, W) network image.
-        flow: (B, 2, h, w) in those pixels.
-        image: (H, W).
+    `read` is "point", or "pixel" as in the released `flow2kps`: a point is truncated to its pixel, and the flow is read
+    at that pixel's centre, half a pixel further, and added to the truncated point.
     """
+    if read == "point":
+        return transfer(points, flow, image)
     x, y = points.trunc().unbind(-1)
     pixels = torch.stack([x.clamp(0, image[1] - 1), y.clamp(0, image[0] - 1)], dim=-1)
     return pixels + sample(flow, pixels + 0.5, image).to(points.dtype)

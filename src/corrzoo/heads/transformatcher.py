@@ -232,12 +232,7 @@ def soft_argmax(scores: Tensor) -> Tensor:
 def read_points(points: Tensor, matched: Tensor, reach: float) -> Tensor:
     """Matches (B, n, 2) of points (B, n, 2): means of the cells' matches (B, G*G, 2) that fall to zero with distance.
 
-    All coordinates are from -1 to 1.
-
-    Args:
-        points: In the source.
-        matched: What each source cell is matched with.
-        reach: Distance in cells at which a cell's weight is zero.
+    Coordinates are from -1 to 1. `reach` is the distance in cells at which a cell's weight is zero.
     """
     side = math.isqrt(matched.shape[1])
     offset = points.to(matched.dtype).unsqueeze(2) - lattice(side, matched)  # (B, n, G*G, 2)

@@ -43,9 +43,7 @@ def find_results(paths: Sequence[Path]) -> list[Path]:
 def read_results(files: Iterable[Path], warn: Callable[[str], None]) -> list[dict[str, Any]]:
     """Read result files, and add the fields `path`, `study` (the folder), and those that older files lack.
 
-    Args:
-        files: From `find_results`.
-        warn: Called with a message for each file that is skipped because it is not a result file.
+    `warn` is called with a message for each file that is skipped because it is not a result file.
     """
     results = []
     for path in files:
@@ -119,9 +117,7 @@ def _percent(value: Any) -> float:
 def rank(results: Iterable[dict[str, Any]], papers: Sequence[dict[str, str]] = ()) -> list[Ranking]:
     """Rank results: comparable ones in one ranking, and those that differ in the seed alone in one row.
 
-    Args:
-        results: From `read_results`.
-        papers: From `read_papers`, for the published number beside the measured one.
+    `papers` have the published numbers beside the measured ones, see `read_papers`.
 
     Raises:
         ZooError: if a ranking mixes versions of corrzoo, or contains a run twice.

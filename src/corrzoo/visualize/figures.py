@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -64,18 +63,10 @@ def show(ax: Axes, image: Tensor) -> None:
 
 
 def overlay(ax: Axes, image: Tensor, values: Tensor) -> None:
-    """Draw values (h, w) over the grey image, from dark (lowest) to bright (highest), with contours at every fifth."""
+    """Draw values (h, w) over the grey image, from dark (lowest) to bright (highest)."""
     H, W = image.shape[-2:]
     show(ax, (0.7 * image.float().mean(0, keepdim=True)).byte().expand(3, -1, -1))
-    fine = F.interpolate(values[None, None].float().cpu(), scale_factor=4, mode="bicubic")[0, 0]  # for smooth contours
-    low, high = fine.min(), fine.max()
-    heat = ((fine - low) / (high - low).clamp(min=1e-12)).numpy()
-    h, w = heat.shape
-    ax.imshow(heat, cmap="inferno", alpha=0.6, interpolation="bilinear", extent=(0, W, H, 0))
-    x, y = (np.arange(w) + 0.5) * (W / w), (np.arange(h) + 0.5) * (H / h)
-    ax.contour(x, y, heat, levels=[0.2, 0.4, 0.6, 0.8], colors="white", linewidths=[0.3, 0.4, 0.6, 1.0])
-    ax.set_xlim(0, W)
-    ax.set_ylim(H, 0)
+    ax.imshow(values.float().cpu().numpy(), cmap="inferno", alpha=0.6, interpolation="bicubic", extent=(0, W, H, 0))
 
 
 def save_figure(figure: Figure, path: Path | str) -> Path:
@@ -98,6 +89,4 @@ def to_array(figure: Figure) -> Tensor:
     canvas = figure.canvas
     assert isinstance(canvas, FigureCanvasAgg)
     canvas.draw()
-    return torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8).view(
-        *canvas.get_width_height()[::-1], 4
-    )[..., :3]
+    return torch.from_numpy(np.array(canvas.buffer_rgba())[..., :3])

@@ -1,4 +1,4 @@
-"""Dense flow as colours and arrows, and as a Middlebury file."""
+"""Dense flow as colours, and as a Middlebury file."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,14 +10,12 @@ from torch import Tensor
 from torchvision.utils import flow_to_image
 
 from corrzoo.files import write_bytes
-from corrzoo.geometry import cell_centres, size_of
+from corrzoo.geometry import size_of
 from corrzoo.types import ZooError
 from corrzoo.visualize.figures import FINEST, Images, panels, show, title_columns
 
 SATURATED = 0.9
 """our choice: quantile of the flow's lengths that is drawn in full colour, so that outliers do not set the scale."""
-ARROWS = 12
-"""our choice: arrows along the longer side."""
 
 
 def flow_colours(flow: Tensor, limit: float | None = None) -> Tensor:
@@ -43,14 +41,7 @@ def flow_colours(flow: Tensor, limit: float | None = None) -> Tensor:
 def draw_flow(
     src_img: Images, flows: Sequence[Tensor], titles: Sequence[str] | None = None, shared: bool = False
 ) -> Figure:
-    """Draw images, and beside each its flow in colours and arrows.
-
-    Args:
-        src_img: B images (3, H, W) uint8.
-        flows: B flows (2, h, w) in pixels of the images.
-        titles: One title per row.
-        shared: One scale of colours and arrows for all rows.
-    """
+    """Draw images, and beside each its flow (2, h, w), in pixels of the image; `shared`: one scale for all rows."""
     figure, axes = panels([1, 1], src_img, titles=titles)
     lengths = [flow.norm(dim=0).flatten().cpu().numpy() for flow in flows]
     lengths = [np.concatenate(lengths)] * len(flows) if shared else lengths
@@ -58,18 +49,10 @@ def draw_flow(
     title_columns(axes, "red: right, yellow: down, cyan: left, violet: up")
     for row, image, flow, limit in zip(axes, src_img, flows, limits, strict=True):
         show(row[0], image)
-        (H, W), (h, w) = size_of(image), size_of(flow)
-        skip = -(-max(h, w) // FINEST)
+        (H, W), skip = size_of(image), -(-max(size_of(flow)) // FINEST)
         colours = flow_colours(flow[:, skip // 2 :: skip, skip // 2 :: skip].cpu(), limit)
         row[1].imshow(colours.permute(1, 2, 0).numpy(), extent=(0, W, H, 0), interpolation="nearest")
         row[1].text(0.02 * W, 0.98 * H, f"full colour: {limit:.0f} px", fontsize=6, va="bottom")
-        step = max(max(h, w) // ARROWS, 1)
-        at = cell_centres((h, w), (H, W)).view(h, w, 2)[step // 2 :: step, step // 2 :: step]
-        arrows = flow.cpu()[:, step // 2 :: step, step // 2 :: step]
-        u, v = arrows / (arrows.norm(dim=0) / limit).clamp(min=1)
-        scale = limit / (step * max(H / h, W / w))  # the longest arrow reaches the next one
-        row[1].quiver(at[..., 0], at[..., 1], u, v, angles="xy", scale_units="xy", scale=scale, width=0.004)
-        row[1].set(xlim=(0, W), ylim=(H, 0))
     return figure
 
 

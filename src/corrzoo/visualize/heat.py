@@ -21,13 +21,10 @@ def draw_heat(
     """Draw one query of each pair, and the scores of the target's cells for it, from dark (low) to bright (high).
 
     Args:
-        src_img: B images (3, H, W) uint8.
-        trg_img: B images (3, H, W) uint8.
         points: (B, 2) queries in source pixels, drawn as rings.
         heat: B maps (h, w), see `Matcher.heat_maps`.
         pred: (B, 2) predictions in target pixels, drawn as crosses.
         truth: (B, 2) ground truth in target pixels, drawn as rings.
-        titles: One title per row.
     """
     figure, axes = panels([1, 1], src_img, trg_img, titles=titles)
     for b, (src, trg) in enumerate(axes):
@@ -44,13 +41,7 @@ def draw_heat(
 
 
 def draw_foreground(images: Images, weights: Sequence[Tensor], titles: Sequence[str] | None = None) -> Figure:
-    """Draw images, and beside each the similarity of its cells to the class token (LPMFlow's supplement, figure 1).
-
-    Args:
-        images: B images (3, H, W) uint8.
-        weights: B maps (h, w), see `inference.foreground_maps`.
-        titles: One title per row.
-    """
+    """Draw images, and beside each its `inference.foreground_maps` (h, w) (LPMFlow's supplement, figure 1)."""
     figure, axes = panels([1, 1], images, titles=titles)
     for row, image, values in zip(axes, images, weights, strict=True):
         show(row[0], image)

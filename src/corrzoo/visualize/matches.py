@@ -34,13 +34,10 @@ def draw_matches(
     own and, unless there are more than MANY, a number; uncertain matches are dashed.
 
     Args:
-        src_img: B images (3, H, W) uint8.
-        trg_img: B images (3, H, W) uint8.
-        src_kps: B point sets (n, 2) in source pixels.
-        pred_kps: B point sets (n, 2) in target pixels, the predictions.
+        src_kps: Queries in source pixels.
+        pred_kps: Predictions in target pixels.
         correct: B masks (n,) bool.
-        trg_kps: B point sets (n, 2) in target pixels, the ground truth.
-        titles: One title per row.
+        trg_kps: Ground truth in target pixels.
         confident: B masks (n,) bool, if there is no `correct`.
     """
     figure, axes = panels([1, 1], src_img, trg_img, titles=titles)

@@ -66,15 +66,7 @@ def draw_warps(
     pred_kps: Sequence[Tensor],
     titles: Sequence[str] | None = None,
 ) -> Figure:
-    """Draw the source, the source warped onto the target by its matches, and the target.
-
-    Args:
-        src_img: B images (3, H, W) uint8.
-        trg_img: B images (3, H, W) uint8.
-        src_kps: B point sets (n, 2) in source pixels.
-        pred_kps: B point sets (n, 2) in target pixels, the predictions.
-        titles: One title per row.
-    """
+    """Draw the source, the source warped onto the target by its matches `src_kps`, `pred_kps`, and the target."""
     figure, axes = panels([1, 1, 1], src_img, trg_img, titles=titles)
     title_columns(axes, "warped by its matches", "target")
     for b, row in enumerate(axes):
