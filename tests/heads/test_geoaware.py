@@ -57,6 +57,13 @@ def on_levels(channels, **options):
     return {"backbone": name, "weights": "random", "levels": list(range(len(channels)))} | options
 
 
+@pytest.fixture(autouse=True, scope="module")
+def backbones_are_forgotten_after_these_tests():
+    before = dict(BACKBONES._things)
+    yield
+    BACKBONES._things = before
+
+
 @pytest.fixture(scope="module")
 def further():
     return Further("geoaware")
