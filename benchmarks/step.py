@@ -36,6 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "GeoAware": {"grid": 16, "optimizer": "adamw"},
     "CATs": {"levels": [*range(12)], "optimizer": "adamw"},
     "TransforMatcher": {"levels": [*range(12)]},
+    "MirrorGuided": {"stride": 16, "layers": 2, "epe_weight": 0.0, "row_weight": 1.0, "optimizer": "adamw"},
 }
 """Options of the paper's model that differ from the defaults; a CNN of stride 32 has the same 256 px input."""
 CONFIGS = Path(__file__).resolve().parents[1] / "zoo_configs"
