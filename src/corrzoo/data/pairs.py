@@ -5,7 +5,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -245,6 +245,16 @@ def _digest(parts: Iterable[object]) -> str:
     return hashlib.blake2b("|".join(map(str, parts)).encode(errors="surrogateescape"), digest_size=8).hexdigest()
 
 
+class AnnotatedImage(NamedTuple):
+    """Annotation of an image of a dataset whose images all have the same P parts."""
+
+    path: Path
+    size: tuple[int, int]  # (w, h)
+    parts: Tensor  # (P, 2) float64, original pixels
+    visible: Tensor  # (P,) bool
+    box: Tensor  # (4,) float64 xyxy
+
+
 class FolderDataset(PairDataset):
     """A benchmark on disk. Its annotations are parsed once and then loaded from a cache, see `index`.
 
@@ -307,13 +317,24 @@ class FolderDataset(PairDataset):
             "data by adding --config zoo_configs/demo.yaml"
         )
 
-    def alike(self, category: str, kps_ids: Tensor, visible: Collection[int]) -> Tensor:
-        """`Record.src_alike` or `Record.trg_alike`, (n,) bool.
+    def pair_of(self, src: AnnotatedImage, trg: AnnotatedImage, category: str, first_part: int = 0) -> Record:
+        """The pair of two images with the same parts, numbered from `first_part`: those that are visible in both."""
+        both = (src.visible & trg.visible).nonzero()[:, 0]
+        kps_ids = both + first_part
+        src_alike, trg_alike = (
+            self.alike(category, kps_ids, (side.visible.nonzero()[:, 0] + first_part).tolist()) for side in (src, trg)
+        )
+        return Record(
+            *(src.path, trg.path, src.parts[both], trg.parts[both], src.size, trg.size, category, src.box, trg.box),
+            kps_ids=kps_ids,
+            src_alike=src_alike,
+            trg_alike=trg_alike,
+        )
 
-        Args:
-            category: Category of the pair.
-            kps_ids: (n,) the part of each keypoint.
-            visible: All parts that are visible in the image, also those that the other image does not show.
+    def alike(self, category: str, kps_ids: Tensor, visible: Collection[int]) -> Tensor:
+        """`Record.src_alike` or `Record.trg_alike`, (n,) bool, of keypoints that mark the parts `kps_ids` (n,).
+
+        `visible` are all parts that are visible in the image, also those that the other image does not show.
         """
         groups = self.groups.get(category, self.groups.get("*", ()))
         others = {part: {*group} - {part} for group in groups for part in group}
