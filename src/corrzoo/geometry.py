@@ -27,12 +27,12 @@ def size_of(maps: Tensor) -> Size:
 
 
 def cell_centres(
-    grid: Size, image: Size, device: torch.device | None = None, dtype: torch.dtype | None = None
+    grid: Size, image: Size, device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """(h*w, 2) centres of the cells of a (h, w) grid over a (H, W) image, row by row, in pixels."""
     (h, w), (H, W) = grid, image
-    y = (torch.arange(h, device=device, dtype=dtype or torch.float32) + 0.5) * (H / h)
-    x = (torch.arange(w, device=device, dtype=dtype or torch.float32) + 0.5) * (W / w)
+    y = (torch.arange(h, device=device, dtype=dtype) + 0.5) * (H / h)
+    x = (torch.arange(w, device=device, dtype=dtype) + 0.5) * (W / w)
     yy, xx = torch.meshgrid(y, x, indexing="ij")
     return torch.stack([xx, yy], dim=-1).reshape(h * w, 2)
 
@@ -86,18 +86,14 @@ def pseudo_flow(
 ) -> tuple[Tensor, Tensor]:
     """Ground-truth flow around keypoints: the cells near a keypoint take its displacement.
 
-    A keypoint covers the cells whose centre (rounded down, as on CATs' integer grid) lies within `radius` on both
-    axes. Where several keypoints cover a cell, its flow is the last one's target minus the mean of their sources.
-    CATs, ACTR and LPMFlow train on this flow: their receptive field of 35 at 512 px is `radius=17`. With one
+    A keypoint covers the cells whose centre (rounded down, as on CATs' integer grid) lies within `radius` pixels on
+    both axes. Where several keypoints cover a cell, its flow is the last one's target minus the mean of their
+    sources. CATs, ACTR and LPMFlow train on this flow: their receptive field of 35 at 512 px is `radius=17`. With one
     covering keypoint it is ViTSC's eq. 5, F = q - p.
 
     Args:
-        src_kps: (B, K, 2) source keypoints, in pixels of the network image.
-        trg_kps: (B, K, 2) target keypoints.
+        src_kps: (B, K, 2) in pixels of the network image, as `trg_kps`.
         mask: (B, K) bool, which rows are keypoints.
-        grid: (h, w) of the flow.
-        image: (H, W) of the network image.
-        radius: Half the side of the square that a keypoint covers, in pixels of the network image.
 
     Returns:
         Flow (B, 2, h, w) in pixels of the network image, zero in cells that no keypoint covers; and which cells are
@@ -117,12 +113,7 @@ def pseudo_flow(
 
 
 def bilinear_cells(points: Tensor, grid: Size, image: Size) -> tuple[Tensor, Tensor]:
-    """The four cells whose centres surround each point, and their bilinear weights: what `sample` reads.
-
-    Args:
-        points: (B, n, 2) in pixels of the (H, W) network image.
-        grid: (h, w).
-        image: (H, W).
+    """The four cells whose centres surround each point (B, n, 2), and their bilinear weights: what `sample` reads.
 
     Returns:
         Row-major cell indices (B, n, 4) int64, and weights (B, n, 4) that sum to one.

@@ -3,6 +3,7 @@
 import os
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +24,7 @@ MAX_UPLOAD_PIXELS = 50_000_000
 
 
 def open_image(path: Path) -> Image.Image:
-    """Open an image file of a dataset. This reads the header and decodes no pixels.
-
-    Raises:
-        ZooError: if the file is missing, is not an image, or has more than 8 bits a channel.
-    """
+    """Open an image file of a dataset: its header is read, its pixels are not decoded."""
     try:
         return _open(path, str(path), "fetch it again")
     except FileNotFoundError:
@@ -43,12 +40,8 @@ def image_size(path: Path) -> tuple[int, int]:
 def read_rgb(path: Path, size: tuple[int, int]) -> Image.Image:
     """Decode an image file of a dataset to RGB. EXIF orientation is ignored: annotations refer to the stored pixels.
 
-    Args:
-        path: The image file.
-        size: (w, h) from its annotation.
-
     Raises:
-        ZooError: if the file is missing, unreadable or truncated, or its size differs from `size`.
+        ZooError: if the file is missing, unreadable or truncated, or its size is not the annotated `size` (w, h).
     """
     with open_image(path) as image:
         if image.size != size:
@@ -71,16 +64,24 @@ def as_rgb(source: ImageSource) -> Image.Image:
         ZooError: if the file is missing or unreadable, the pixels have another shape or type, or bytes decode to more
             than `MAX_UPLOAD_PIXELS`.
     """
+    remedy = "save it as PNG or JPEG"
     if isinstance(source, Image.Image):
         _check_depth(source, "given")
         return _decode(source, "given", rotate=False)
     if isinstance(source, bytes):
-        return _read_upload(source)
+        with _open(BytesIO(source), "that was uploaded", remedy) as image:
+            w, h = image.size
+            if w * h > MAX_UPLOAD_PIXELS:
+                raise ZooError(f"the image is {w}x{h}: expected at most {MAX_UPLOAD_PIXELS:,} pixels, shrink it")
+            return _decode(image, "that was uploaded", rotate=True)
     if isinstance(source, str | Path):
-        return _read_file(source)
-    pixels = (
-        source.detach().permute(1, 2, 0).cpu().numpy() if isinstance(source, Tensor) and source.ndim == 3 else source
-    )
+        if not os.path.isfile(source):  # False also for names that no file can have
+            raise ZooError(f"there is no image file {source}")
+        with _open(source, str(source), remedy) as image:
+            return _decode(image, str(source), rotate=True)
+    pixels: Any = source
+    if isinstance(source, Tensor) and source.ndim == 3:
+        pixels = source.detach().permute(1, 2, 0).cpu().numpy()
     if isinstance(pixels, np.ndarray) and pixels.dtype.kind == "f" and pixels.size:
         low, high = pixels.min(), pixels.max()
         if not 0 <= low <= high <= 1:
@@ -97,21 +98,6 @@ def to_tensor(image: Image.Image, size: Size) -> Tensor:
     """Resize an RGB image to `size` (H, W), bilinear and antialiased, and return it as (3, H, W) uint8."""
     resized = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
-
-
-def _read_file(path: str | Path) -> Image.Image:
-    if not os.path.isfile(path):  # False also for names that no file can have
-        raise ZooError(f"there is no image file {path}")
-    with _open(path, str(path), "save it as PNG or JPEG") as image:
-        return _decode(image, str(path), rotate=True)
-
-
-def _read_upload(content: bytes) -> Image.Image:
-    with _open(BytesIO(content), "that was uploaded", "save it as PNG or JPEG") as image:
-        w, h = image.size
-        if w * h > MAX_UPLOAD_PIXELS:
-            raise ZooError(f"the image is {w}x{h}: expected at most {MAX_UPLOAD_PIXELS:,} pixels, shrink it")
-        return _decode(image, "that was uploaded", rotate=True)
 
 
 def _open(file: str | Path | BytesIO, name: str, remedy: str) -> Image.Image:

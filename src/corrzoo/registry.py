@@ -21,42 +21,25 @@ def nearest(name: str, options: Iterable[str]) -> str:
 
 
 class Registry(Generic[T]):
-    """Registered things of one kind, by name.
-
-    Args:
-        kind: What one of them is called in errors, such as "backbone".
-    """
+    """Registered things by name. `kind` is what errors call one of them, such as "backbone"."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._things: dict[str, T] = {}
 
     def register(self, thing: T) -> T:
-        """Class decorator: register a class under its `name`, or under its class name if it has none.
-
-        Raises:
-            ZooError: if the name is taken.
-        """
+        """Class decorator: register a class under its `name`, or under its class name if it has none."""
         return self.add(getattr(thing, "name", None) or thing.__name__, thing)  # type: ignore[attr-defined]
 
     def add(self, name: str, thing: T) -> T:
-        """Register `thing` under `name`.
-
-        Raises:
-            ZooError: if the name is taken.
-        """
+        """Register `thing` under `name`, or raise ZooError if the name is taken."""
         if name in self._things:
             raise ZooError(f"{self.kind} {name!r} is already registered: choose another name")
         self._things[name] = thing
         return thing
 
     def create(self, name: str, *args: Any, **options: Any) -> Any:
-        """An instance of the registered class: its `__init__` with `args` and checked options.
-
-        Args:
-            name: A registered name.
-            *args: Passed on as they are.
-            **options: Keyword arguments; their names and values must fit the annotations of `__init__`.
+        """An instance of a registered class. Options must fit the annotations of its `__init__`; `args` are as given.
 
         Raises:
             ZooError: if the name or an option is unknown, or a value has the wrong type.
@@ -83,13 +66,10 @@ class Registry(Generic[T]):
 
 
 def import_plugins(names: str | list[str]) -> list[str]:
-    """Import modules that register heads, backbones or datasets.
+    """Import modules that register heads, backbones or datasets, and return their names as a list.
 
     Args:
         names: Module names: a list, or a string with commas between them.
-
-    Returns:
-        The names as a list.
 
     Raises:
         ZooError: if a module, or a module that it imports, is not found.

@@ -1,6 +1,6 @@
 """The data types of the zoo: Record (an annotation) -> Pair -> Features -> Match; and its one error.
 
-Batches are NamedTuples, because Lightning moves them between devices. Annotations are frozen dataclasses.
+Batches are NamedTuples, because Lightning refuses frozen dataclasses as batches.
 """
 
 from dataclasses import dataclass, field
@@ -130,12 +130,9 @@ class Features(NamedTuple):
 
     def halves(self) -> "tuple[Features, Features]":
         """Source and target features that were computed as one batch."""
-        half = len(self.image) // 2
-        src_cls, trg_cls = (None, None) if self.cls is None else (self.cls[:half], self.cls[half:])
-        return (
-            Features(self.image[:half], [level[:half] for level in self.maps], src_cls),
-            Features(self.image[half:], [level[half:] for level in self.maps], trg_cls),
-        )
+        levels = [level.chunk(2) for level in self.maps]
+        (src, trg), (src_cls, trg_cls) = self.image.chunk(2), (None, None) if self.cls is None else self.cls.chunk(2)
+        return Features(src, [a for a, _ in levels], src_cls), Features(trg, [b for _, b in levels], trg_cls)
 
 
 class Match(NamedTuple):
@@ -169,11 +166,7 @@ class PointMatcher(Protocol):
 
 
 def as_points(points: object) -> Tensor:
-    """(n, 2) float64 points from a tensor, an array or nested lists.
-
-    Raises:
-        ZooError: when the shape is not (n, 2).
-    """
+    """(n, 2) float64 points from a tensor, an array or nested lists. Raises ZooError if the shape is another."""
     out = torch.as_tensor(points, dtype=torch.float64)
     if out.ndim != 2 or out.shape[1] != 2:
         raise ZooError(f"expected points of shape (n, 2), got {tuple(out.shape)}")

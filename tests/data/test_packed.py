@@ -90,7 +90,7 @@ def test_an_image_of_the_same_size_and_time_is_noticed(tmp_path: Path, replace: 
     state, content = image.stat(), image.read_bytes()
     dataset = spair(tmp_path)
     dataset.pack(tmp_path / "packed")
-    before = dataset._image(dataset.images.index(image))
+    before = dataset._packed[dataset.images.index(image)]
     target = image.with_name("new.jpg") if replace else image
     draw(target, (50, 50), [[20, 20]])
     target.write_bytes(target.read_bytes().ljust(len(content), b"\0"))  # a decoder stops at the end-of-image marker
@@ -99,7 +99,7 @@ def test_an_image_of_the_same_size_and_time_is_noticed(tmp_path: Path, replace: 
     assert (image.stat().st_size, image.stat().st_mtime_ns) == (state.st_size, state.st_mtime_ns)
     again = spair(tmp_path)
     again.pack(tmp_path / "packed")
-    assert same(again, spair(tmp_path)) and not torch.equal(again._image(again.images.index(image)), before)
+    assert same(again, spair(tmp_path)) and not torch.equal(again._packed[again.images.index(image)], before)
 
 
 def test_packing_leaves_another_splits_unfinished_file_alone(tmp_path: Path) -> None:

@@ -41,7 +41,6 @@ class Backbone(nn.Module):
             antialiasing, as in both papers' code.
 
     Attributes:
-        spec: The `BackboneSpec`.
         channels: Channels of each level.
         strides: Pixels of the trunk's input per cell of each level.
         patch: Side of a ViT's patch; 1 for a CNN, which takes any size from one cell on.
@@ -215,13 +214,13 @@ class Trunk(nn.Module):
         A ViT's maps are views of its tokens, in channels-last memory.
         """
         numbers, vit = sorted(self.numbers | {self.stop}), self.patch > 1
+        prefix = getattr(self.model, "num_prefix_tokens", 0)
         options: dict[str, Any] = {"norm": True, "stop_early": True, "output_fmt": "NLC" if vit else "NCHW"}
-        prefixed = getattr(self.model, "num_prefix_tokens", 0) > 0
-        if prefixed:
+        if prefix:
             options["return_prefix_tokens"] = True
         found = self.model.forward_intermediates(image, numbers, intermediates_only=True, **options)
-        cls = found[-1][1][:, 0] if prefixed and self.model.cls_token is not None else None
-        outputs = [output for output, _ in found] if prefixed else found  # ViT: (B, h*w, C), CNN: (B, C, h, w)
+        cls = found[-1][1][:, 0] if prefix and self.model.cls_token is not None else None
+        outputs = [output for output, _ in found] if prefix else found  # ViT: (B, h*w, C), CNN: (B, C, h, w)
         if vit:
             grid = (image.shape[-2] // self.patch, image.shape[-1] // self.patch)
             outputs = [tokens.mT.unflatten(2, grid) for tokens in outputs]
@@ -229,13 +228,12 @@ class Trunk(nn.Module):
         for level, tap in self.taps.items():
             maps[level], tap.kept = tap.kept, None
             if vit and maps[level] is not None and maps[level].ndim == 3:  # tokens of a block, class token in front
-                prefix = getattr(self.model, "num_prefix_tokens", 0)
                 maps[level] = maps[level][:, prefix:].mT.unflatten(2, grid)
         return [maps[level] for level in self.levels], cls
 
 
 class Tap:
-    """Keeps what a module is given or returns; its methods are forward hooks."""
+    """Keeps the input or the output of a module; its methods are forward hooks."""
 
     kept: Tensor | None = None
 
@@ -247,11 +245,7 @@ class Tap:
 
 
 def last_relu(block: nn.Module, level: str, key: str) -> nn.ReLU:
-    """The ReLU that ends a CNN's residual block.
-
-    Raises:
-        ZooError: if the block has none.
-    """
+    """The ReLU that ends a CNN's residual block."""
     relus = [module for module in block.children() if isinstance(module, nn.ReLU)]
     if not relus:
         raise ZooError(f"level {level!r} of {key}: that module has no ReLU, so leave out {PRE!r}")

@@ -1,11 +1,11 @@
 """A cache of image features. In SPair-71k's test split an image recurs in 68 pairs on average."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from corrzoo.files import LRU
 from corrzoo.types import Features
 
 Row = tuple[list[Tensor], Tensor | None]
@@ -13,26 +13,22 @@ Row = tuple[list[Tensor], Tensor | None]
 
 
 class FeatureCache:
-    """Features by image number, up to `max_bytes`. A batch that does not fit is still computed.
+    """Features by image number, up to `max_bytes`; the least recently used are dropped. Larger batches still work.
 
     On a CPU each image is computed alone. In a batch, the last bits of a CNN's features depend on the batch size, so
     cached features would differ from fresh ones.
     """
 
     def __init__(self, max_bytes: int) -> None:
-        self._cache: LRU[int, Row] = LRU(max_bytes, _nbytes)
-
-    @property
-    def used(self) -> int:
-        """Bytes of the cached features."""
-        return self._cache.used
+        self.max_bytes, self.used = max_bytes, 0
+        self._rows: OrderedDict[int, Row] = OrderedDict()  # the least recently used first
 
     def __call__(self, images: Tensor, ids: Sequence[int], compute: Callable[[Tensor], Features]) -> Features:
         """Features of normalised images (B, 3, H, W) with numbers `ids`; `compute` is called for the missing."""
         first: dict[int, int] = {}  # image number -> its first row in the batch
         for row, image in enumerate(ids):
             first.setdefault(image, row)
-        known = {image: kept for image in first if (kept := self._cache.get(image)) is not None}
+        known = {image: self._rows[image] for image in first if image in self._rows}
         missing = [image for image in first if image not in known]
         batches = [[image] for image in missing] if images.device.type == "cpu" else [missing]
         for batch in filter(None, batches):
@@ -42,7 +38,12 @@ class FeatureCache:
                 cls = None if fresh.cls is None else fresh.cls[row].clone()
                 known[image] = ([level[row].clone() for level in fresh.maps], cls)
         for image in first:
-            self._cache.put(image, known[image])
+            if image not in self._rows:
+                self.used += _nbytes(known[image])
+            self._rows[image] = known[image]
+            self._rows.move_to_end(image)
+        while self.used > self.max_bytes:
+            self.used -= _nbytes(self._rows.popitem(last=False)[1])
         rows = [known[image] for image in ids]
         maps = [_stack(level) for level in zip(*(maps for maps, _ in rows), strict=True)]
         cls = None if rows[0][1] is None else torch.stack([c for _, c in rows if c is not None])

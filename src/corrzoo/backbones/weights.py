@@ -85,10 +85,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def to_timm(state: dict[str, Any], model: nn.Module, branch: str) -> dict[str, Tensor]:
-    """Convert a file's contents to timm's layout: wrappers opened, prefixes stripped, keys renamed.
-
-    `branch` is the network to take from a full checkpoint that has both: `teacher` or `student`.
-    """
+    """Convert a file's contents to timm's layout. `branch` is the network to take from a full checkpoint of two."""
     for wrapper in (branch, "state_dict", "model"):
         state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
     state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
@@ -145,15 +142,21 @@ def _pretrained_file(spec: BackboneSpec) -> Path:
     if not (spec.url or repo):
         raise ZooError(f"timm has no weights for {spec.key}: pass --model.weights random or /path/to/file")
     try:
-        return _fetch(spec) if spec.url else _fetch_from_hub(repo, filename)
+        if spec.url:
+            path = _download_path(spec)
+            _knock(spec.url)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(spec.url, str(path))  # a temporary file, then renamed
+            return path
+        if not constants.HF_HUB_OFFLINE:
+            _knock(constants.ENDPOINT)
+        return Path(huggingface_hub.hf_hub_download(repo, filename))
     except UNREACHABLE as error:
         mirror = getattr(timm.get_pretrained_cfg(spec.timm), "url", "")
         files = spec.url or huggingface_hub.hf_hub_url(repo, filename) + (f" or {mirror}" if mirror else "")
-        remedy = (
-            f"download {files} elsewhere and pass --model.weights /path/to/file (or --model.weights random); "
-            "--config zoo_configs/demo/<head>.yaml needs no network"
-        )
-        raise ZooError(f"cannot fetch the weights of {spec.key} ({type(error).__name__}): {remedy}") from error
+        remedy = f"download {files} elsewhere and pass --model.weights /path/to/file (or --model.weights random)"
+        told = f"cannot fetch the weights of {spec.key} ({type(error).__name__})"
+        raise ZooError(f"{told}: {remedy}; --config zoo_configs/demo/<head>.yaml needs no network") from error
 
 
 def _on_hub(spec: BackboneSpec) -> tuple[str, str]:
@@ -164,21 +167,6 @@ def _on_hub(spec: BackboneSpec) -> tuple[str, str]:
 
 def _download_path(spec: BackboneSpec) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / f"{spec.key}.pth"  # iBOT uses one file name for all
-
-
-def _fetch(spec: BackboneSpec) -> Path:
-    assert spec.url
-    path = _download_path(spec)
-    _knock(spec.url)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.hub.download_url_to_file(spec.url, str(path))  # a temporary file, then renamed
-    return path
-
-
-def _fetch_from_hub(repo: str, filename: str) -> Path:
-    if not constants.HF_HUB_OFFLINE:
-        _knock(constants.ENDPOINT)
-    return Path(huggingface_hub.hf_hub_download(repo, filename))
 
 
 def _knock(url: str) -> None:

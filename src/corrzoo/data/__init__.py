@@ -18,7 +18,7 @@ def create_dataset(name: str, root: str | Path, split: str, size: int | Size = 2
         root: Folder that contains the datasets' own folders (`SPair-71k/`, `PF-PASCAL/`, ...).
         split: `trn` (or `train`), `val` or `test`.
         size: Side of the square network image, or its (H, W).
-        **options: Options of `PairDataset` and of the dataset, such as `augment` and `refresh` (see `FolderDataset`).
+        **options: Options of the dataset and its base classes, such as `augment` and `refresh`.
 
     Raises:
         ZooError: if a name, split or option is unknown, or files are missing or damaged.

@@ -6,6 +6,7 @@ from the generator that is passed.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -20,11 +21,7 @@ AUGMENTS: Registry[Augment | None] = Registry("augmentation")
 
 
 def create_augment(name: str) -> Augment | None:
-    """The augmentation of a name, `(sample, generator) -> sample`; None for "none".
-
-    Raises:
-        ZooError: if the name is unknown.
-    """
+    """The augmentation of a name, `(sample, generator) -> sample`; None for "none"."""
     return AUGMENTS[name]
 
 
@@ -43,36 +40,23 @@ def photometric(sample: Pair, rng: torch.Generator) -> Pair:
     return sample._replace(src_img=recolour(sample.src_img, rng), trg_img=recolour(sample.trg_img, rng))
 
 
-def cats(sample: Pair, rng: torch.Generator) -> Pair:
-    """The augmentation of ACTR and LPMFlow, after CATs: colour changes, then crops around the objects with p = 0.7."""
-    return crop(photometric(sample, rng), rng, p=0.7)
+Around = Literal["objects", "keypoints"]
 
 
-def cats_original(sample: Pair, rng: torch.Generator) -> Pair:
-    """The augmentation of CATs itself: the same with p = 0.5."""
-    return crop(photometric(sample, rng), rng, p=0.5)
+def photometric_crop(sample: Pair, rng: torch.Generator, p: float, around: Around) -> Pair:
+    """Colour changes, then crops with probability p."""
+    return crop(photometric(sample, rng), rng, p, around)
 
 
-def transformatcher(sample: Pair, rng: torch.Generator) -> Pair:
-    """The augmentation of TransforMatcher: colour changes, then crops around the keypoints with p = 0.5."""
-    return crop(photometric(sample, rng), rng, p=0.5, around="keypoints")
-
-
-def crop(
-    sample: Pair, rng: torch.Generator, p: float = 0.7, around: Literal["objects", "keypoints"] = "objects"
-) -> Pair:
+def crop(sample: Pair, rng: torch.Generator, p: float = 0.7, around: Around = "objects") -> Pair:
     """Crop each image independently with probability p, at random outside its box, and resize it back.
 
     As in the released code of CATs, ACTR and LPMFlow, in pixels of the network image: the left edge is uniform on the
     integers [0, x1], the top on [0, y1], the right on [x2, W] and the bottom on [y2, H], with the box rounded down.
     Keypoints are clamped to [0, W - 1] and [0, H - 1]. our choice: without a box, the box of the keypoints is used.
 
-    Args:
-        sample: Images (3, H, W), keypoints (n, 2).
-        rng: Source of randomness.
-        p: Probability for each image.
-        around: What no crop cuts: the box, or, as TransforMatcher, the keypoints with a margin of 20 original pixels;
-            of a single keypoint, half of what is between it and each border. The box is then cut with the image.
+    TransforMatcher crops around the keypoints, with a margin of 20 original pixels; of a single keypoint, half of what
+    is between it and each border. The box is then cut with the image.
     """
     for side in ("src", "trg"):
         if _chance(p, rng):
@@ -119,14 +103,7 @@ def recolour(image: Tensor, rng: torch.Generator) -> Tensor:
     """The colour changes of ACTR and LPMFlow (train transform of the released code): seven in this order, each p = 0.2.
 
     Their code calls albumentations. our choice: torchvision's operations with albumentations' default ranges. Each
-    operation below says where the two differ.
-
-    Args:
-        image: (3, H, W) uint8.
-        rng: Source of randomness.
-
-    Returns:
-        (3, H, W) uint8.
+    operation below says where the two differ. Images are (3, H, W) uint8.
     """
     for change in (_grey, _posterize, _equalize, _sharpen, _brightness_contrast, _solarize, _jitter):
         if _chance(0.2, rng):
@@ -199,5 +176,8 @@ def _integer(low: int, high: int, rng: torch.Generator) -> int:
 
 
 AUGMENTS.add("none", None)
-for _recipe in (flip, photometric, cats, cats_original, transformatcher):
-    AUGMENTS.add(_recipe.__name__, _recipe)
+AUGMENTS.add("flip", flip)
+AUGMENTS.add("photometric", photometric)
+AUGMENTS.add("cats", partial(photometric_crop, p=0.7, around="objects"))  # ACTR and LPMFlow, after CATs
+AUGMENTS.add("cats_original", partial(photometric_crop, p=0.5, around="objects"))  # CATs itself
+AUGMENTS.add("transformatcher", partial(photometric_crop, p=0.5, around="keypoints"))

@@ -1,7 +1,6 @@
 """Download the official archives of the benchmarks and unpack them into the layout that the readers expect.
 
-Only `download(name, root)` uses the network; no import does. All work happens in `<root>/<folder>.download`. A rename
-at the end creates the dataset's folder, so a folder of that name is complete.
+All work happens in `<root>/<folder>.download`. A rename at the end creates the dataset's folder, so it is complete.
 """
 
 import hashlib
@@ -95,17 +94,10 @@ TERMS = {"cub": "non-commercial research and education only; the photographers h
 
 
 def download(name: str, root: str | Path) -> Path:
-    """Download a dataset's official files into `root`, unless its folder exists.
+    """Download a dataset's official files into its folder in `root`, unless that exists, and return the folder.
 
     A download that was cut is resumed by the next call. If two processes download the same dataset, the second waits.
     Files that were fetched by other means and put where the error message says are used as they are.
-
-    Args:
-        name: A key of `SOURCES`.
-        root: Folder of the dataset's folder.
-
-    Returns:
-        The dataset's folder.
 
     Raises:
         ZooError: if the name is unknown, the network or server fails, a checksum is wrong, or an archive is damaged or
@@ -128,7 +120,14 @@ def download(name: str, root: str | Path) -> Path:
                 shutil.rmtree(stage, ignore_errors=True)  # of a run that was killed
                 stage.mkdir()
                 for part in parts:
-                    _unpack(work / part.file, part, stage)
+                    path = work / part.file
+                    if part.inner:
+                        extract(path, work / "outer")
+                        path = work / "outer" / part.inner
+                    if path.suffix == ".csv":
+                        shutil.copy(path, stage)
+                    else:
+                        extract(path, stage, part.prefix)
                 (stage / "download.json").write_text(json.dumps(notes, indent=1) + "\n")
                 stage.rename(folder)
                 shutil.rmtree(work)
@@ -201,32 +200,15 @@ def _verified(path: Path, part: Part) -> dict[str, str | int]:
             found = hashlib.file_digest(file, algorithm).hexdigest()
         if found != expected:
             aside = path.replace(path.with_name(path.name + ".wrong"))
-            raise ZooError(
-                f"{path.name} from {part.url} has {algorithm} {found}, expected {expected}: "
-                f"it was moved to {aside}, run this again for another download"
-            )
+            told = f"{path.name} from {part.url} has {algorithm} {found}, expected {expected}"
+            raise ZooError(f"{told}: it was moved to {aside}, run this again for another download")
     return {"file": path.name, "url": part.url, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
-def _unpack(path: Path, part: Part, stage: Path) -> None:
-    """Unpack a downloaded archive, or copy a list, into the staged dataset."""
-    if path.suffix == ".csv":
-        shutil.copyfile(path, stage / path.name)
-        return
-    if part.inner:
-        extract(path, outer := stage.with_name("outer"))
-        path = outer / part.inner
-    extract(path, stage, part.prefix)
-
-
 def extract(archive: Path, folder: Path, prefix: str = "", limit: int = LIMIT) -> None:
-    """Unpack a tar (of any compression) or zip archive that is not trusted.
+    """Unpack a tar (of any compression) or zip archive that is not trusted. `prefix` is removed from its names.
 
-    Args:
-        archive: The file.
-        folder: Target folder, created if missing.
-        prefix: Leading part of the names in the archive, which is removed.
-        limit: Largest sum of the declared file sizes, in bytes. No file unpacks to more than it declares.
+    The declared file sizes may add up to `limit` bytes. No file unpacks to more than it declares.
 
     Raises:
         ZooError: if a name is absolute or climbs, a member is a link or device, there are too many bytes or files, or

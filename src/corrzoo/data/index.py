@@ -1,8 +1,8 @@
 """Annotation index: all pairs of a split as arrays, validated once and cached on disk.
 
-A reader yields each pair as a `Record`. `build_index` stores the records in an `AnnotationIndex`, which returns them
-one by one. The cache is rebuilt when the annotation files change. Starting from it takes 1/98 of the CPU time in which
-released code reads SPair-71k's 53,340 files (benchmarks/results/data.csv).
+A reader yields each pair as a `Record`; the index returns them one by one. The cache is rebuilt when the annotation
+files change. Starting from it takes 1/98 of the CPU time in which released code reads SPair-71k's 53,340 files
+(benchmarks/results/data.csv).
 """
 
 import hashlib
@@ -28,9 +28,6 @@ FORMAT = 6
 LARGEST = 1 << 20
 """our choice: upper bound of an image's side in pixels, more than any format's decoder accepts."""
 
-BROKEN = (KeyError, TypeError, ValueError, OverflowError, RecursionError)
-"""Exceptions that a malformed JSON annotation causes."""
-
 BORDER = 1.0
 """Pixels that a point may lie outside its image, because some annotations count pixels from 1 and others from 0."""
 
@@ -53,13 +50,7 @@ class AnnotationIndex(NamedTuple):
     outlines: NDArray  # () bool: whether the points are vertices of outlines
 
     def record(self, i: int, images: list[Path], categories: list[str]) -> Record:
-        """Pair i as its reader returned it.
-
-        Args:
-            i: Number of the pair.
-            images: The image files by number.
-            categories: Names of the categories by number.
-        """
+        """Pair i as its reader returned it. `images` and `categories` are by number."""
         src, trg = self.pairs[i].tolist()
         (src_first, trg_first), (src_last, trg_last) = self.starts[i : i + 2].tolist()
         parts = self.src_points[src_first:src_last], self.trg_points[trg_first:trg_last]
@@ -98,34 +89,32 @@ def build_index(
         rows: The place of each pair (a file, or a file and a line), for errors, and the pair.
         home: The dataset's folder, which must contain all images.
         categories: Names of the categories by number.
-        border: Pixels that a point or a box may lie outside its image.
+        border: See `BORDER`.
 
     Raises:
         ZooError: if there are no pairs, an image is missing, or an annotation is invalid; it names the first one.
     """
     records = []
-    sizes: dict[Path | None, tuple[int, int]] = {}
+    sizes: dict[Path, tuple[int, int]] = {}
     for place, record in rows:
         _check_images(record, place, home, sizes)
         _check_annotation(record, place, categories, border)
         records.append(record)
     if not records:
         raise ZooError(f"the split has no pairs in {home}: fill its list, or choose another split")
-    images = [path for path in sizes if path is not None]
-    for path in images:
+    for path in sizes:
         if not os.path.isfile(path):  # False also for names that no file can have
             raise ZooError(f"no image {path}: restore the file, or remove its pairs from the list")
-    image_number = {path: k for k, path in enumerate(sizes)}
-    category_number = {name: k for k, name in enumerate(categories)}
-    src_points, trg_points = ([_points(r)[side] for r in records] for side in (0, 1))
+    number: dict[Path | None, int] = {path: k for k, path in enumerate(sizes)}
+    src_points, trg_points = zip(*map(_points, records), strict=True)
     kps_ids = [torch.full((len(r.src_kps),), -1) if r.kps_ids is None else r.kps_ids for r in records]
     no_box = torch.full((4,), torch.nan, dtype=torch.float64)
     boxes = [no_box if box is None else box for r in records for box in (r.src_box, r.trg_box)]
     return AnnotationIndex(
-        images=np.array([path.relative_to(home).as_posix() for path in images]),
+        images=np.array([path.relative_to(home).as_posix() for path in sizes]),
         sizes=np.array([*sizes.values()]),
-        pairs=np.array([[image_number[r.src_path], image_number[r.trg_path]] for r in records]),
-        category=np.array([category_number[r.category] for r in records]),
+        pairs=np.array([[number[r.src_path], number[r.trg_path]] for r in records]),
+        category=np.array([categories.index(r.category) for r in records]),
         src_points=torch.cat(src_points).numpy(),
         trg_points=torch.cat(trg_points).numpy(),
         starts=np.cumsum([(0, 0), *((len(src), len(trg)) for src, trg in zip(src_points, trg_points, strict=True))], 0),
@@ -151,11 +140,12 @@ def _points(record: Record) -> tuple[Tensor, Tensor]:
     return record.src_polygon, record.trg_polygon
 
 
-def _check_images(record: Record, place: str, home: Path, sizes: dict[Path | None, tuple[int, int]]) -> None:
+def _check_images(record: Record, place: str, home: Path, sizes: dict[Path, tuple[int, int]]) -> None:
     """Check image paths, and image sizes against those of earlier records, which are added to `sizes`."""
     for path, size in ((record.src_path, record.src_size), (record.trg_path, record.trg_size)):
+        assert path  # only synthetic pairs have none
         if path not in sizes:
-            if path and not os.path.normpath(path).startswith(os.path.normpath(home) + os.sep):
+            if not os.path.normpath(path).startswith(os.path.normpath(home) + os.sep):
                 raise ZooError(f"{place}: the image {path} is not in {home}: correct the annotation")
             if not all(isinstance(side, int) and 0 < side <= LARGEST for side in size):
                 raise ZooError(f"{place}: {path} has size {size}, not a width and a height: correct the annotation")
@@ -195,47 +185,6 @@ def _check_annotation(record: Record, place: str, categories: list[str], border:
                 )
 
 
-def read_points(points: Iterable, where: str) -> Tensor:
-    """Convert annotated points to (n, 2) float64.
-
-    Args:
-        points: Sequences of two numbers, or `zip(x, y, strict=True)`.
-        where: The place of the annotation, for errors.
-
-    Raises:
-        ZooError: if they are not n points of two numbers.
-    """
-    array = _to_array(points, np.float64, "keypoints", where)
-    if not array.size:
-        array = array.reshape(0, 2)
-    if array.ndim != 2 or array.shape[1] != 2:
-        raise ZooError(f"{where}: expected keypoints of shape (n, 2), found {array.shape}: correct the annotation")
-    return torch.from_numpy(array)
-
-
-def read_ids(ids: Iterable, where: str) -> Tensor:
-    """Convert annotated keypoint ids, numbers or their texts, to (n,) int64. Raises ZooError, as `read_points`."""
-    array = _to_array(ids, np.int64, "keypoint ids", where)
-    if array.ndim != 1 or (array < 0).any():
-        raise ZooError(f"{where}: keypoint ids {ids}: expected a list of 0, 1, 2, ..., correct the annotation")
-    return torch.from_numpy(array)
-
-
-def read_box(box: Iterable, where: str) -> Tensor:
-    """Convert an annotated box to (4,) float64. Raises ZooError, as `read_points`."""
-    array = _to_array(box, np.float64, "a box x1, y1, x2, y2", where)  # also because unsigned integers would wrap
-    if array.shape != (4,) or not np.isfinite(array).all():
-        raise ZooError(f"{where}: expected a box x1, y1, x2, y2, found {box}: correct the annotation")
-    return torch.from_numpy(array)
-
-
-def _to_array(values: Iterable, dtype: type, what: str, where: str) -> NDArray:
-    try:
-        return np.array(list(values), dtype)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ZooError(f"{where}: expected {what} ({error}): correct the annotation") from error
-
-
 def cached_index(
     key: str,
     sources: list[Path],
@@ -243,14 +192,9 @@ def cached_index(
     pair_folder: Path | None = None,
     refresh: bool = False,
 ) -> AnnotationIndex:
-    """Load an index from the cache, or build it if its sources have changed since.
+    """Load the index `<key>.npz` from the cache, or build it if its sources have changed since, or on `refresh`.
 
-    Args:
-        key: File name in the cache, without suffix.
-        sources: See `files_state`.
-        build: Reads the sources.
-        pair_folder: See `files_state`.
-        refresh: Build the index in any case.
+    See `files_state` for `sources` and `pair_folder`.
     """
     path, state = cache_folder() / f"{key}.npz", files_state(sources, pair_folder=pair_folder)
     index = None if refresh else _load(path, state)
@@ -261,15 +205,15 @@ def cached_index(
 
 
 def files_state(sources: list[Path], salt: str = "", pair_folder: Path | None = None) -> str:
-    """Digest of the names, sizes and times of files. It changes if one of them is edited, replaced, added or removed.
+    """Digest of names, sizes and times of files. It changes if one of them is edited, replaced, added or removed.
 
     The time of the last status change is included: it cannot be set, unlike the time of modification.
 
     Args:
         sources: Files, and folders that stand for the files directly in them.
         salt: Further text to digest.
-        pair_folder: One of the folders, which counts by its own time. An edit of a file in it is not noticed. our
-            choice: asking for the states of SPair-71k's 53,340 annotations would take most of the start-up time.
+        pair_folder: A folder among them that counts by its own time, so that an edit of a file in it is not noticed.
+            our choice: asking for the states of SPair-71k's 53,340 annotations would take most of the start-up time.
 
     Raises:
         ZooError: if a source is missing.

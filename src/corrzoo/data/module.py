@@ -23,12 +23,10 @@ from corrzoo.types import Pair, ZooError
 class Shuffled(DistributedSampler[int]):
     """Shuffle training pairs by (seed, epoch) only, so that the order is independent of workers and of other random
     draws. With N processes, each takes 1/N of every global batch.
-
-    Attributes:
-        skip: Number of pairs to leave out at the beginning of the next pass.
     """
 
     skip = 0
+    """Number of pairs to leave out at the beginning of the next pass."""
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the order, and of the dataset's augmentation and rendering."""
@@ -43,8 +41,7 @@ class Shuffled(DistributedSampler[int]):
 class TrainLoader(DataLoader[Pair]):
     """A DataLoader that starts where Lightning's progress stands, so that a run can resume within an epoch.
 
-    Reading begins with the first batch. Lightning creates the iterator before it sets the sampler's epoch, and workers
-    would read ahead for the wrong one.
+    As a generator it reads nothing before the first batch: Lightning creates it before it sets the sampler's epoch.
     """
 
     trainer: Trainer | None = None
@@ -79,8 +76,8 @@ class PairsDataModule(LightningDataModule):
         download: Fetch a dataset that is not under root.
         packed: Decode and resize all images of a dataset once, into a file that all processes and later runs map: true
             keeps it in the cache folder, a path in that folder. It has 3 bytes for each pixel of the network images;
-            all such files together are limited to 20 GB. our choice: true, because an epoch decodes all images anyway.
-            False decodes images in every epoch.
+            all such files together are limited to 20 GB. False decodes images in every epoch. our choice: true, as
+            every epoch decodes all images.
         refresh: Parse the annotations again even if they seem unchanged. Needed after a pair annotation of SPair-71k or
             AP-10K was edited in place; other changes are noticed.
         options: Further options of a dataset by its name, such as `{"synthetic": {"length": 2000}}`.
@@ -132,10 +129,8 @@ class PairsDataModule(LightningDataModule):
         name, batch_size = self.hparams.train, self.hparams.batch_size
         dataset = self.datasets[name, "trn"]
         if len(dataset) < batch_size:  # Lightning would train on nothing
-            raise ZooError(
-                f"{name} has {len(dataset)} training pairs, fewer than data.batch_size {batch_size}: choose a smaller "
-                "batch_size"
-            )
+            told = f"{name} has {len(dataset)} training pairs, fewer than data.batch_size {batch_size}"
+            raise ZooError(f"{told}: choose a smaller batch_size")
         processes, rank = self._processes()
         sampler = Shuffled(dataset, processes, rank, seed=int(os.environ.get("PL_GLOBAL_SEED", 0)), drop_last=True)
         loader = TrainLoader(dataset, sampler=sampler, drop_last=True, **self._loader_options())
@@ -159,15 +154,12 @@ class PairsDataModule(LightningDataModule):
         return moved._replace(src_id=batch.src_id, trg_id=batch.trg_id)
 
     def _wanted(self, stage: str | None) -> list[tuple[str, str]]:
-        if stage is None:  # Lightning does not pass the stage to prepare_data
-            stage = self.trainer.state.fn if self.trainer else "fit"
+        # Lightning does not pass the stage, a string, to prepare_data
+        stage = stage or (self.trainer and self.trainer.state.fn) or "fit"
         val = (self.hparams.val or self.hparams.train, "val")
-        return {
-            "fit": [(self.hparams.train, "trn"), val],
-            "validate": [val],
-            "test": [(name, "test") for name in self.hparams.test],
-            "predict": [(name, "test") for name in self.hparams.test],
-        }[str(getattr(stage, "value", stage))]
+        tests = [(name, "test") for name in self.hparams.test]
+        wanted = {"fit": [(self.hparams.train, "trn"), val], "validate": [val], "test": tests, "predict": tests}
+        return wanted[stage]
 
     def _create(self, name: str, split: str) -> PairDataset:
         options = dict((self.hparams.options or {}).get(name, {}))
@@ -178,7 +170,7 @@ class PairsDataModule(LightningDataModule):
             name,
             self.hparams.root,
             split,
-            size=size if isinstance(size, int) else (size[0], size[1]),
+            size=size if isinstance(size, int) else tuple(size),
             augment=create_augment(self.hparams.augment) if split == "trn" else None,
             **options,
         )
@@ -194,10 +186,8 @@ class PairsDataModule(LightningDataModule):
     def _loader_options(self) -> dict[str, Any]:
         batch_size, (processes, _) = self.hparams.batch_size, self._processes()
         if batch_size % processes:
-            raise ZooError(
-                f"data.batch_size {batch_size} is not divisible by the number of processes, {processes}: choose a "
-                f"multiple of {processes}"
-            )
+            told = f"data.batch_size {batch_size} is not divisible by the number of processes, {processes}"
+            raise ZooError(f"{told}: choose a multiple of {processes}")
         return {
             "batch_size": batch_size // processes,
             "generator": torch.Generator(),  # its own, so that loaders draw nothing from the model's random numbers

@@ -25,13 +25,7 @@ READERS = min(os.cpu_count() or 1, 8)
 
 
 class PackedImages:
-    """Images by number, read from a file of `pack_images`. All processes share the mapped pages.
-
-    Args:
-        path: The file.
-        count: Number of images.
-        size: (H, W) of the images.
-    """
+    """Images of size (H, W) by number, read from a file of `pack_images`. All processes share the mapped pages."""
 
     def __init__(self, path: Path, count: int, size: Size) -> None:
         self.path, self.count, self.size = path, count, size
@@ -52,15 +46,14 @@ def pack_images(
 ) -> PackedImages:
     """Map the packed images of these files. They are decoded now unless that was done since the files last changed.
 
-    If several processes call this at the same time, one decodes and the others wait. The file replaces the one of an
-    earlier state of the files.
+    If several processes call this at the same time, one decodes and the others wait.
 
     Args:
-        key: Beginning of the file's name, for this dataset and split.
+        key: Beginning of the packed file's name. Files of earlier states with this name are removed.
         files: The image files.
         size: (H, W) of the packed images.
         read: Decodes image `number` to (3, H, W) uint8.
-        folder: Folder of the file; `images` in the cache folder if None.
+        folder: Folder of the packed file; `images` in the cache folder if None.
 
     Raises:
         ZooError: if an image cannot be read, or the folder is not writable or full.

@@ -5,7 +5,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ class PairDataset(Dataset[Pair], ABC):
         split: "trn" (or "train"), "val" or "test"; not every dataset has all three.
         size: Side of the square network image, or its (H, W). Images are resized to it without keeping their aspect.
         augment: Augmentation of every sample, for training.
-        seed: Seed of the augmentation, which depends on the seed, the epoch and the pair, not on the number of workers.
+        seed: Seed of the augmentation, which also depends on the epoch and the pair, but not on the number of workers.
 
     Raises:
         ZooError: if the dataset lacks the split, or the size is invalid.
@@ -78,9 +78,8 @@ class PairDataset(Dataset[Pair], ABC):
         """The split's value of an option that is given as one value, or by the names of splits."""
         values = given if isinstance(given, dict) else {} if given is None else {self.split: given}
         if unknown := values.keys() - usual.keys():
-            raise ZooError(
-                f"{self.name} has no split {min(unknown)!r} to give a {option}: choose from {', '.join(usual)}"
-            )
+            told = f"{self.name} has no split {min(unknown)!r} to give a {option}"
+            raise ZooError(f"{told}: choose from {', '.join(usual)}")
         return (usual | values)[self.split]
 
     def _checked(self, length: int) -> int:
@@ -94,10 +93,7 @@ class PairDataset(Dataset[Pair], ABC):
         return self.name
 
     def fingerprint(self) -> str:
-        """Digest of all pairs: names and sizes of their images. Scores with different digests are not comparable.
-
-        It depends neither on the order of the pairs nor on the place of the dataset on disk.
-        """
+        """Digest of the images' names and sizes, in any order of pairs. Scores of other digests are not comparable."""
         pairs = []
         for i in range(len(self)):
             r = self.record(i)
@@ -128,10 +124,8 @@ class PairDataset(Dataset[Pair], ABC):
     def pack(self, folder: str | Path | None = None) -> None:
         """Read images from a file with all of them decoded, at network size. It is written now if it does not exist.
 
-        The samples do not change: augmentation is applied to images of network size.
-
-        Args:
-            folder: Folder of such files; `images` in the cache folder by default.
+        The samples do not change, as augmentation is applied to images of network size. The file is in `folder`, or
+        else in `images` in the cache folder.
 
         Raises:
             ZooError: if an image cannot be read, the file cannot be written, or images are rendered.
@@ -147,6 +141,7 @@ class PairDataset(Dataset[Pair], ABC):
 
     def __getitem__(self, i: int) -> Pair:
         record, (src, trg) = self.record(i), self.image_numbers(i)
+        image = self._decode if self._packed is None else self._packed.__getitem__
         flags = [record.flags.get(name, -1) for name in DIFFICULTIES]
         # One tensor of many numbers, made by numpy: making a tensor of each takes longer than reading the images.
         numbers = torch.from_numpy(np.array([i, src, trg, self.categories.index(record.category), *flags]))
@@ -156,8 +151,8 @@ class PairDataset(Dataset[Pair], ABC):
         kps_ids, mirror_ids = torch.from_numpy(self._ids(record)).unbind()
         mask = torch.ones(len(record.src_kps), dtype=torch.bool)
         sample = Pair(
-            src_img=self._image(src),
-            trg_img=self._image(trg),
+            src_img=image(src),
+            trg_img=image(trg),
             src_kps=resize_points(record.src_kps, src_size, new).float(),
             trg_kps=resize_points(record.trg_kps, trg_size, new).float(),
             kps_mask=mask,
@@ -176,9 +171,8 @@ class PairDataset(Dataset[Pair], ABC):
             trg_alike=~mask if record.trg_alike is None else record.trg_alike,
         )
         if record.flip:  # mirrored images are numbered after the images on disk
-            sample = mirror(sample)._replace(
-                src_id=sample.src_id + len(self.images), trg_id=sample.trg_id + len(self.images)
-            )
+            n = len(self.images)
+            sample = mirror(sample)._replace(src_id=src_id + n, trg_id=trg_id + n)
         if self.augment is not None:
             state = np.random.SeedSequence([self.seed, int(self._epoch), i]).generate_state(1, np.uint64)
             sample = self.augment(sample, torch.Generator().manual_seed(int(state[0])))
@@ -192,9 +186,6 @@ class PairDataset(Dataset[Pair], ABC):
         swap = {a: b for pair in pairs or () for a, b in (pair, pair[::-1])}
         mirrored = [-1] * len(ids) if pairs is None else [swap.get(k, k) for k in ids]
         return np.array([ids, mirrored], dtype=np.int64)
-
-    def _image(self, number: int) -> Tensor:
-        return self._decode(number) if self._packed is None else self._packed[number]
 
     def _decode(self, number: int) -> Tensor:
         return to_tensor(self.read_image(number), self.size)
@@ -245,6 +236,16 @@ def _digest(parts: Iterable[object]) -> str:
     return hashlib.blake2b("|".join(map(str, parts)).encode(errors="surrogateescape"), digest_size=8).hexdigest()
 
 
+class AnnotatedImage(NamedTuple):
+    """Annotation of an image of a dataset whose images all have the same P parts."""
+
+    path: Path
+    size: tuple[int, int]  # (w, h)
+    parts: Tensor  # (P, 2) float64, original pixels
+    visible: Tensor  # (P,) bool
+    box: Tensor  # (4,) float64 xyxy
+
+
 class FolderDataset(PairDataset):
     """A benchmark on disk. Its annotations are parsed once and then loaded from a cache, see `index`.
 
@@ -293,27 +294,33 @@ class FolderDataset(PairDataset):
         """All pairs in order, each after its place (a file, or a file and a line) for errors."""
 
     def need(self, *paths: Path) -> Path:
-        """The first of these paths that exists.
-
-        Raises:
-            ZooError: if none exists; it says how to get the dataset.
-        """
+        """The first of these paths that exists, or a ZooError that says how to get the dataset."""
         for path in paths:
             if path.exists():
                 return path
         others = f" (nor {', '.join(os.path.relpath(path, self.home) for path in paths[1:])})" if paths[1:] else ""
-        raise ZooError(
-            f"{self.name}: no {paths[0]}{others}: put {self.holds} into {self.home}, or {self.origin}, or run without "
-            "data by adding --config zoo_configs/demo.yaml"
+        remedy = f"put {self.holds} into {self.home}, or {self.origin}"
+        without = "or run without data by adding --config zoo_configs/demo.yaml"
+        raise ZooError(f"{self.name}: no {paths[0]}{others}: {remedy}, {without}")
+
+    def pair_of(self, src: AnnotatedImage, trg: AnnotatedImage, category: str, first_part: int = 0) -> Record:
+        """The pair of two images with the same parts, numbered from `first_part`: those that are visible in both."""
+        both = (src.visible & trg.visible).nonzero()[:, 0]
+        kps_ids = both + first_part
+        src_alike, trg_alike = (
+            self.alike(category, kps_ids, (side.visible.nonzero()[:, 0] + first_part).tolist()) for side in (src, trg)
+        )
+        return Record(
+            *(src.path, trg.path, src.parts[both], trg.parts[both], src.size, trg.size, category, src.box, trg.box),
+            kps_ids=kps_ids,
+            src_alike=src_alike,
+            trg_alike=trg_alike,
         )
 
     def alike(self, category: str, kps_ids: Tensor, visible: Collection[int]) -> Tensor:
-        """`Record.src_alike` or `Record.trg_alike`, (n,) bool.
+        """`Record.src_alike` or `Record.trg_alike`, (n,) bool, of keypoints that mark the parts `kps_ids` (n,).
 
-        Args:
-            category: Category of the pair.
-            kps_ids: (n,) the part of each keypoint.
-            visible: All parts that are visible in the image, also those that the other image does not show.
+        `visible` are all parts that are visible in the image, also those that the other image does not show.
         """
         groups = self.groups.get(category, self.groups.get("*", ()))
         others = {part: {*group} - {part} for group in groups for part in group}

@@ -22,16 +22,10 @@ PairFeatures = Callable[[Pair], tuple[Features, Features]]
 def predict_points(
     matcher: PointMatcher, pair: Pair, query: str = "src", features: PairFeatures | None = None
 ) -> Tensor:
-    """Match the annotated points of a batch.
+    """Match the annotated points of a batch: (B, K, 2) float64 predictions in original pixels of the other image.
 
-    Args:
-        matcher: The model.
-        pair: The batch.
-        query: Image whose points are given: `src`, or `trg` for protocols that predict source points.
-        features: Computes prepared features of a batch; `matcher.features` if None.
-
-    Returns:
-        (B, K, 2) float64 predictions in original pixels of the other image.
+    The points are given in the image `query`: `src`, or `trg` for protocols that predict source points. `features`
+    computes the prepared features of a batch; `matcher.features` by default.
     """
     asked = pair if query == "src" else pair.swapped()
     src, trg = (features or matcher.features)(asked)
@@ -45,7 +39,7 @@ class Evaluation:
 
     Args:
         matcher: The model. Its features are computed once per image and dataset.
-        loaders: One loader per dataset.
+        loaders: One loader, or one per dataset.
         protocol: PCK protocol. Without a threshold kind, the dataset's own is added.
         alphas: PCK tolerances.
         cache_mb: Size of the feature cache in MiB; 0 turns it off.
@@ -90,8 +84,8 @@ class Evaluation:
     def scores(self, stage: str) -> dict[str, float]:
         """Headline scores: `<stage>/pck@0.1`, or `<stage>/<dataset>/pck@0.1` for several datasets."""
         out: dict[str, float] = {}
-        for dataset, metric in zip(self.datasets, self.metrics, strict=True):
-            prefix = stage if len(self.metrics) == 1 else f"{stage}/{dataset.name}"
+        for name, metric in self.by_name():
+            prefix = stage if len(self.metrics) == 1 else f"{stage}/{name}"
             out |= {f"{prefix}/{key}": value.item() for key, value in metric.compute().items() if "/" not in key}
         return out
 
@@ -124,7 +118,7 @@ class Evaluation:
         back = self.matcher.match(trg, src).flow.cpu().float()
         for k, r in enumerate(records):
             polygon = resize_points(matched[k, : len(vertices[k])], _wh(network[::-1]), _wh(r.trg_size))
-            (w, h) = r.trg_size
+            w, h = r.trg_size
             seen = transfer(cell_centres((h, w), network)[None], back[k : k + 1], network)[0].double()
             seen = resize_points(seen, _wh(network[::-1]), _wh(r.src_size)).unflatten(0, (h, w))
             mask, gt = warp_mask(polygon_mask(r.src_polygon, r.src_size), seen), polygon_mask(r.trg_polygon, r.trg_size)

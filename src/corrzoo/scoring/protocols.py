@@ -175,16 +175,9 @@ class Protocol:
         return self.kps_side or self.threshold_side if kind in (KP, PADDED) else self.threshold_side
 
     def thresholds(self, evaluated: Side, query: Side, mask: Tensor) -> Tensor:
-        """Compute the length L of each pair.
+        """Length L of each pair, (B,) float64 in the protocol's frame. `mask` (B, K) marks the rows that are keypoints.
 
-        Args:
-            evaluated: Annotations of the evaluated images.
-            query: Annotations of the query images.
-            mask: (B, K) bool, True for rows that are keypoints.
-
-        Returns:
-            (B,) float64 in the protocol's frame. The box of a single keypoint has length 0, so only exact predictions
-            are correct.
+        The box of a single keypoint has length 0, so only exact predictions are correct.
 
         Raises:
             ZooError: if the protocol needs boxes and a pair has none.
@@ -215,14 +208,7 @@ class Protocol:
 
 
 def get_protocol(name: str | Protocol, kind: str = "") -> Protocol:
-    """Return the protocol `<preset>:<kind>`; a Protocol is returned unchanged.
-
-    Args:
-        name: `<preset>:<kind>`, or `<preset>`.
-        kind: Threshold kind if the name has none.
-
-    Raises:
-        ZooError: if the preset is unknown or does not offer the kind.
+    """Return the protocol `<preset>:<kind>`, or `<preset>` with the threshold kind `kind`; a Protocol is kept.
 
     >>> get_protocol("cats:img").evaluated
     'src'
@@ -257,20 +243,10 @@ _SQUARE_512, _UNIT_SQUARE = Frame("stretch", 512), Frame("stretch", 1)
 _UNRELEASED = "paper; no code, so the evaluated side and the frame are our choice"
 _CATSPP = Protocol("catspp", _in(_SQUARE_512, *KINDS), evaluated="src", boxless=PADDED, padded_max=True)
 # ACTR and LPMFlow predict target points, but kept src_bbox of CATs, which predicts source points.
-_ACTR = replace(
-    _CATSPP,
-    name="actr",
-    source="released code; it has no bbox-kp (our choice: CATs++'s, on the side of its padded box)",
-    evaluated="trg",
-    threshold_side="query",
-)
-_GEOAWARE = Protocol(
-    "geoaware",
-    _in(Frame("pad", 840), IMG, BBOX),
-    "released code as it runs by default; its stretched variant has no preset",
-    compare="<",
-    averages=("point", "image"),
-)
+_PADDED_SIDE = "released code; it has no bbox-kp (our choice: CATs++'s, on the side of its padded box)"
+_ACTR = replace(_CATSPP, name="actr", source=_PADDED_SIDE, evaluated="trg", threshold_side="query")
+_AS_RUN = "released code as it runs by default; its stretched variant has no preset"
+_GEOAWARE = Protocol("geoaware", _in(Frame("pad", 840), IMG, BBOX), _AS_RUN, compare="<", averages=("point", "image"))
 _TRAINING = "released eval code; the PCK of its training loop (float16 points, per point, <=) has no preset"
 
 _PRESETS: Registry[Protocol] = Registry("protocol")

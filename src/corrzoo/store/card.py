@@ -47,13 +47,7 @@ corrzoo.match_images(matcher, "a.jpg", "b.jpg", [[120, 80]]).trg_points
 def model_card(matcher: "Matcher", config: dict[str, Any], results: Sequence[str | Path | dict[str, Any]]) -> str:
     """Write the card in Markdown: model, training data, scores, licence and options.
 
-    Args:
-        matcher: The model.
-        config: Content of the saved `config.json`.
-        results: Result files of `corrzoo test`, or their contents.
-
-    Raises:
-        ZooError: if a result file cannot be read, or is of another model.
+    `config` is the content of `config.json`, `results` are result files of `corrzoo test` or their contents.
     """
     rows = [read_result(result, config) for result in results]
     spec, head = get_spec(matcher.hparams.backbone), config["head"]

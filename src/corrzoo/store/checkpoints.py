@@ -35,15 +35,12 @@ IMPLIED = {"GSF": {"start": "guidance"}}
 
 
 def save(matcher: Matcher, folder: str | Path, results: Sequence[str | Path | dict[str, Any]] = ()) -> Path:
-    """Save a matcher as `model.safetensors`, `config.json` and a model card, `README.md`.
+    """Save a matcher as `model.safetensors`, `config.json` and a model card, `README.md`, and return the folder.
 
     Args:
         matcher: The model.
         folder: Output folder. `hf upload user/model <folder>` shares it.
         results: Result files of `corrzoo test` for this model. Their scores go into the card.
-
-    Returns:
-        The folder, for `load`.
 
     Raises:
         ZooError: if the folder cannot be written, or a result cannot be read or is of another model.
@@ -94,15 +91,12 @@ def load(path: str | Path) -> Matcher:
 
 
 class Stored(NamedTuple):
-    """A checkpoint without its weights."""
+    """A checkpoint without its weights: head, options of the model, completed epochs and optimiser steps."""
 
     head: str
     options: dict[str, Any]
-    """Options of the model."""
     epochs: int
-    """Completed training epochs."""
     steps: int
-    """Completed optimiser steps."""
 
 
 def read_checkpoint(path: Path) -> Stored:
@@ -120,13 +114,7 @@ def read_checkpoint(path: Path) -> Stored:
 
 
 def newest_checkpoint(folder: Path, name: str, head: str, backbone: str | None = None) -> Path:
-    """Find the newest checkpoint of a model.
-
-    Args:
-        folder: Folder of runs, searched recursively.
-        name: `best.ckpt` or `last.ckpt`.
-        head: Name of the head.
-        backbone: Name of the backbone; None for any.
+    """Find the newest file called `name` below `folder` of a head on a backbone (None: on any).
 
     Raises:
         ZooError: if there is none, or a newer file is damaged.
@@ -176,10 +164,8 @@ def _fetch(address: str | Path) -> Path:
     except errors.HFValidationError as error:
         raise ZooError(f"{address!r}: expected hf://user/model or hf://user/model@revision") from error
     except errors.LocalEntryNotFoundError as error:
-        raise ZooError(
-            f"{address} is not in the hub's cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set): download "
-            "it once while online, or give the path of a folder"
-        ) from error
+        told = f"{address} is not in the hub's cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set)"
+        raise ZooError(f"{told}: download it once while online, or give the path of a folder") from error
     except errors.HfHubHTTPError as error:
         told = f"cannot download {address} ({type(error).__name__})"
         raise ZooError(f"{told}: check the spelling, and that the model is public") from error
@@ -187,7 +173,9 @@ def _fetch(address: str | Path) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     """Content of a checkpoint, with `head`, `hyper_parameters` (the options) and `state_dict`."""
-    content = _read_folder(path) if path.is_dir() else _read_file(path)
+    if not (path.is_dir() or path.is_file()):
+        raise ZooError(f"no checkpoint at {path}: `corrzoo fit` writes checkpoints/best.ckpt in the run's folder")
+    content = _read_folder(path) if path.is_dir() else read_state(path)
     head, options = content.get("head"), content.get("hyper_parameters")
     if not isinstance(head, str) or not isinstance(options, dict):
         raise ZooError(f"{path} is not a corrzoo checkpoint: it names no head")
@@ -203,9 +191,8 @@ def _translated(path: Path, head: str, options: dict[str, Any]) -> dict[str, Any
     removed = REMOVED.get(head, {})
     for name, value in removed.items():
         if options.get(name, value) != value:
-            raise ZooError(
-                f"{path} needs {head}'s {name}={options[name]!r}, which was removed: load it with corrzoo 0.1.0"
-            )
+            told = f"{path} needs {head}'s {name}={options[name]!r}, which was removed"
+            raise ZooError(f"{told}: load it with corrzoo 0.1.0")
     gone = DROPPED | removed.keys()
     kept = {RENAMED.get(name, name): value for name, value in options.items() if name not in gone}
     return IMPLIED.get(head, {}) | kept
@@ -221,9 +208,3 @@ def _read_folder(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
         raise ZooError(f"{path} is damaged: {error}") from error
     return config | {"hyper_parameters": config.get("options"), "state_dict": weights}
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ZooError(f"no checkpoint at {path}: `corrzoo fit` writes checkpoints/best.ckpt in the run's folder")
-    return read_state(path)

@@ -51,7 +51,6 @@ _BLOCK: Names = {
     "cross_attention.": "cattn.",
     "target_weight": "spatial_attention.weight",
 }
-
 _DECODER = _BLOCK | {
     f"pos_embed_{side}.{scale}": f"pos_embed_{side}{suffix}"
     for side in ("src", "trg")
@@ -165,11 +164,8 @@ LAYOUTS = {
             "super_resolution.head.": "refine2.",
         }
         | {
-            f"super_resolution.stages.{stage}.{branch}.": (
-                f"refine_swin_decoder_{branch + 1}_{stage + 1}.",
-                _REFINEMENT,
-            )
-            for stage in range(2)
+            f"super_resolution.stages.{i}.{branch}.": (f"refine_swin_decoder_{branch + 1}_{i + 1}.", _REFINEMENT)
+            for i in range(2)
             for branch in range(2)
         },
         r"learn_parm|decoder\.pos_embed_[xy]|decoder\.(proj|norm)\..*|.*\.(norm[34]|mlp2\.fc[12])\..*"
@@ -287,34 +283,27 @@ def official_key(key: str, names: Names) -> str:
 
 def _state_of(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
     """State dict of a file or a dictionary."""
-    state: Mapping[str, Any]
-    if isinstance(source, Mapping):
-        state = source
-    else:
+    state: Any = source
+    if not isinstance(source, Mapping):
         path = Path(source).expanduser()
         if not path.is_file():
             raise ZooError(f"no checkpoint at {path}: expected the authors' model_best.pth or epoch_<n>.pth")
         # The best score in the training dictionary is a NumPy scalar, pickled under an old module name.
         scalar: Any = np.float64().__reduce__()[0]
-        with torch.serialization.safe_globals(
-            [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType]
-        ):
+        plain = [np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType]
+        with torch.serialization.safe_globals([scalar, (scalar, "numpy.core.multiarray.scalar"), *plain]):
             state = read_state(path)
     if isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
-    return {
-        key.removeprefix("module."): value
-        for key, value in state.items()
-        if isinstance(key, str) and isinstance(value, Tensor)
-    }
+    tensors = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    return {key.removeprefix("module."): value for key, value in tensors.items()}
 
 
 def _as_tested(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     """Weights that the released test script evaluates: of two embeddings in one memory, the one loaded last."""
     if name != "lpmflow":
-        raise ZooError(
-            f"as_tested=True with {name!r}: expected 'lpmflow', as only LPMFlow's test script changes weights"
-        )
+        told = f"as_tested=True with {name!r}: expected 'lpmflow'"
+        raise ZooError(f"{told}, as only LPMFlow's test script changes weights")
     return state | {
         "encoder.pos_embed_trg": state["encoder.pos_embed_src"],
         "encoder.cls_pos_embed_src": state["encoder.cls_pos_embed_trg"],

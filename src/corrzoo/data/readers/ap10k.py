@@ -4,7 +4,6 @@ The authors' notebook `prepare_ap10k` writes the pairs that are read here. It dr
 order of the file system, so they differ between machines. Compare only numbers that come from the same folder.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from functools import cache
@@ -13,20 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from corrzoo.data.index import BROKEN, read_box
-from corrzoo.data.pairs import DATASETS, FolderDataset
+from corrzoo.data.pairs import DATASETS, AnnotatedImage, FolderDataset
 from corrzoo.data.readers import symmetry
+from corrzoo.data.readers.tables import read_box, read_json
 from corrzoo.geometry import Size
 from corrzoo.registry import nearest
 from corrzoo.types import Record, ZooError
 
 SUBSETS = {"intra-species": "", "cross-species": "_cross_species", "cross-family": "_cross_family"}
 """The benchmark's parts, as the authors call them, and the suffixes of their folders."""
-
-Animal = tuple[Tensor, Tensor, tuple[int, int], Tensor]
-"""Annotation of an image: keypoints (17, 2), their visibility (17,) bool, the image's (w, h), the animal's box (4,)."""
 
 
 @DATASETS.register
@@ -70,46 +65,19 @@ class AP10K(FolderDataset):
         animal = cache(self._read_animal)
         for name in self._names:
             path = self._pairs / name
-            try:
-                pair = json.loads(path.read_bytes())
+            with read_json(path, "a pair of AP-10K", "write it again") as pair:
                 # Their folder is the notebook's; the last three parts are family, species and file.
                 src, trg = (PurePosixPath(*PurePosixPath(pair[f"{s}_json_path"]).parts[-3:]) for s in ("src", "trg"))
-            except BROKEN as error:
-                raise ZooError(f"{path}: not a pair of AP-10K ({error!r}): write it again") from error
-            (src_kps, src_seen, src_size, src_box), (trg_kps, trg_seen, trg_size, trg_box) = animal(src), animal(trg)
-            kps_ids, category = (src_seen & trg_seen).nonzero()[:, 0], _category(name)
-            record = Record(
-                src_path=self._images / src.with_suffix(".jpg"),
-                trg_path=self._images / trg.with_suffix(".jpg"),
-                src_kps=src_kps[kps_ids],
-                trg_kps=trg_kps[kps_ids],
-                src_size=src_size,
-                trg_size=trg_size,
-                category=category,
-                src_box=src_box,
-                trg_box=trg_box,
-                kps_ids=kps_ids,
-                src_alike=self.alike(category, kps_ids, src_seen.nonzero()[:, 0].tolist()),
-                trg_alike=self.alike(category, kps_ids, trg_seen.nonzero()[:, 0].tolist()),
-            )
-            yield str(path), record
+            yield str(path), self.pair_of(animal(src), animal(trg), _category(name))
 
-    def _read_animal(self, file: PurePosixPath) -> Animal:
+    def _read_animal(self, file: PurePosixPath) -> AnnotatedImage:
         path = self._animals / file
-        try:
-            note = json.loads(path.read_bytes())
+        with read_json(path, "an annotation of AP-10K", "write it again") as note:
             x, y, w, h = map(float, note["bbox"])  # COCO: left, top, width, height; keypoints are x, y, visibility
             points = torch.from_numpy(np.array(note["keypoints"], dtype=np.float64).reshape(17, 3))
             box = read_box([x, y, x + w, y + h], str(path))
-            return points[:, :2], points[:, 2] > 0, (note["width"], note["height"]), box
-        except OSError as error:
-            raise ZooError(
-                f"no annotation {path}, named by a pair ({error.strerror}): restore it, or write the pairs again"
-            ) from None
-        except ZooError:
-            raise
-        except BROKEN as error:
-            raise ZooError(f"{path}: not an annotation of AP-10K ({error!r}): write it again") from error
+            image, size = self._images / file.with_suffix(".jpg"), (note["width"], note["height"])
+            return AnnotatedImage(image, size, points[:, :2], points[:, 2] > 0, box)
 
 
 def _category(name: str) -> str:

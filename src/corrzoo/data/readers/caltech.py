@@ -6,9 +6,8 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-from corrzoo.data.index import read_points
 from corrzoo.data.pairs import DATASETS, FolderDataset
-from corrzoo.data.readers.tables import category_of, read_list
+from corrzoo.data.readers.tables import category_of, read_list, read_points
 from corrzoo.images import image_size
 from corrzoo.types import Record
 

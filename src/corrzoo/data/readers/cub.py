@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from corrzoo.data.pairs import DATASETS, FolderDataset
+from corrzoo.data.pairs import DATASETS, AnnotatedImage, FolderDataset
 from corrzoo.geometry import Size
 from corrzoo.images import image_size
 from corrzoo.types import Record, ZooError
@@ -100,25 +100,11 @@ class CUB(FolderDataset):
                 f"{self.home}: split {self.split!r} has {possible} pairs of images with {COMMON} common parts, fewer "
                 f"than length {self.length}: choose a smaller length, or restore the missing images"
             )
-        size = cache(image_size)
+        points, seen, box = map(torch.from_numpy, (parts[..., :2], visible, boxes))
+        bird = cache(lambda i: AnnotatedImage(paths[i], image_size(paths[i]), points[i], seen[i], box[i]))
         for pair in draw_pairs(self.split, visible[rows], self.length):
             a, b = rows[list(pair)].tolist()
-            both = np.flatnonzero(visible[a] & visible[b])
-            kps_ids, seen = torch.from_numpy(both + 1), {i: (np.flatnonzero(visible[i]) + 1).tolist() for i in (a, b)}
-            record = Record(
-                src_path=paths[a],
-                trg_path=paths[b],
-                src_kps=torch.from_numpy(parts[a, both, :2]),
-                trg_kps=torch.from_numpy(parts[b, both, :2]),
-                src_size=size(paths[a]),
-                trg_size=size(paths[b]),
-                category=CATEGORIES[0],
-                src_box=torch.from_numpy(boxes[a]),
-                trg_box=torch.from_numpy(boxes[b]),
-                kps_ids=kps_ids,
-                src_alike=self.alike(CATEGORIES[0], kps_ids, seen[a]),
-                trg_alike=self.alike(CATEGORIES[0], kps_ids, seen[b]),
-            )
+            record = self.pair_of(bird(a), bird(b), CATEGORIES[0], first_part=1)
             yield f"{self.home}: images {ids[a]} and {ids[b]}", record
 
     def _images(self) -> tuple[NDArray, list[Path], NDArray]:
@@ -135,9 +121,8 @@ class CUB(FolderDataset):
         ids = np.array(sorted(images), dtype=np.int64)
         species = self._rows("image_class_labels.txt", 2, ids)[:, 1]
         if (wrong := species[~np.isin(species, range(1, SPECIES + 1))]).size:
-            raise ZooError(
-                f"{self.home / 'image_class_labels.txt'}: class {wrong[0]:g}: expected 1 to {SPECIES}, correct it"
-            )
+            file = self.home / "image_class_labels.txt"
+            raise ZooError(f"{file}: class {wrong[0]:g}: expected 1 to {SPECIES}, correct it")
         return ids, [images[i] for i in ids.tolist()], species.astype(np.int64)
 
     def _parts(self, ids: NDArray) -> NDArray:
@@ -176,19 +161,12 @@ def split_of(species: NDArray) -> NDArray:
 
 
 def draw_pairs(split: str, visible: NDArray, length: int) -> Iterator[tuple[int, int]]:
-    """Choose pairs of images, the same on every machine.
+    """Choose `length` pairs of images, the same on every machine: positions of the source and the target image.
 
     our choice: h(i) is the first 8 bytes of SHA-256("split:i") as a big-endian integer, modulo the number of images.
     Candidate k is (h(2k), h(2k + 1)). It is skipped if both are the same image, if fewer than 5 parts are visible in
-    both, or if the two images are a pair already, in either order.
-
-    Args:
-        split: Name of the split.
-        visible: (N, 15) bool, the visible parts of the split's images in the order of their ids.
-        length: Number of pairs, at most `possible_pairs(visible)`.
-
-    Yields:
-        Positions of the source and the target image.
+    both, or if the two images are a pair already, in either order. `visible` (N, 15) bool has the parts of the split's
+    images in the order of their ids.
     """
 
     def h(i: int) -> int:
@@ -205,11 +183,7 @@ def draw_pairs(split: str, visible: NDArray, length: int) -> Iterator[tuple[int,
 
 
 def possible_pairs(visible: NDArray) -> int:
-    """Number of unordered pairs of different images with enough common parts.
-
-    Args:
-        visible: (N, 15) bool; each image has enough visible parts.
-    """
+    """Number of unordered pairs of different images with enough common parts, from `visible` as in `draw_pairs`."""
     patterns, images = np.unique(visible, axis=0, return_counts=True)
     common = patterns.astype(np.int64) @ patterns.T.astype(np.int64)
     return (int(images @ (common >= COMMON) @ images) - len(visible)) // 2

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path, PurePosixPath
 
-from corrzoo.data.index import read_box, read_points
 from corrzoo.data.pairs import DATASETS, FolderDataset
-from corrzoo.data.readers.tables import category_of, read_list, read_mat
+from corrzoo.data.readers.tables import category_of, read_box, read_list, read_mat, read_points
 from corrzoo.images import image_size
 from corrzoo.types import Record, ZooError
 
@@ -56,9 +55,8 @@ class PFPascal(FolderDataset):
                 src_mat, trg_mat = (self._annotations / category / f"{image.stem}.mat" for image in (src, trg))
                 src_kps, trg_kps = read_points(mat(src_mat, "kps"), where), read_points(mat(trg_mat, "kps"), where)
                 if len(src_kps) != len(trg_kps):
-                    raise ZooError(
-                        f"{where}: {len(src_kps)} source but {len(trg_kps)} target keypoints in the .mat files"
-                    )
+                    found = f"{len(src_kps)} source but {len(trg_kps)} target keypoints in the .mat files"
+                    raise ZooError(f"{where}: {found}")
                 both = (src_kps + trg_kps).isfinite().all(1)
                 src_kps, trg_kps = src_kps[both], trg_kps[both]
                 src_box, trg_box = (read_box(mat(path, "bbox").ravel(), str(path)) for path in (src_mat, trg_mat))

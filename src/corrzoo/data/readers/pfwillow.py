@@ -7,9 +7,8 @@ from pathlib import Path, PurePosixPath
 
 from torch import Tensor
 
-from corrzoo.data.index import read_points
 from corrzoo.data.pairs import DATASETS, FolderDataset
-from corrzoo.data.readers.tables import read_list, read_mat
+from corrzoo.data.readers.tables import read_list, read_mat, read_points
 from corrzoo.images import image_size
 from corrzoo.types import Record
 

@@ -1,15 +1,14 @@
 """SPair-71k (Min et al., 2019, arXiv:1908.10543): 18 categories, 53,340 / 5,384 / 12,234 pairs."""
 
-import json
 import os
 from collections.abc import Callable, Collection, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-from corrzoo.data.index import BROKEN, read_box, read_ids, read_points
 from corrzoo.data.pairs import DATASETS, FolderDataset, Groups
 from corrzoo.data.readers import symmetry
+from corrzoo.data.readers.tables import read_box, read_ids, read_json, read_points
 from corrzoo.geometry import Size
 from corrzoo.types import Record, ZooError
 
@@ -65,20 +64,13 @@ class SPair71k(FolderDataset):
         for colon in (":", "_", "%3A"):
             if (name := pair.replace(":", colon) + ".json") in files:
                 return name
-        raise ZooError(
-            f"no annotation {self._annotations / pair}.json, listed in {self._list}: fetch the dataset again"
-        )
+        path = self._annotations / f"{pair}.json"
+        raise ZooError(f"no annotation {path}, listed in {self._list}: fetch the dataset again")
 
     def read_pair(self, path: Path, parts: Callable[[str, str], Collection[int]] | None = None) -> Record:
-        """The pair in one annotation file.
-
-        Args:
-            path: The file.
-            parts: Returns all visible parts of an image, from its category and its name; None if they are unknown.
-        """
+        """The pair in one annotation file. `parts(category, name)` returns all visible parts of an image, if known."""
         where = str(path)
-        try:
-            pair = json.loads(path.read_bytes())
+        with read_json(path, "an annotation of SPair-71k", "fetch it again") as pair:
             category, images = pair["category"], self.home / "JPEGImages" / pair["category"]
             kps_ids = read_ids(pair["kps_ids"], where) if "kps_ids" in pair else None
             src_size, trg_size = ((int(w), int(h)) for w, h, *_ in (pair["src_imsize"], pair["trg_imsize"]))
@@ -106,19 +98,11 @@ class SPair71k(FolderDataset):
                 src_alike=src_alike,
                 trg_alike=trg_alike,
             )
-        except ZooError:
-            raise
-        except BROKEN as error:
-            raise ZooError(f"{where}: not an annotation of SPair-71k ({error!r}): fetch it again") from error
 
     def _read_parts(self, category: str, image: str) -> Collection[int]:
         path = self.home / "ImageAnnotation" / category / f"{Path(image).stem}.json"
-        try:
-            return frozenset(int(part) for part, at in json.loads(path.read_bytes())["kps"].items() if at is not None)
-        except OSError as error:
-            raise ZooError(f"no annotation {path} ({error.strerror}): fetch the dataset again") from None
-        except (*BROKEN, AttributeError) as error:
-            raise ZooError(f"{path}: not an image annotation of SPair-71k ({error!r}): fetch it again") from error
+        with read_json(path, "an image annotation of SPair-71k", "fetch it again") as note:
+            return frozenset(int(part) for part, at in note["kps"].items() if at is not None)
 
 
 @DATASETS.register

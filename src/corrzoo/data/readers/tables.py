@@ -1,25 +1,29 @@
-"""Readers of pair lists (.csv) and MATLAB annotations (.mat)."""
+"""Read pair lists (.csv) and annotations (.json, .mat), and convert their values."""
 
 import csv
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.io
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from corrzoo.types import ZooError
+
+BROKEN = (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
+"""Exceptions that a malformed JSON annotation causes."""
 
 
 def read_list(path: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
     """Read the rows of a pair list. Its first line is a header, which differs between copies and is not used.
 
-    Args:
-        path: The .csv file.
-        columns: Least number of columns of a row.
-
     Yields:
-        File and line, for errors, and the row's cells.
+        File and line, for errors, and the row's cells, `columns` or more.
 
     Raises:
         ZooError: if the header is missing, a row has too few columns, or a quotation mark is not closed.
@@ -37,6 +41,19 @@ def read_list(path: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
                     raise ZooError(f"{where}: expected {columns} columns or more, found {len(row)}: correct the list")
         except csv.Error as error:
             raise ZooError(f"{path}:{rows.line_num}: {error}: correct the list") from error
+
+
+@contextmanager
+def read_json(path: Path, what: str, remedy: str) -> Iterator[Any]:
+    """Read an annotation. What its values cause in the block is an error that says that the file is not `what`."""
+    try:
+        yield json.loads(path.read_bytes())
+    except ZooError:
+        raise
+    except OSError as error:
+        raise ZooError(f"no annotation {path}, named by a pair ({error.strerror}): restore it, or {remedy}") from None
+    except BROKEN as error:
+        raise ZooError(f"{path}: not {what} ({error!r}): {remedy}") from error
 
 
 def read_mat(path: Path, key: str) -> NDArray:
@@ -58,6 +75,43 @@ def read_mat(path: Path, key: str) -> NDArray:
     if not isinstance(found, np.ndarray) or found.dtype.kind not in "biuf":
         raise ZooError(f"{path}: {key!r} is not a matrix of real numbers: fetch the dataset's own annotation")
     return found
+
+
+def read_points(points: Iterable, where: str) -> Tensor:
+    """Convert annotated points, such as `zip(x, y, strict=True)`, to (n, 2) float64. `where` is for errors.
+
+    Raises:
+        ZooError: if they are not n points of two numbers.
+    """
+    array = _to_array(points, np.float64, "keypoints", where)
+    if not array.size:
+        array = array.reshape(0, 2)
+    if array.ndim != 2 or array.shape[1] != 2:
+        raise ZooError(f"{where}: expected keypoints of shape (n, 2), found {array.shape}: correct the annotation")
+    return torch.from_numpy(array)
+
+
+def read_ids(ids: Iterable, where: str) -> Tensor:
+    """Convert annotated keypoint ids, numbers or their texts, to (n,) int64. Raises ZooError, as `read_points`."""
+    array = _to_array(ids, np.int64, "keypoint ids", where)
+    if array.ndim != 1 or (array < 0).any():
+        raise ZooError(f"{where}: keypoint ids {ids}: expected a list of 0, 1, 2, ..., correct the annotation")
+    return torch.from_numpy(array)
+
+
+def read_box(box: Iterable, where: str) -> Tensor:
+    """Convert an annotated box to (4,) float64. Raises ZooError, as `read_points`."""
+    array = _to_array(box, np.float64, "a box x1, y1, x2, y2", where)  # also because unsigned integers would wrap
+    if array.shape != (4,) or not np.isfinite(array).all():
+        raise ZooError(f"{where}: expected a box x1, y1, x2, y2, found {box}: correct the annotation")
+    return torch.from_numpy(array)
+
+
+def _to_array(values: Iterable, dtype: type, what: str, where: str) -> NDArray:
+    try:
+        return np.array(list(values), dtype)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ZooError(f"{where}: expected {what} ({error}): correct the annotation") from error
 
 
 def category_of(number: str, categories: list[str], where: str) -> str:

@@ -64,11 +64,10 @@ class RenderedDataset(PairDataset):
 class SyntheticPairs(RenderedDataset):
     """Two different synthetic objects of one category, with the keypoints that are visible in both images.
 
+    Original sizes vary around `size`.
+
     Args:
-        root: Not used.
-        size: Side of the square network image, or its (H, W). Original sizes vary around it.
         length: Pairs of the split, or of each split by its name; `LENGTHS` by default.
-        augment: Augmentation of every sample, for training.
         seed: Seed of the objects and of the augmentation, or that of each split by its name; 0 by default.
     """
 

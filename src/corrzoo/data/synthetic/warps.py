@@ -1,7 +1,7 @@
 """Pairs of two random warps of one image, with the masks of its object and without keypoints.
 
-The first training stage of GSF (section 4.3) uses such pairs, from the segmentation images of PASCAL VOC 2012 as in
-SFNet. Synthetic objects replace them if there is no data.
+GSF's first training stage (section 4.3) uses such pairs of PASCAL VOC 2012's segmentation images, as in SFNet.
+Synthetic objects replace them if there is no data.
 """
 
 import csv
@@ -21,7 +21,6 @@ from torch import Tensor
 from corrzoo.data.augment import uniform
 from corrzoo.data.pairs import DATASETS, Augment, PairDataset
 from corrzoo.data.readers.pfpascal import CATEGORIES as VOC_CATEGORIES
-from corrzoo.data.synthetic.drawing import View
 from corrzoo.data.synthetic.pairs import RenderedDataset
 from corrzoo.geometry import Size, cell_centres, size_of
 from corrzoo.images import image_size, open_image, read_rgb
@@ -91,19 +90,16 @@ class SyntheticWarps(RenderedDataset, WarpDataset):
 
     def record(self, i: int) -> Record:
         number = self._number(i)
-        return self._record(self._view(number).size, self._category(number))
+        return self._record(self._views(number)[0].size, self._category(number))
 
     def read_mask(self, number: int) -> Image.Image:
-        placed = self._view(number)
+        (placed,) = self._views(number)
         mask = Image.new("L", placed.size)
         for points, _ in placed.shapes:
             ImageDraw.Draw(mask).polygon(points.ravel().tolist(), 255)
         if placed.occluder:
             ImageDraw.Draw(mask).polygon(placed.occluder[0].ravel().tolist(), 0)
         return mask
-
-    def _view(self, number: int) -> View:
-        return self._views(number)[0]
 
 
 @DATASETS.register
@@ -165,8 +161,7 @@ class VOCWarps(WarpDataset):
             return np.array(image)  # indices of the palette are the classes
 
     def _on_object(self, number: int) -> np.ndarray:
-        classes = self._classes(number)
-        return (classes > 0) & (classes != VOID)
+        return ~np.isin(self._classes(number), (0, VOID))
 
     def _read(self, path: Path, remedy: str) -> str:
         if not path.is_file():
@@ -177,12 +172,7 @@ class VOCWarps(WarpDataset):
 def warp_pair(sample: Pair, mask: Tensor, rng: torch.Generator) -> Pair:
     """Two random views of a sample's source image: affine, bent with p = 0.5, mirrored with p = 0.5, and recoloured.
 
-    A mask leaves out the part of the object that the other view does not show.
-
-    Args:
-        sample: A sample of one image. Its boxes and keypoints are dropped.
-        mask: (H, W) in [0, 1], the object in the image.
-        rng: Source of randomness.
+    `mask` (H, W) in [0, 1] is the object in the image. A view's mask leaves out what the other view does not show.
     """
     image = sample.src_img
     turn = -1.0 if uniform(0, 1, rng) < 0.5 else 1.0  # for both views: left and right must remain distinguishable
@@ -201,13 +191,10 @@ def warp_pair(sample: Pair, mask: Tensor, rng: torch.Generator) -> Pair:
 
 
 def random_warp(image: Size, rng: torch.Generator) -> Tensor:
-    """The place in the image that each pixel of a random view shows.
+    """(H, W, 2) place (x, y) in the image that each pixel of a random view shows. The image is [-1, 1] on both axes.
 
     SFNet's affine map: identity plus normal noise. our choice: with p = 0.5 it follows a thin-plate spline through
     3 x 3 control points, each moved by up to `BEND`.
-
-    Returns:
-        (H, W, 2) places (x, y). The image is [-1, 1] on both axes.
     """
     at = cell_centres(image, (2, 2)) - 1
     if uniform(0, 1, rng) < 0.5:
@@ -217,14 +204,9 @@ def random_warp(image: Size, rng: torch.Generator) -> Tensor:
 
 
 def bend(points: Tensor, moves: Tensor) -> Tensor:
-    """Displacements by the thin-plate spline that moves the 3 x 3 control points of [-1, 1]^2 by `moves`.
+    """Displacements (n, 2) of points (n, 2) by the thin-plate spline that moves 3 x 3 control points of [-1, 1]^2.
 
-    Args:
-        points: (n, 2).
-        moves: (9, 2), row by row.
-
-    Returns:
-        (n, 2).
+    `moves` (9, 2) are those of the control points, row by row.
     """
     spline = RBFInterpolator(cell_centres((3, 3), (3, 3)) - 1.5, moves, kernel="thin_plate_spline")
     return torch.from_numpy(spline(points)).to(points.dtype)
