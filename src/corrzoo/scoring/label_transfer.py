@@ -37,13 +37,17 @@ class LabelTransfer(BenchmarkMetric):
         super().__init__(9, categories, **kwargs)  # index, category, pixels, by reading: right, in both, in either mask
 
     def update(self, polygon: Tensor, mask: Tensor, gt: Tensor, index: int, category: int = 0) -> None:
-        """Score pair `index`; all masks are (h, w) bool.
+        """Score one pair.
 
         Args:
-            polygon: Inside of the outline that was matched to the target image.
-            mask: The source object's mask warped to the target image.
-            gt: The target object's mask.
-            index: Position of the pair in the benchmark, and `category` as in `Pair.category`.
+            polygon: (h, w) bool, inside of the outline that was matched to the target image.
+            mask: (h, w) bool, the source object's mask warped to the target image.
+            gt: (h, w) bool, the target object's mask.
+            index: Position of the pair in the benchmark.
+            category: As in `Pair.category`.
+
+        Raises:
+            ZooError: if shapes differ, or the target mask is empty.
         """
         counts = [index, category, gt.numel()]
         for pred in (polygon, mask):
@@ -74,9 +78,19 @@ class LabelTransfer(BenchmarkMetric):
 
 
 def polygon_mask(polygon: Tensor, size: tuple[int, int]) -> Tensor:
-    """Rasterise a polygon of n >= 3 vertices (n, 2) as skimage.draw.polygon does: (h, w) bool, from `size` (w, h).
+    """Rasterise a polygon as skimage.draw.polygon does.
 
     Pixel (row, column) is inside if the point (x, y) = (column, row) is inside by the even-odd rule, or on an edge.
+
+    Args:
+        polygon: (n, 2) vertices, three or more; the last is joined to the first.
+        size: (w, h) of the image.
+
+    Returns:
+        (h, w) bool.
+
+    Raises:
+        ZooError: if there are fewer than three vertices, or one is not finite.
 
     >>> polygon_mask(torch.tensor([[1, 0], [3, 0], [1, 2]]), (4, 3)).int()
     tensor([[0, 1, 1, 1],
@@ -98,10 +112,14 @@ def polygon_mask(polygon: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def warp_mask(mask: Tensor, points: Tensor) -> Tensor:
-    """Warp a source mask (h, w) to the target image: (h', w') bool. Outside the source image is background.
+    """Warp a source mask to the target image.
 
-    `points` (h', w', 2) is the source position of each target pixel, in pixels of the source image. A pixel is on the
-    object if the bilinearly sampled mask is above 0.5.
+    Args:
+        mask: (h, w) bool, of the source image.
+        points: (h', w', 2) source position of each target pixel, in pixels of the source image.
+
+    Returns:
+        (h', w') bool: whether the bilinearly sampled mask is above 0.5. Outside the source image is background.
     """
     grid = 2 * points.cpu().double() / torch.tensor([mask.shape[1], mask.shape[0]]) - 1
     read = F.grid_sample(mask.cpu().double()[None, None], grid[None], padding_mode="zeros", align_corners=False)

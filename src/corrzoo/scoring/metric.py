@@ -18,15 +18,19 @@ class BenchmarkMetric(torchmetrics.Metric, ABC):
     A row starts with the pair's index and category. Rows are gathered over all processes, sorted by index, and each
     pair counts once. `compute()`, `rows()` and `breakdown()` are collective calls: every process must make them. They
     raise ZooError if no pair was scored.
+
+    Attributes:
+        name: Name in tables. Result files use it in lower case, with underscores.
+        protocol: How pairs are scored.
+        query: Image whose points or outline are given, `src` or `trg`.
+        evaluated: Image in which they are predicted, `src` or `trg`.
     """
 
     full_state_update = False
     table: list[Tensor]
     name: ClassVar[str]
-    """Name in tables. Result files use it in lower case, with underscores."""
     protocol: Protocol | str
     query: str = "src"
-    """Image whose points or outline are given, `src` or `trg`; they are predicted in the other one, `evaluated`."""
     evaluated: str = "trg"
 
     def __init__(self, width: int, categories: Sequence[str], **kwargs: Any) -> None:

@@ -28,7 +28,7 @@ def score(
             `get_protocol(protocol).evaluated`: the target, or the source for protocols such as CATs'.
         record: The annotated pair.
         protocol: A name of `list_protocols()`, or a Protocol.
-        alphas: A tolerances.
+        alphas: Tolerances, A of them.
 
     Returns:
         (A,) float64 fractions of correct keypoints.
@@ -53,10 +53,21 @@ def pck_compute(rows: Tensor) -> Tensor:
 
 
 def correct(pred: Tensor, gt: Tensor, threshold: Tensor, alphas: Sequence[float], mask: Tensor, compare: str) -> Tensor:
-    """Compare predictions (..., n, 2) with ground truth (..., n, 2): correct keypoints (..., n, A), in one frame.
+    """Compare predictions with ground truth. All lengths are in one frame.
 
-    `threshold` (...) is the length L of each pair, `mask` (..., n) is True for rows that are keypoints, and `compare`
-    is `<=` or `<`, for the error and alpha * L. Raises ZooError if a prediction is not finite.
+    Args:
+        pred: (..., n, 2) predictions.
+        gt: (..., n, 2) ground truth.
+        threshold: (...) length L of each pair.
+        alphas: Tolerances, A of them.
+        mask: (..., n) bool, True for rows that are keypoints.
+        compare: `<=` or `<`, applied to the error and alpha * L.
+
+    Returns:
+        (..., n, A) bool: correct keypoints.
+
+    Raises:
+        ZooError: if a prediction is not finite.
     """
     bad = (~pred.isfinite().all(-1) & mask).nonzero()
     if len(bad):
@@ -92,14 +103,16 @@ def _record_hits(
     n = len(record.trg_kps)
     if len(points) != n or n == 0:
         raise ZooError(f"expected a prediction for each of {n} keypoints (one or more), got {len(points)}")
-    sides = {side: _record_side(record, side) for side in ("src", "trg")}
+    sides = {
+        "src": _record_side(record.src_kps, record.src_size, record.src_box),
+        "trg": _record_side(record.trg_kps, record.trg_size, record.trg_box),
+    }
     mask = torch.ones(1, n, dtype=torch.bool)
-    alike = getattr(record, f"{protocol.evaluated}_alike")
+    alike = record.src_alike if protocol.evaluated == "src" else record.trg_alike
     return _hits(points[None], sides, mask, protocol, alphas), mask, ~mask if alike is None else alike[None]
 
 
-def _record_side(record: Record, side: str) -> Side:
-    kps, size, box = (getattr(record, f"{side}_{what}") for what in ("kps", "size", "box"))
+def _record_side(kps: Tensor, size: tuple[int, int], box: Tensor | None) -> Side:
     box = torch.full((4,), torch.nan) if box is None else box
     return Side(*(torch.as_tensor(part, dtype=torch.float64)[None] for part in (kps, size, box)))
 
@@ -148,6 +161,9 @@ class PCK(BenchmarkMetric):
         alphas: Tolerances.
         categories: Names of the values of `Pair.category`; numbers if empty.
         **kwargs: Options of torchmetrics.Metric.
+
+    Raises:
+        ZooError: if the protocol is unknown.
     """
 
     name = "PCK"
@@ -174,7 +190,8 @@ class PCK(BenchmarkMetric):
             pred: (B, K, 2) predictions in original pixels of the protocol's evaluated image. Rows where `pair.kps_mask`
                 is False are ignored. If the source is evaluated, predict from `pair.swapped()`, but pass `pair` here.
             pair: The batch from the dataset; or a record, for (n, 2) predictions.
-            index: Position of a record in the benchmark, and `category` as in `Pair.category`.
+            index: Position of a record in the benchmark.
+            category: As in `Pair.category`, for a record.
 
         Raises:
             ZooError: if shapes differ, a prediction is not finite, a category has no name, or boxes are missing.
