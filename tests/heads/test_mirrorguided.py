@@ -283,9 +283,8 @@ def test_numbers_learn_ten_times_as_fast_and_do_not_decay():
     assert {group["name"] for group in build().param_groups()} == {"backbone"}
 
 
-@pytest.mark.parametrize("mirrored", [True, False])
-def test_margin_learns_which_hypothesis_is_right(mirrored):
-    """The target is the source, or its mirror image, so that one hypothesis is exact."""
+def match_of_mirror_image(mirrored):
+    """Matches of an image with its mirror image or with itself, so that one hypothesis is exact."""
     model, src = learning(finetune="none"), features(3)
     trg = src._replace(maps=[swap(src.maps[0])]) if mirrored else src
     kps = torch.tensor([[[20.0, 10.0], [70.0, 40.0], [50.0, 30.0]]], dtype=torch.float64)
@@ -293,13 +292,29 @@ def test_margin_learns_which_hypothesis_is_right(mirrored):
     pair = batch(1)._replace(
         src_img=src.image, trg_img=trg.image, src_kps=kps, trg_kps=there, kps_mask=torch.ones(1, 3, dtype=torch.bool)
     )
-    match = model.match(src, trg)
+    return model, model.match(src, trg), pair
+
+
+@pytest.mark.parametrize("mirrored", [True, False])
+def test_margin_learns_which_hypothesis_is_right(mirrored):
+    model, match, pair = match_of_mirror_image(mirrored)
     found = model.loss(match, pair)
-    logit = (log(match.extras["ratio"].item()) - log(1.08)) / CHOICE
-    assert found["choice"].item() == pytest.approx(log(1 + exp(-logit if mirrored else logit)), rel=1e-5)
+    chance = 1 / (1 + exp(-(log(match.extras["ratio"].item()) - log(1.08)) / CHOICE))
+    volumes = (match.extras[name] / model.row_temperature for name in ("plain", "mirrored"))
+    plain, other = (row_cross_entropy(x, pair, GRID).mean().item() for x in volumes)
+    assert found["choice"].item() == pytest.approx((1 - chance) * plain + chance * other, rel=1e-5)
+    assert (other < plain) == mirrored
     found["choice"].backward()
     assert (model.margin.grad > 0) == mirrored  # a step lowers the margin, so that more mirror images are chosen
     assert found["loss"].item() == pytest.approx(sum(found[k].item() for k in ("cosines", "plain", "choice")))
+
+
+def test_margin_learns_nothing_where_both_hypotheses_are_equally_good():
+    """Objects that look the same mirrored would otherwise pull the margin to 1, by chance."""
+    model, match, pair = match_of_mirror_image(False)
+    alike = match._replace(extras=match.extras | {"mirrored": match.extras["plain"]})
+    model.loss(alike, pair)["choice"].backward()
+    assert model.margin.grad == 0
 
 
 def test_cross_entropy_of_rows_in_loops():

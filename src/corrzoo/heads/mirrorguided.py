@@ -24,7 +24,7 @@ from corrzoo.precision import full, full_precision
 from corrzoo.types import Features, Match, Pair, ZooError
 
 CHOICE = 0.05
-"""our choice: temperature of the choice's cross-entropy; supports of good pairs differ by a few percent."""
+"""our choice: temperature of eq. 10's choice; supports of good pairs differ by a few percent."""
 EPS = 1e-5
 """Lower bound of a support that divides: features without any agreement."""
 
@@ -174,9 +174,10 @@ class MirrorGuided(Matcher):
         rows = {name: row_cross_entropy(x / self.row_temperature, pair, grid) for name, x in volumes.items()}
         terms |= {name: (rows[name], mask) for name in ("cosines", "plain") if name in rows}  # eq. 9
         if ratio is not None:
-            better = ((rows["mirrored"] - rows["plain"]).detach() * mask).sum(1) < 0  # (B,)
             logit = (ratio.detach().clamp(min=EPS).log() - torch.as_tensor(self.margin).log()) / CHOICE
-            terms["choice"] = F.softplus(torch.where(better, -logit, logit)), mask.any(1)  # eq. 10
+            count = mask.sum(1).clamp(min=1)
+            plain, mirrored = ((rows[x].detach() * mask).sum(1) / count for x in ("plain", "mirrored"))
+            terms["choice"] = torch.lerp(plain, mirrored, logit.sigmoid()), mask.any(1)  # eq. 10
         found = means(terms)
         weighted = [(self.epe_weight if name == "epe" else self.row_weight) * mean for name, mean in found.items()]
         return {"loss": torch.stack(weighted).sum(), **found}
