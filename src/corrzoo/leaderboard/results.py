@@ -165,19 +165,29 @@ def _identity(result: dict[str, Any]) -> str:
     trained = {k: v for k, v in (result.get("trained") or {}).items() if k not in ("seed", "steps")}
     if isinstance(trained.get("options"), dict):  # synthetic pairs have a seed as well
         trained["options"] = {k: v for k, v in trained["options"].items() if k != "seed"}
-    return json.dumps([[result.get(k) for k in RUN], trained, bool(result.get("checkpoint"))], sort_keys=True)
+    fields = {k: result.get(k) for k in RUN} | {"options": _switched_on(result), "trained": trained}
+    return json.dumps([fields, bool(result.get("checkpoint"))], sort_keys=True)
+
+
+def _switched_on(result: dict[str, Any]) -> dict[str, Any]:
+    """The options that are not off. Files of older versions lack the options that came later, which are off in them."""
+    return {name: value for name, value in result.get("options", {}).items() if value not in (None, False)}
 
 
 def _variants(runs: Sequence[dict[str, Any]]) -> list[str]:
     """The label of each run, or else those options that most unlabelled runs of its head and backbone do not share."""
     usual: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+    unlabelled = Counter((run["head"], run["backbone"]) for run in runs if not run.get("label"))
     for run in runs:
         for name, value in _options(run) if not run.get("label") else ():
             usual[run["head"], run["backbone"], name][value] += 1
     out = []
     for run in runs:
-        counts = [(name, value, usual[run["head"], run["backbone"], name]) for name, value in _options(run)]
-        odd = [f"{name}={value}" for name, value, count in counts if 2 * count[value] <= count.total()]
+        runs_of_head, odd = unlabelled[run["head"], run["backbone"]], []
+        for name, value in _options(run):
+            count = usual[run["head"], run["backbone"], name]
+            lacking = runs_of_head - count.total() if value in ("None", "False") else 0  # see `_switched_on`
+            odd += [f"{name}={value}"] if 2 * (count[value] + lacking) <= runs_of_head else []
         out.append(str(run.get("label") or ", ".join(odd)))
     return out
 
