@@ -135,7 +135,7 @@ def _ranking(results: Sequence[dict[str, Any]], papers: Sequence[dict[str, str]]
         (one, path), (other, its_path), *_ = versions.items()
         raise ZooError(f"{path} is of corrzoo {one} and {its_path} of {other}: measure again, or leave one out")
     runs: dict[str, dict[int | None, dict[str, Any]]] = defaultdict(dict)
-    for result in results:
+    for result in _completed(results):
         seeds, seed = runs[_identity(result)], result.get("seed")
         if seed in seeds:
             raise ZooError(f"{result['path']} repeats {seeds[seed]['path']}, seed {seed}: keep one, or label them")
@@ -161,33 +161,31 @@ def _ranking(results: Sequence[dict[str, Any]], papers: Sequence[dict[str, str]]
     return ranking
 
 
+def _completed(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The results, each with the switches that are off in others of its head, which older files may lack."""
+    off: dict[str, dict[str, Any]] = defaultdict(dict)
+    for result in results:
+        off[result["head"]] |= {name: value for name, value in result.get("options", {}).items() if value is False}
+    return [result | {"options": off[result["head"]] | result.get("options", {})} for result in results]
+
+
 def _identity(result: dict[str, Any]) -> str:
     trained = {k: v for k, v in (result.get("trained") or {}).items() if k not in ("seed", "steps")}
     if isinstance(trained.get("options"), dict):  # synthetic pairs have a seed as well
         trained["options"] = {k: v for k, v in trained["options"].items() if k != "seed"}
-    fields = {k: result.get(k) for k in RUN} | {"options": _switched_on(result), "trained": trained}
-    return json.dumps([fields, bool(result.get("checkpoint"))], sort_keys=True)
-
-
-def _switched_on(result: dict[str, Any]) -> dict[str, Any]:
-    """The options that are not off. Files of older versions lack the options that came later, which are off in them."""
-    return {name: value for name, value in result.get("options", {}).items() if value not in (None, False)}
+    return json.dumps([[result.get(k) for k in RUN], trained, bool(result.get("checkpoint"))], sort_keys=True)
 
 
 def _variants(runs: Sequence[dict[str, Any]]) -> list[str]:
     """The label of each run, or else those options that most unlabelled runs of its head and backbone do not share."""
     usual: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
-    unlabelled = Counter((run["head"], run["backbone"]) for run in runs if not run.get("label"))
     for run in runs:
         for name, value in _options(run) if not run.get("label") else ():
             usual[run["head"], run["backbone"], name][value] += 1
     out = []
     for run in runs:
-        runs_of_head, odd = unlabelled[run["head"], run["backbone"]], []
-        for name, value in _options(run):
-            count = usual[run["head"], run["backbone"], name]
-            lacking = runs_of_head - count.total() if value in ("None", "False") else 0  # see `_switched_on`
-            odd += [f"{name}={value}"] if 2 * (count[value] + lacking) <= runs_of_head else []
+        counts = [(name, value, usual[run["head"], run["backbone"], name]) for name, value in _options(run)]
+        odd = [f"{name}={value}" for name, value, count in counts if 2 * count[value] <= count.total()]
         out.append(str(run.get("label") or ", ".join(odd)))
     return out
 
