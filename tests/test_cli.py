@@ -156,6 +156,13 @@ def test_a_local_file_comes_before_a_recipe(tmp_path, capsys):
         assert yaml.safe_load(capsys.readouterr().out)["model"]["class_path"] == f"corrzoo.heads.{head}"
 
 
+def test_a_configuration_is_text_of_any_length(capsys):
+    text = yaml.safe_dump({"model": {"class_path": "ACTR"}}, default_flow_style=True).strip() + " # " + 500 * "long "
+    with pytest.raises(SystemExit):
+        main(["fit", f"--config={text}", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["class_path"] == "corrzoo.heads.ACTR"
+
+
 def _leaves(node, path=()):
     if isinstance(node, dict):
         for key, value in node.items():

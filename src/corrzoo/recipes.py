@@ -1,6 +1,7 @@
 """Recipes: configurations in the package, found by name from any folder."""
 
 from collections.abc import Iterator, Sequence
+from os.path import isfile  # unlike Path.is_file, it takes text that is too long for a path
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def find(name: str) -> str:
     Raises:
         ZooError: if there is no such file.
     """
-    if Path(name).is_file() or not name or any(sign in name for sign in "{\n:"):
+    if isfile(name) or not name or any(sign in name for sign in "{\n:"):
         return name
     prefix = "zoo_configs/" if name.startswith("zoo_configs/") else ""
     suffix = Path(name).suffix
@@ -84,7 +85,7 @@ def _options(args: Sequence[str]) -> Iterator[tuple[str, str]]:
 def _model_in(config: str) -> Any:
     """Entry `model` of a configuration; empty if there is none, or if it is not YAML, which the parser reports."""
     try:
-        content = yaml.safe_load(Path(config).read_text() if Path(config).is_file() else config)
+        content = yaml.safe_load(Path(config).read_text() if isfile(config) else config)
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return (content.get("model") or {}) if isinstance(content, dict) else {}

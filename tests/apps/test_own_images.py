@@ -16,6 +16,7 @@ from PIL import Image
 import corrzoo
 from corrzoo import apps
 from corrzoo.__main__ import COMMANDS, main
+from corrzoo.apps.queries import read_points
 
 CONFIGS = Path(__file__).resolve().parents[2] / "zoo_configs"
 TINY = ["--backbone=timm/test_vit.r160_in1k", "--weights=random", "--size=96"]
@@ -88,6 +89,11 @@ def test_points_from_a_file():
     by_file = json.loads(Path("matches/matches.json").read_text())["matches"]
     match("a.png", "b.jpg", "--points=30,40; 90.5,60.25", *TINY)
     assert by_file == json.loads(Path("matches/matches.json").read_text())["matches"]
+
+
+def test_more_points_than_a_file_name_can_have_characters():
+    points = [[float(x), 80.5] for x in range(100)]
+    assert read_points("; ".join(f"{x},{y}" for x, y in points), "--points") == points
 
 
 def test_many_pairs_equal_pairs_one_by_one(capsys, monkeypatch):
