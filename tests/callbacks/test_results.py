@@ -8,6 +8,7 @@ import pytest
 
 from corrzoo import callbacks
 from corrzoo.callbacks import results
+from corrzoo.callbacks.pictures import spread_evenly
 from corrzoo.types import ZooError
 
 
@@ -68,6 +69,13 @@ def test_an_unknown_picture_suggests_the_nearest():
         callbacks.MatchImages(kinds=["flows"])
     with pytest.raises(ZooError, match="stages: unknown 'training'"):
         callbacks.MatchImages(stages=["training"])
+
+
+@pytest.mark.parametrize("total", [2, 4, 9, 12, 1000])
+def test_pictures_are_of_different_pairs(total):
+    chosen = spread_evenly(4, total)
+    assert len(set(chosen)) == len(chosen) == min(4, total) and 0 <= min(chosen) <= max(chosen) < total
+    assert total < 1000 or chosen == [0, 251, 502, 753]
 
 
 def test_pairs_seen_are_those_of_all_steps_and_processes():

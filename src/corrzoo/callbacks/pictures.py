@@ -1,6 +1,7 @@
 """Pictures of matches, saved in the run's folder and logged to wandb or TensorBoard."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,8 @@ class MatchImages(Callback):
     @torch.no_grad()
     def draw(self, module: Any, dataset: Any, metric: BenchmarkMetric) -> dict[str, Figure]:
         """Draw some pairs of a dataset: a figure by kind. The metric's protocol decides which image is the query."""
-        count = min(self.pairs, len(dataset))
-        # + i: even steps may hit the same category each time
-        chosen = [dataset[(i * len(dataset) // count + i) % len(dataset)] for i in range(count)]
-        pair = Pair(*(field.to(module.device) for field in dataset.collate(chosen)))
+        chosen = dataset.collate([dataset[index] for index in spread_evenly(self.pairs, len(dataset))])
+        pair = Pair(*(field.to(module.device) for field in chosen))
         module.eval()
         asked = pair if metric.query == "src" else pair.swapped()
         pred = predict_points(module, asked)
@@ -126,6 +125,13 @@ class MatchImages(Callback):
             except ZooError as error:  # the foreground map needs a class token
                 print(f"{kind}: not drawn, {error}")
         return figures
+
+
+def spread_evenly(count: int, total: int) -> list[int]:
+    """Up to `count` different numbers below `total`. Their steps differ: equal ones may hit the same category."""
+    count = min(count, total)
+    starts = [i * total // count for i in range(count + 1)]
+    return [start + i % (end - start) for i, (start, end) in enumerate(pairwise(starts))]
 
 
 def log_image(trainer: Trainer, name: str, path: Path, figure: Figure) -> None:
