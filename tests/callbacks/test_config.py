@@ -7,6 +7,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from corrzoo.callbacks.config import SaveConfig
+from corrzoo.callbacks.folder import name_run
 
 
 def saver(folder, **values):
@@ -34,3 +35,19 @@ def test_a_failed_write_leaves_the_previous_configuration(tmp_path, monkeypatch)
         callback.save_config(None, None, "fit")
     assert [path.name for path in folder.iterdir()] == ["config.yaml"]
     assert (folder / "config.yaml").read_text().split() == ["a:", "1", "b:", "2"]
+
+
+@pytest.mark.parametrize(("name", "folder"), [("", "Baseline-vit"), (None, "")])
+def test_an_evaluation_is_named_after_the_run_that_it_evaluates(tmp_path, name, folder):
+    """A logger without a name writes its runs directly into its folder."""
+    for version in ("version_3-test", "version_3-test-2", "version_3-test-3"):
+        options = Namespace(save_dir="", name=name, version=None)
+        logger = Namespace(class_path="lightning.pytorch.loggers.CSVLogger", init_args=options)
+        config = Namespace(
+            trainer=Namespace(logger=logger, default_root_dir=None),
+            model=Namespace(class_path="corrzoo.heads.baseline.Baseline", init_args=Namespace(backbone="vit")),
+            ckpt_path=str(tmp_path / "version_3" / "checkpoints" / "best.ckpt"),
+        )
+        name_run(config, "test", tmp_path)
+        assert options.version == version
+        (tmp_path / folder / version).mkdir(parents=True)

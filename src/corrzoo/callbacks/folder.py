@@ -1,5 +1,6 @@
 """Folder of a run, `runs/<head>-<backbone>/<run>`: its configuration, checkpoints, results and pictures."""
 
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +32,9 @@ def name_run(config: "Namespace", command: str, root: Path) -> None:
     if command != "fit" and numbered and options.version is None:
         source = Path(config.ckpt_path or "").parent
         name = f"{source.parent.name}-" * (source.name == "checkpoints") + command
-        taken = {path.name for path in Path(options.save_dir, options.name).glob(f"{name}*")}
-        options.version = next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10**6))) if n not in taken)
+        runs = Path(options.save_dir, options.name or "")
+        names = (name if i == 1 else f"{name}-{i}" for i in count(1))
+        options.version = next(name for name in names if not (runs / name).exists())
 
 
 def run_folder(trainer: Trainer) -> Path:
