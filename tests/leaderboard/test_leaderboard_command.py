@@ -95,6 +95,10 @@ def test_corrupt_file_is_skipped_with_a_warning(project, capsys, content, why):
             "no result files under benchmarks/results:",
         ),
         (lambda p: (p / "README.md").write_text("no markers"), r"README\.md has no lines <!-- leaderboard -->"),
+        (
+            lambda p: (p / "README.md").write_text("<!-- /leaderboard -->\n<!-- leaderboard -->\n"),
+            r"README\.md has no lines <!-- leaderboard -->",
+        ),
         (lambda p: (p / "README.md").unlink(), r"README\.md has no lines <!-- leaderboard -->"),
     ],
 )

@@ -61,6 +61,7 @@ def main(args: Sequence[str]) -> None:
 def _filled(path: Path, tables: str) -> str:
     """The content of a file with the tables between its markers."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if START not in text or END not in text:
+    filled, found = re.subn(f"{START}.*?{END}", lambda _: f"{START}{tables}{END}", text, flags=re.DOTALL)
+    if not found:
         raise ZooError(f"{path} has no lines {START.strip()} and {END} for the leaderboard: add them, or give --readme")
-    return re.sub(f"{START}.*?{END}", lambda _: f"{START}{tables}{END}", text, flags=re.S)
+    return filled
