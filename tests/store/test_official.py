@@ -102,6 +102,7 @@ def test_unknown_names_missing_files_and_unsafe_files_raise(tmp_path):
         corrzoo.load_official("lpm", {})
     with pytest.raises(ZooError, match="no checkpoint at"):
         corrzoo.load_official("actr", tmp_path / "absent.pth")
+    refused("transformatcher", {"backbone.cls_token": torch.zeros(1, 1, 8), "source.weight": torch.zeros(1)}, "missing")
     assert _state_of({1: torch.zeros(1), "module.a": torch.ones(1)}) == {"a": torch.ones(1)}
     torch.save({"state_dict": tmp_path}, tmp_path / "odd.pth")
     with pytest.raises(ZooError, match="more than tensors"):

@@ -108,7 +108,7 @@ def _cats_embedding(state: dict[str, Tensor]) -> torch.Size:
 def _transformatcher_options(state: dict[str, Tensor]) -> dict[str, Any]:
     """Two streams if the halves of the authors' backbone, which are equal until they are trained, differ."""
     source = {key.removeprefix("source."): value for key, value in state.items() if key.startswith("source.")}
-    different = any(not torch.equal(value, state[f"target.{key}"]) for key, value in source.items())
+    different = any(not torch.equal(value, state.get(f"target.{key}", value)) for key, value in source.items())
     layers = {key.split(".")[2] for key in state if key.startswith("match2match.trans_nc.")}
     levels = [f"layer{stage}.{i}" for stage, count in ((3, 23), (4, 3)) for i in range(count)]
     sizes = {"layers": len(layers) or 6, "two_streams": different}
@@ -123,7 +123,7 @@ def _transformatcher_convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if name == key or name.startswith("fc."):
             out[key] = value
         else:
-            halves = value.chunk(2) if value.ndim else (value, value)
+            halves = value.chunk(2) if value.ndim and len(value) > 1 else (value, value)
             out |= {f"{stream}.{name}": half for stream, half in zip(("source", "target"), halves, strict=True)}
     return out
 
