@@ -251,7 +251,7 @@ def index() -> str:
 def api() -> str:
     """docs/api.md: every public name with its signature and docstring."""
     parts = [f"# Python API\n\n{WRITTEN}\n"]
-    for name in corrzoo.__all__:
+    for name in sorted(corrzoo.__all__):
         thing = getattr(corrzoo, name)
         text, *sections = re.split(r"^(Args|Returns|Raises):\n", inspect.cleandoc(thing.__doc__), flags=re.M)
         signature = str(inspect.signature(thing)) if inspect.isfunction(thing) or name == "PCK" else ""

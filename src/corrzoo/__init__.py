@@ -8,49 +8,37 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "Pair": "corrzoo.types",
-    "Features": "corrzoo.types",
-    "Match": "corrzoo.types",
-    "Record": "corrzoo.types",
-    "ZooError": "corrzoo.types",
-    "Matcher": "corrzoo.matcher",
-    "open_pair": "corrzoo.inference",
-    "match_images": "corrzoo.inference",
-    "match_batch": "corrzoo.inference",
-    "PCK": "corrzoo.scoring.pck",
-    "score": "corrzoo.scoring.pck",
-    "list_protocols": "corrzoo.scoring.protocols",
-    "create_matcher": "corrzoo.heads",
-    "list_heads": "corrzoo.heads",
-    "create_backbone": "corrzoo.backbones",
-    "list_backbones": "corrzoo.backbones",
-    "create_dataset": "corrzoo.data",
-    "list_datasets": "corrzoo.data",
-    "load": "corrzoo.store.checkpoints",
-    "save": "corrzoo.store.checkpoints",
-    "load_official": "corrzoo.store.official",
-}
+__all__ = [
+    "PCK", "Features", "Match", "Matcher", "Pair", "Record", "ZooError", "create_backbone", "create_dataset",
+    "create_matcher", "list_backbones", "list_datasets", "list_heads", "list_protocols", "load", "load_official",
+    "match_batch", "match_images", "open_pair", "save", "score",
+]  # fmt: skip
 
-__all__ = sorted(_HOME)
+_MODULES = {
+    "corrzoo.types": "Features Match Pair Record ZooError",
+    "corrzoo.matcher": "Matcher",
+    "corrzoo.inference": "match_batch match_images open_pair",
+    "corrzoo.scoring.pck": "PCK score",
+    "corrzoo.scoring.protocols": "list_protocols",
+    "corrzoo.heads": "create_matcher list_heads",
+    "corrzoo.backbones": "create_backbone list_backbones",
+    "corrzoo.data": "create_dataset list_datasets",
+    "corrzoo.store.checkpoints": "load save",
+    "corrzoo.store.official": "load_official",
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 if TYPE_CHECKING:
-    from corrzoo.backbones import create_backbone as create_backbone
-    from corrzoo.backbones import list_backbones as list_backbones
-    from corrzoo.data import create_dataset as create_dataset
-    from corrzoo.data import list_datasets as list_datasets
-    from corrzoo.heads import create_matcher as create_matcher
-    from corrzoo.heads import list_heads as list_heads
-    from corrzoo.matcher import Matcher as Matcher
-    from corrzoo.scoring.pck import PCK as PCK
-    from corrzoo.scoring.pck import score as score
-    from corrzoo.scoring.protocols import list_protocols as list_protocols
-    from corrzoo.store.official import load_official as load_official
-    from corrzoo.types import Features as Features
-    from corrzoo.types import Match as Match
-    from corrzoo.types import Pair as Pair
-    from corrzoo.types import Record as Record
-    from corrzoo.types import ZooError as ZooError
+    from corrzoo.backbones import create_backbone, list_backbones
+    from corrzoo.data import create_dataset, list_datasets
+    from corrzoo.heads import create_matcher, list_heads
+    from corrzoo.inference import match_batch, match_images, open_pair
+    from corrzoo.matcher import Matcher
+    from corrzoo.scoring.pck import PCK, score
+    from corrzoo.scoring.protocols import list_protocols
+    from corrzoo.store.checkpoints import load, save
+    from corrzoo.store.official import load_official
+    from corrzoo.types import Features, Match, Pair, Record, ZooError
 
 
 def __getattr__(name: str) -> Any:
@@ -60,4 +48,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return [*globals(), *_HOME]
