@@ -9,6 +9,7 @@ import threading
 import time
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from fixtures import write_synthetic_spair
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 import corrzoo
-from corrzoo.callbacks.resume import Checkpoints, WholeFiles
+from corrzoo.callbacks.resume import Checkpoints, Stopped, StopSignals, WholeFiles
 from corrzoo.data.module import PairsDataModule
 from corrzoo.heads import Baseline
 from corrzoo.types import ZooError
@@ -277,3 +278,19 @@ def test_a_signal_ends_evaluation_and_sanity_check_at_once(tmp_path: Path) -> No
     trainer.fit(model, data)
     trainer.validate(model, data, verbose=False)
     assert found == [True, False, True]  # the second is the validation of an epoch: training has something to save
+
+
+def test_a_second_training_by_the_same_trainer_stops_like_the_first() -> None:
+    """As in a notebook: Ctrl-C ends the step, and the next training begins without a signal."""
+    callback, before = StopSignals(), signal.getsignal(signal.SIGINT)
+    trainer: Any = SimpleNamespace(
+        is_global_zero=True, is_last_batch=False, accumulate_grad_batches=1, world_size=1, global_step=1,
+        checkpoint_callback=None,
+    )  # fmt: skip
+    for _ in range(2):
+        callback.on_train_start(trainer, trainer)
+        callback.on_train_batch_end(trainer, trainer, None, None, 0)
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(Stopped, match="SIGINT"):
+            callback.on_train_batch_end(trainer, trainer, None, None, 0)
+    assert signal.getsignal(signal.SIGINT) is before

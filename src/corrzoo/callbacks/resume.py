@@ -231,6 +231,7 @@ class StopSignals(Callback):
         self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._received, self._handled, self._sent = 0, 0, None  # an earlier training may have ended by a signal
         self._prints = trainer.is_global_zero
         if threading.current_thread() is threading.main_thread():
             numbers = [signal.SIGINT, signal.SIGTERM]
