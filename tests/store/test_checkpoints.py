@@ -182,6 +182,14 @@ def test_a_plugin_whose_constructor_reads_values_of_tensors_loads(tmp_path, monk
     assert corrzoo.load(checkpoint(tmp_path / "a.ckpt", Reading(**TINY))).rate == 0.5
 
 
+def test_a_plugin_without_a_docstring_is_saved(tmp_path):
+    class Plain(corrzoo.heads.Baseline):
+        pass
+
+    corrzoo.save(Plain(**TINY), tmp_path)
+    assert "| head | Plain:" in (tmp_path / "README.md").read_text()
+
+
 @pytest.mark.parametrize("head", corrzoo.list_heads())
 @pytest.mark.parametrize("backbone", [TINY["backbone"], "timm/test_resnet.r160_in1k"])
 def test_every_head_can_be_built_without_memory(head, backbone):

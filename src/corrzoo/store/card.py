@@ -51,6 +51,7 @@ def model_card(matcher: "Matcher", config: dict[str, Any], results: Sequence[str
     """
     rows = [read_result(result, config) for result in results]
     spec, head = get_spec(matcher.hparams.backbone), config["head"]
+    summary, _, _ = (type(matcher).__doc__ or "").partition("\n")
     trained = config["trained"] or next((row["trained"] for row in rows if row.get("trained")), None)
     backbone, total = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (matcher.backbone, matcher))
     front = ModelCardData(
@@ -63,7 +64,7 @@ def model_card(matcher: "Matcher", config: dict[str, Any], results: Sequence[str
         eval_results=[result for row in rows for result in _eval_results(row)] or None,
     )
     about = {
-        "head": f"{head}: {(type(matcher).__doc__ or '').splitlines()[0]}",
+        "head": f"{head}: {summary}",
         "backbone": f"`{spec.key}` (timm's `{spec.timm}`), {backbone:.1f} M parameters",
         "parameters": f"{total:.1f} M in all",
         "network image": f"{config['image_size']} px",
