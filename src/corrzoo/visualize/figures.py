@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,32 +25,30 @@ Images = Tensor | Sequence[Tensor]
 """(B, 3, H, W) uint8, or B images (3, H, W) of any sizes."""
 
 
-def panels(widths: Sequence[float], *images: Images, titles: Sequence[str] | None = None) -> tuple[Figure, Any]:
-    """Create a figure with one row of panels per pair; returns the figure and its axes (rows, columns).
+def panels(
+    *images: Images, titles: Sequence[str] | None = None, columns: Sequence[str] = ("",)
+) -> tuple[Figure, np.ndarray]:
+    """Create a figure with one row of panels for each pair; returns the figure and its axes (rows, columns).
 
     Args:
-        widths: Relative widths of the columns.
-        images: Image sets of B images; row b is as high as the highest b-th image needs.
-        titles: One title per row.
+        images: Sets of B images; row b is as high as the highest b-th image needs.
+        titles: Title of each row, above its first panel.
+        columns: Title of each column after the first.
     """
     ratios = [max(image.shape[-2] / image.shape[-1] for image in row) for row in zip(*images, strict=True)]
     ratios = [min(max(ratio, 1 / TALLEST), TALLEST) for ratio in ratios]
     inches = 3.2 if len(ratios) > 1 else 4.8
-    size = (inches * sum(widths), inches * sum(ratios) + 0.25 * len(ratios) + 0.25)
+    size = (inches * (1 + len(columns)), inches * sum(ratios) + 0.25 * len(ratios) + 0.25)
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(ratios), len(widths), squeeze=False, width_ratios=widths, height_ratios=ratios)
-    for row, title in zip(axes, titles or [], strict=bool(titles)):
-        row[0].set_title(title, fontsize=8, loc="left")
+    axes = figure.subplots(len(ratios), 1 + len(columns), squeeze=False, height_ratios=ratios)
     for ax in axes.flat:
         ax.set_axis_off()
+    for ax, title in zip(axes[:, 0], titles or [], strict=bool(titles)):
+        ax.set_title(title, fontsize=8, loc="left")
+    for ax, title in zip(axes[0, 1:], columns, strict=True):
+        ax.set_title(title, fontsize=8)
     return figure, axes
-
-
-def title_columns(axes: Any, *names: str) -> None:
-    """Title the columns after the first, whose titles are those of the rows."""
-    for ax, name in zip(axes[0, 1:], names, strict=False):
-        ax.set_title(name, fontsize=8)
 
 
 def show(ax: Axes, image: Tensor) -> None:

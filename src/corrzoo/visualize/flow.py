@@ -12,7 +12,7 @@ from torchvision.utils import flow_to_image
 from corrzoo.files import write_bytes
 from corrzoo.geometry import size_of
 from corrzoo.types import ZooError
-from corrzoo.visualize.figures import FINEST, Images, panels, show, title_columns
+from corrzoo.visualize.figures import FINEST, Images, panels, show
 
 SATURATED = 0.9
 """our choice: quantile of the flow's lengths that is drawn in full colour, so that outliers do not set the scale."""
@@ -42,11 +42,10 @@ def draw_flow(
     src_img: Images, flows: Sequence[Tensor], titles: Sequence[str] | None = None, shared: bool = False
 ) -> Figure:
     """Draw images, and beside each its flow (2, h, w), in pixels of the image; `shared`: one scale for all rows."""
-    figure, axes = panels([1, 1], src_img, titles=titles)
+    figure, axes = panels(src_img, titles=titles, columns=["red: right, yellow: down, cyan: left, violet: up"])
     lengths = [flow.norm(dim=0).flatten().cpu().numpy() for flow in flows]
     lengths = [np.concatenate(lengths)] * len(flows) if shared else lengths
     limits = [max(float(np.quantile(length, SATURATED)), 1e-12) for length in lengths]
-    title_columns(axes, "red: right, yellow: down, cyan: left, violet: up")
     for row, image, flow, limit in zip(axes, src_img, flows, limits, strict=True):
         show(row[0], image)
         (H, W), skip = size_of(image), -(-max(size_of(flow)) // FINEST)

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from corrzoo.visualize.figures import OUTLINE, Images, overlay, panels, show, title_columns
+from corrzoo.visualize.figures import OUTLINE, Images, overlay, panels, show
 
 
 def draw_heat(
@@ -26,7 +26,9 @@ def draw_heat(
         pred: (B, 2) predictions in target pixels, drawn as crosses.
         truth: (B, 2) ground truth in target pixels, drawn as rings.
     """
-    figure, axes = panels([1, 1], src_img, trg_img, titles=titles)
+    marks = [("cross: prediction", pred), ("ring: ground truth", truth)]
+    legend = ", ".join(name for name, given in marks if given is not None)
+    figure, axes = panels(src_img, trg_img, titles=titles, columns=[legend])
     for b, (src, trg) in enumerate(axes):
         show(src, src_img[b])
         _ring(src, points[b])
@@ -35,18 +37,15 @@ def draw_heat(
             _ring(trg, truth[b])
         if pred is not None:
             trg.plot(*pred[b].tolist(), "x", ms=8, mew=1.5, color="white", path_effects=OUTLINE)
-    marks = {"cross: prediction": pred, "ring: ground truth": truth}
-    title_columns(axes, ", ".join(name for name, given in marks.items() if given is not None))
     return figure
 
 
 def draw_foreground(images: Images, weights: Sequence[Tensor], titles: Sequence[str] | None = None) -> Figure:
     """Draw images, and beside each its `inference.foreground_maps` (h, w) (LPMFlow's supplement, figure 1)."""
-    figure, axes = panels([1, 1], images, titles=titles)
+    figure, axes = panels(images, titles=titles, columns=["foreground weight"])
     for row, image, values in zip(axes, images, weights, strict=True):
         show(row[0], image)
         overlay(row[1], image, values)
-    title_columns(axes, "foreground weight")
     return figure
 
 

@@ -40,7 +40,7 @@ def draw_matches(
         trg_kps: Ground truth in target pixels.
         confident: B masks (n,) bool, if there is no `correct`.
     """
-    figure, axes = panels([1, 1], src_img, trg_img, titles=titles)
+    figure, axes = panels(src_img, trg_img, titles=titles)
     for b, (src, trg) in enumerate(axes):
         show(src, src_img[b])
         show(trg, trg_img[b])

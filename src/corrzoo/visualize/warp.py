@@ -10,7 +10,7 @@ from torch import Tensor
 
 from corrzoo.geometry import Size, cell_centres, sample, size_of
 from corrzoo.types import ZooError
-from corrzoo.visualize.figures import Images, panels, show, title_columns
+from corrzoo.visualize.figures import Images, panels, show
 
 PAPER = 255
 """Grey value where the warped image has no pixel."""
@@ -67,8 +67,7 @@ def draw_warps(
     titles: Sequence[str] | None = None,
 ) -> Figure:
     """Draw the source, the source warped onto the target by its matches `src_kps`, `pred_kps`, and the target."""
-    figure, axes = panels([1, 1, 1], src_img, trg_img, titles=titles)
-    title_columns(axes, "warped by its matches", "target")
+    figure, axes = panels(src_img, trg_img, titles=titles, columns=["warped by its matches", "target"])
     for b, row in enumerate(axes):
         show(row[0], src_img[b])
         show(row[2], trg_img[b])
