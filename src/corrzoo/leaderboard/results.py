@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
 from math import isfinite
 from pathlib import Path
 from statistics import fmean
@@ -17,8 +18,6 @@ SHARED = "study dataset dataset_title split protocol measures pairs dataset_opti
 """Fields that are equal in all result files of a ranking."""
 RUN = "label head options backbone weights resolution precision device params_head params_backbone supervision".split()
 """Fields that are equal in all result files of a row, beside the training data."""
-NAMES = ("head", "backbone", "dataset", "split", "protocol")
-"""Text fields of every result file."""
 WEAK = ("GSF", "NCNet")
 """Heads that learn from images, masks or boxes, and from no keypoint."""
 SPLITS = {"trn", "train", "val", "test"}
@@ -69,7 +68,7 @@ def _checked(result: Any) -> dict[str, Any]:
     """The result with the fields that files of corrzoo 0.1.0 lack."""
     if not isinstance(result, dict):
         raise ValueError(f"expected an object, got a {type(result).__name__}")
-    for name in NAMES:
+    for name in ("head", "backbone", "dataset", "split", "protocol"):
         if not isinstance(result.get(name), str):
             raise ValueError(f"no text field {name!r}")
     if type(result.get("seed")) not in (int, type(None)):
@@ -145,8 +144,10 @@ def _ranking(results: Sequence[dict[str, Any]], papers: Sequence[dict[str, str]]
     rows = [_row(group, variant, papers) for group, variant in zip(groups, variants, strict=True)]
     first = results[0]
     ranking = Ranking(
-        **{name: first[name] for name in ("study", "split", "protocol")},
+        study=first["study"],
         dataset=first["dataset_title"],
+        split=first["split"],
+        protocol=first["protocol"],
         measures=list(scores(first)),
         pairs=first.get("pairs"),
         options=first["dataset_options"],
@@ -155,8 +156,8 @@ def _ranking(results: Sequence[dict[str, Any]], papers: Sequence[dict[str, str]]
     )
     rows.sort(key=lambda row: (-row.measured[ranking.headline].mean, row.head, row.backbone, row.variant))
     rows.sort(key=lambda row: SUPERVISION.index(row.supervision))
-    for supervision in SUPERVISION:
-        for place, row in enumerate((row for row in rows if row.supervision == supervision), 1):
+    for _, group in groupby(rows, key=lambda row: row.supervision):
+        for place, row in enumerate(group, 1):
             row.place = place
     return ranking
 
