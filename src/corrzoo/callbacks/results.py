@@ -20,7 +20,7 @@ import torch
 import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from corrzoo.callbacks.folder import run_folder
 from corrzoo.data.pairs import PairDataset
@@ -137,13 +137,10 @@ class ScoreTable(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero:
             return
-        title = (
-            f"{type(pl_module).__name__} on {pl_module.hparams.backbone}, validation pairs, {trainer.global_step} steps"
-        )
-        missing = "" if self.after else "Not measured after training: the run ended before its first validation."
-        table = Table(title=title, caption=missing)
-        for column in ("", "before", "after"):
-            table.add_column(column, justify="left" if not column else "right")
+        model = f"{type(pl_module).__name__} on {pl_module.hparams.backbone}"
+        table = _table(f"{model}, validation pairs, {trainer.global_step} steps", "", "before", "after")
+        if not self.after:
+            table.caption = "Not measured after training: the run ended before its first validation."
         for key in self.before | self.after:
             scores = (f"{side[key]:.1f}" if key in side else "not measured" for side in (self.before, self.after))
             table.add_row(key, *scores)
@@ -202,16 +199,17 @@ def describe_training(trainer: Trainer) -> dict[str, Any] | None:
         return None
     data = getattr(trainer, "datamodule", None)
     options = dict(data.hparams) if data else {}
+    dataset, batch = options.get("train"), options.get("batch_size")  # the batch of all processes together
     return {
-        "dataset": options.get("train"),
-        "options": (options.get("options") or {}).get(options.get("train"), {}),
+        "dataset": dataset,
+        "options": (options.get("options") or {}).get(dataset, {}),
         "augment": options.get("augment"),
         "size": options.get("image_size"),
-        "batch_size": options.get("batch_size"),
+        "batch_size": batch,
         "max_epochs": trainer.max_epochs,
         "max_steps": trainer.max_steps,
         "steps": trainer.global_step,
-        "pairs_seen": _pairs_seen(trainer, options.get("batch_size")),
+        "pairs_seen": batch and trainer.global_step * trainer.accumulate_grad_batches * batch,  # repetitions included
         "seed": _seed(),
     }
 
@@ -221,9 +219,7 @@ def breakdown_table(name: str, metric: BenchmarkMetric, scores: dict[str, Any]) 
     values, breakdown = scores[metric.name.lower().replace(" ", "_")], scores["breakdown"]
     how, columns = metric.describe(), metric.columns()
     title = f"{metric.name} on {name} (%), {how['protocol']}, average per {how['average']}"
-    table = Table(title=title)
-    for column in ("category", "pairs", *(heading for heading, _, _ in columns)):
-        table.add_column(column, justify="left" if column == "category" else "right")
+    table = _table(title, "category", "pairs", *(heading for heading, _, _ in columns))
     for category, row in breakdown["category"].items():
         table.add_row(category, str(row["pairs"]), *(f"{row[key]:.1f}" for _, key, _ in columns))
     table.add_section()
@@ -231,6 +227,11 @@ def breakdown_table(name: str, metric: BenchmarkMetric, scores: dict[str, Any]) 
     if aware := breakdown.get("geometry", {}).get("aware"):
         table.add_row("geometry-aware", str(aware["pairs"]), *(f"{aware[key]:.1f}" for _, key, _ in columns))
     return table
+
+
+def _table(title: str, words: str, *numbers: str) -> Table:
+    """A table with one column of words, and columns of numbers."""
+    return Table(words, *(Column(name, justify="right") for name in numbers), title=title)
 
 
 def writable(folder: Path) -> Path:
@@ -271,11 +272,6 @@ def _now() -> float:
 
 def _seed() -> int | None:
     return int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None
-
-
-def _pairs_seen(trainer: Trainer, batch_size: int | None) -> int | None:
-    """Training pairs, repetitions included; `batch_size` is that of all processes together."""
-    return batch_size and trainer.global_step * trainer.accumulate_grad_batches * batch_size
 
 
 def _peak_memory_mb() -> float:
