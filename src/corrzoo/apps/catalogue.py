@@ -36,20 +36,16 @@ def main(args: list[str]) -> None:
         titles, rows = LISTS[options.kind](options.root)
         print(aligned([titles.split(" | "), *rows]))
         return
-    for kind, names in all_names().items():
-        print(fill(f"{kind}: {', '.join(names)}", 100, subsequent_indent="  ", break_on_hyphens=False))
-    print("`corrzoo list heads`, and so on, has the details.")
-
-
-def all_names() -> dict[str, list[str]]:
-    """Names of everything, by kind."""
-    return {
+    everything = {
         "heads": HEADS.names(),
         "backbones": [*list_backbones(), "timm/<any plain ViT or CNN of timm>"],
         "datasets": DATASETS.names(),
         "protocols": list_protocols(),
         "configs": [path.stem for path in sorted(recipes.FOLDER.glob("*.yaml"))],
     }
+    for kind, names in everything.items():
+        print(fill(f"{kind}: {', '.join(names)}", 100, subsequent_indent="  ", break_on_hyphens=False))
+    print("`corrzoo list heads`, and so on, has the details.")
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

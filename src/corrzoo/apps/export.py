@@ -1,6 +1,5 @@
 """`corrzoo export`: a trained model as one file that runs without corrzoo."""
 
-import argparse
 import warnings
 from pathlib import Path
 
@@ -40,13 +39,12 @@ def main(args: list[str]) -> None:
     parser = Parser(prog="corrzoo export", description=ABOUT)
     parser.add_argument("--out", type=Path, required=True, help="the file, which ends in .pt2 or .onnx")
     add_model(parser)
-    options: argparse.Namespace = parser.parse_args(args)
+    options = parser.parse_args(args)
     if options.out.suffix not in (".pt2", ".onnx"):
         raise ZooError(f"--out {options.out}: expected a name that ends in .pt2 or .onnx")
     matcher = matcher_of(options)
-    program = export(
-        matcher, matcher.image_size if isinstance(matcher.image_size, tuple) else (matcher.image_size,) * 2
-    )
+    size = matcher.image_size
+    program = export(matcher, (size, size) if isinstance(size, int) else size)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(options.out) as partial:
         if options.out.suffix == ".pt2":
@@ -54,7 +52,7 @@ def main(args: list[str]) -> None:
                 torch.export.save(program, file)
         else:
             partial.write_bytes(to_onnx(program))
-    print(f"{type(matcher).__name__} on {matcher.hparams.backbone}, network image {matcher.image_size}: {options.out}")
+    print(f"{type(matcher).__name__} on {matcher.hparams.backbone}, network image {size}: {options.out}")
 
 
 def export(matcher: Matcher, size: tuple[int, int]) -> ExportedProgram:

@@ -6,9 +6,8 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from corrzoo import visualize
 from corrzoo.apps import add_model, matcher_of
@@ -42,16 +41,11 @@ def main(args: list[str]) -> None:
     parser.add_argument("a", nargs="?", help="source image, whose points are matched")
     parser.add_argument("b", nargs="?", help="target image, in which their matches are found; or a folder of them")
     parser.add_argument("--pairs", help="CSV file with the columns src, trg and, if wanted, points; instead of a and b")
-    parser.add_argument(
-        "--points", help="query points of A: '120,80; 200.5,91', or a CSV file with the columns x and y"
-    )
+    parser.add_argument("--points", help="query points of A: '120,80; 200.5,91', or a CSV file with columns x and y")
     parser.add_argument("--grid", type=int, default=GRID, help=f"points along each side, without --points ({GRID})")
-    parser.add_argument(
-        "--max-error", type=float, help=f"in pixels of A ({MAX_CYCLE_ERROR / GRID:g} of its longer side)"
-    )
-    parser.add_argument(
-        "--out", default="matches", type=Path, help="output folder (matches); many pairs have a folder each"
-    )
+    limit = f"in pixels of A ({MAX_CYCLE_ERROR / GRID:g} of its longer side)"
+    parser.add_argument("--max-error", type=float, help=limit)
+    parser.add_argument("--out", default="matches", type=Path, help="folder (matches); of many pairs, each has its own")
     parser.add_argument("--format", choices=("json", "csv"), default="json", help="format of the matches (json)")
     parser.add_argument("--dense", action="store_true", help=DENSE)
     add_model(parser)
@@ -86,24 +80,20 @@ def match_pair(
     else:
         found = pair.match_both_ways(query.points)
     confident = found.cycle_error <= limit
+    fields = [np.round(field.numpy(), 3).tolist() for field in found]
     rows = [
         {"src_x": x, "src_y": y, "trg_x": u, "trg_y": v, "cycle_error": error, "confident": sure}
-        for (x, y), (u, v), error, sure in zip(
-            *(np.round(field.numpy(), 3).tolist() for field in found), confident.tolist(), strict=True
-        )
+        for (x, y), (u, v), error, sure in zip(*fields, confident.tolist(), strict=True)
     ]
     if options.format == "csv":
         write_csv(out / "matches.csv", rows)
     else:
         model = {"head": type(matcher).__name__, "backbone": matcher.hparams.backbone, "ckpt": options.ckpt}
-        src, trg = (
-            {"path": path, "size": image.size} for path, image in zip((query.src, query.trg), images, strict=True)
-        )
+        src, trg = {"path": query.src, "size": images[0].size}, {"path": query.trg, "size": images[1].size}
         content = {"src": src, "trg": trg, "model": model, "max_error": limit, "matches": rows}
         write_json(out / "matches.json", content)
-    figure = visualize.draw_matches(
-        [pixels(pair.src)], [pixels(pair.trg)], [found.src_points], [found.trg_points], confident=[confident]
-    )
+    sides = [pil_to_tensor(pair.src)], [pil_to_tensor(pair.trg)]
+    figure = visualize.draw_matches(*sides, [found.src_points], [found.trg_points], confident=[confident])
     written = [out / f"matches.{options.format}", visualize.save_figure(figure, out / "matches.png")]
     if options.dense:
         written += write_dense(pair, out)
@@ -114,15 +104,10 @@ def match_pair(
 
 def write_dense(pair: ImagePair, out: Path) -> list[Path]:
     """Write the flow, its picture and the warped target image, see DENSE."""
-    flow, src, trg = pair.flow(), pixels(pair.src), pixels(pair.trg)
+    flow, src, trg = pair.flow(), pil_to_tensor(pair.src), pil_to_tensor(pair.trg)
     np.save(array := BytesIO(), flow.permute(1, 2, 0).numpy())
     write_bytes(out / "flow.npy", array.getvalue())
     with whole_file(out / "warped.png") as partial:
         Image.fromarray(visualize.flow_warp(trg, flow).permute(1, 2, 0).numpy()).save(partial, "PNG")
     picture = visualize.save_figure(visualize.draw_flow([src], [flow]), out / "flow.png")
     return [out / "flow.npy", visualize.write_flo(flow, out / "flow.flo"), picture, out / "warped.png"]
-
-
-def pixels(image: Image.Image) -> Tensor:
-    """RGB image -> (3, H, W) uint8."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

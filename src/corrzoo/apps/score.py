@@ -60,14 +60,13 @@ def write_queries(args: list[str]) -> None:
     """Run `corrzoo queries`."""
     parser = Parser(prog="corrzoo queries", description=QUERIES)
     parser.add_argument("dataset", help="a name of `corrzoo list datasets` whose images are files")
-    parser.add_argument(
-        "--protocol", help="some protocols, such as CATs', ask for the points of the other image (default)"
-    )
+    which = "some protocols, such as CATs', ask for the points of the other image (default)"
+    parser.add_argument("--protocol", default="default", help=which)
     parser.add_argument("--out", type=Path, help="the CSV file (queries/<dataset>-<split>.csv)")
     add_dataset(parser)
     options = parser.parse_args(args)
     dataset, records = read_dataset(options.dataset, options)
-    protocol = get_protocol(options.protocol or "default", dataset.threshold)
+    protocol = get_protocol(options.protocol, dataset.threshold)
     path = options.out or Path("queries", f"{dataset.name}-{dataset.split}.csv")
     write_csv(path, list(queries(records, protocol)))
     print(f"{len(dataset)} pairs, predicted in the {protocol.evaluated} image: {path}")
@@ -103,10 +102,9 @@ def main(args: list[str]) -> None:
     options = parser.parse_args(args)
     dataset, records = read_dataset(options.dataset, options)
     protocols = [get_protocol(name, dataset.threshold) for name in options.protocol]
-    if len(sides := {protocol.evaluated for protocol in protocols}) > 1:
-        raise ZooError(
-            f"--protocol {' '.join(options.protocol)}: some predict in the {' and some in the '.join(sides)} image"
-        )
+    if len({protocol.evaluated for protocol in protocols}) > 1:
+        names = " ".join(options.protocol)
+        raise ZooError(f"--protocol {names}: some predict in the src image, others in the trg image")
     points = read_predictions(options.predictions, records, protocols[0].evaluated)
     for protocol in protocols:
         metric = PCK(protocol, ALPHAS, dataset.categories)
@@ -145,25 +143,21 @@ def read_predictions(path: Path, records: list[Record], evaluated: str) -> list[
         try:
             index, keypoint, x, y = int(row["index"]), int(row["keypoint"]), float(row["x"]), float(row["y"])
         except (TypeError, ValueError) as error:
-            raise ZooError(
-                f"{path}, line {line}: expected whole numbers index and keypoint, and numbers x and y"
-            ) from error
+            told = f"{path}, line {line}: expected whole numbers index and keypoint, and numbers x and y"
+            raise ZooError(told) from error
         where = f"{path}, line {line}: pair {index}, keypoint {keypoint}"
         if not (0 <= index < len(expected) and 0 <= keypoint < expected[index]):
             raise ZooError(f"{where} is not a query: see `corrzoo queries`")
         if not (isfinite(x) and isfinite(y)):
             raise ZooError(f"{where}: expected a finite point, got ({x}, {y})")
         if row.get("image") not in (None, "", evaluated):
-            raise ZooError(
-                f"{where} lies in the {row['image']} image, but the protocol evaluates the {evaluated} image"
-            )
+            told = f"{where} lies in the {row['image']} image"
+            raise ZooError(f"{told}, but the protocol evaluates the {evaluated} image")
         if not points[index][keypoint].isnan().all():
             raise ZooError(f"{where} is predicted twice")
         points[index][keypoint] = torch.tensor([x, y], dtype=torch.float64)
     missing = [(i, k) for i, found in enumerate(points) for k in found[:, 0].isnan().nonzero().flatten().tolist()]
     if missing:
-        (index, keypoint), total = missing[0], sum(expected)
-        raise ZooError(
-            f"{path}: {len(missing)} of {total} queries have no prediction, such as pair {index}, keypoint {keypoint}"
-        )
+        one = "pair {}, keypoint {}".format(*missing[0])
+        raise ZooError(f"{path}: {len(missing)} of {sum(expected)} queries have no prediction, such as {one}")
     return points
