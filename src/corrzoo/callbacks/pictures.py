@@ -1,6 +1,5 @@
 """Pictures of matches, saved in the run's folder and logged to wandb or TensorBoard."""
 
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -87,9 +86,9 @@ class MatchImages(Callback):
         """Draw some pairs of a dataset: a figure by kind. The metric's protocol decides which image is the query."""
         chosen = dataset.collate([dataset[index] for index in spread_evenly(self.pairs, len(dataset))])
         pair = Pair(*(field.to(module.device) for field in chosen))
-        module.eval()
         asked = pair if metric.query == "src" else pair.swapped()
-        pred = predict_points(module, asked)
+        features = module.eval().features(asked)
+        pred = predict_points(module, asked, features=lambda _: features)
         right = correct_points(pred, pair, metric.protocol, self.alpha)
         H, W = pair.src_img.shape[-2:]
         shown = pred * (pred.new_tensor([W, H]) / asked.trg_size).unsqueeze(1)
@@ -99,29 +98,27 @@ class MatchImages(Callback):
         def kept(rows: Tensor) -> list[Tensor]:
             return [row[mask].cpu() for row, mask in zip(rows, pair.kps_mask, strict=True)]
 
-        def heat() -> Figure:
-            maps = module.heat_maps(*module.features_of(asked.src_img, asked.trg_img), first)[:, 0]
-            ends = shown[:, 0].cpu(), asked.trg_kps[:, 0].cpu()
-            return visualize.draw_heat(src_img, trg_img, first[:, 0].cpu(), list(maps), *ends, titles)
+        def picture(kind: str) -> Figure:
+            points = kept(asked.src_kps), kept(shown)
+            match kind:
+                case "matches":
+                    return visualize.draw_matches(src_img, trg_img, *points, kept(right), kept(asked.trg_kps), titles)
+                case "warp":
+                    return visualize.draw_warps(src_img, trg_img, *points, titles)
+                case "flow":
+                    return visualize.draw_flow(src_img, list(module.match(*features).flow.float().cpu()), titles)
+                case "heat":
+                    maps = module.heat_maps(*features, first)[:, 0]
+                    ends = shown[:, 0].cpu(), asked.trg_kps[:, 0].cpu()
+                    return visualize.draw_heat(src_img, trg_img, first[:, 0].cpu(), list(maps), *ends, titles)
+                case _:
+                    maps = foreground_maps(module.backbone, asked.src_img, asked.trg_img)
+                    return visualize.draw_foreground(src_img, list(maps), titles)
 
-        points = kept(asked.src_kps), kept(shown)
-        drawn: dict[str, Callable[[], Figure]] = {
-            "matches": lambda: visualize.draw_matches(
-                src_img, trg_img, *points, kept(right), kept(asked.trg_kps), titles
-            ),
-            "warp": lambda: visualize.draw_warps(src_img, trg_img, *points, titles),
-            "flow": lambda: visualize.draw_flow(
-                src_img, list(module(asked.src_img, asked.trg_img).flow.float().cpu()), titles
-            ),
-            "heat": heat,
-            "foreground": lambda: visualize.draw_foreground(
-                src_img, list(foreground_maps(module.backbone, asked.src_img, asked.trg_img)), titles
-            ),
-        }
         figures = {}
         for kind in self.kinds:
             try:
-                figures[kind] = drawn[kind]()
+                figures[kind] = picture(kind)
             except ZooError as error:  # the foreground map needs a class token
                 print(f"{kind}: not drawn, {error}")
         return figures
