@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
@@ -28,16 +28,14 @@ from corrzoo.types import ZooError
 
 RUNS = "runs"
 """Folder of all runs, unless `--trainer.default_root_dir` is given."""
+TRAINING = frozenset(
+    "weights low_weights finetune lr backbone_lr optimizer weight_decay schedule warmup_steps milestones gamma".split()
+)
+"""Options that do not matter to evaluation."""
 
 
 class ZooCLI(LightningCLI):
     """LightningCLI with the zoo's defaults. A checkpoint that contradicts the command line is an error."""
-
-    training_options: ClassVar[frozenset[str]] = frozenset(
-        "weights low_weights finetune lr backbone_lr optimizer weight_decay".split()
-        + "schedule warmup_steps milestones gamma".split()
-    )
-    """Options that do not matter to evaluation."""
 
     def __init__(self, args: list[str]) -> None:
         quieten()
@@ -70,8 +68,7 @@ class ZooCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add `--checkpoint.*`, by default the best checkpoint by validation PCK, and the last."""
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
-        best = {"monitor": "val/pck@0.1", "mode": "max", "save_last": True, "filename": "best"}
-        best |= {"enable_version_counter": False}
+        best = {"monitor": "val/pck@0.1", "mode": "max", "filename": "best", "enable_version_counter": False}
         parser.set_defaults({f"checkpoint.{name}": value for name, value in best.items()})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -113,9 +110,9 @@ class ZooCLI(LightningCLI):
         head, saved, epochs, steps = read_checkpoint(path)
         if (wanted := _head(config)) != head:
             raise ZooError(f"checkpoint {path} is a {head} model, not {wanted}: give --model {head}")
-        given, free = self.given, HEADS[head].evaluation_options
-        ignored = self.training_options if self.config.subcommand != "fit" else frozenset()
-        differing = [k for k in given if k in saved and k not in free | ignored and not _same(given[k], saved[k])]
+        given, free, fits = self.given, HEADS[head].evaluation_options, self.config.subcommand == "fit"
+        ignored = free if fits else free | TRAINING
+        differing = [k for k in given if k in saved and k not in ignored and not _same(given[k], saved[k])]
         if differing:
             listed = ", ".join(f"{k}={saved[k]!r} (not {given[k]!r})" for k in differing)
             raise ZooError(f"checkpoint {path} was trained with {listed}: leave these options out, or train again")
@@ -123,7 +120,7 @@ class ZooCLI(LightningCLI):
             if name in config.model.init_args and not (name in free and name in given):
                 config.model.init_args[name] = value
         for limit, done in {"max_epochs": epochs, "max_steps": steps}.items():
-            if self.config.subcommand == "fit" and 0 < (config.trainer[limit] or 0) <= done:
+            if fits and 0 < (config.trainer[limit] or 0) <= done:
                 print(f"{path} has already reached {limit}={config.trainer[limit]}: give a larger --trainer.{limit}")
                 sys.exit(0)
 
