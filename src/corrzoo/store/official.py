@@ -79,6 +79,10 @@ _MATCH_TO_MATCH: Names = {
 }
 _INTRA: Names = {"norm1.": "norm1.", "attention.": "attn.", "norm2.": "norm4.", "mlp.": "mlp2."}
 _INTER: Names = {"norm1.": "norm3.", "attention.": "attn_multiscale.", "norm2.": "norm2.", "mlp.": "mlp."}
+_RESNET: Names = {
+    f"backbone.trunk.model.{ours}.": f"FeatureExtraction.model.{theirs}."
+    for ours, theirs in {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6}.items()
+}
 
 
 def _cats_options(state: dict[str, Tensor]) -> dict[str, Any]:
@@ -126,12 +130,6 @@ def _transformatcher_convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
             halves = value.chunk(2) if value.ndim and len(value) > 1 else (value, value)
             out |= {f"{stream}.{name}": half for stream, half in zip(("source", "target"), halves, strict=True)}
     return out
-
-
-_RESNET: Names = {
-    f"backbone.trunk.model.{ours}.": f"FeatureExtraction.model.{theirs}."
-    for ours, theirs in {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6}.items()
-}
 
 
 def _ncnet_options(state: dict[str, Tensor]) -> dict[str, Any]:
@@ -255,6 +253,8 @@ def load_official(
     """
     if name not in LAYOUTS:
         raise ZooError(f"unknown checkpoint {name!r}{nearest(name, LAYOUTS) or f': expected one of {list(LAYOUTS)}'}")
+    if as_tested and name != "lpmflow":
+        raise ZooError(f"as_tested=True with {name!r}: expected 'lpmflow', as only its test script changes weights")
     layout = LAYOUTS[name]
     theirs = layout.convert(_state_of(source))
     matcher = HEADS[layout.head](**layout.options(theirs) | options)
@@ -264,8 +264,9 @@ def load_official(
     used = {k: v for k, v in theirs.items() if k in expected or not re.fullmatch(layout.unused, k)}
     if faults := key_faults(used, expected):
         raise ZooError(f"the checkpoint does not fit the released {layout.head}: {faults}")
-    if as_tested:
-        theirs = _as_tested(theirs, name)
+    if as_tested:  # of two embeddings in one memory, the one loaded last
+        theirs["encoder.pos_embed_trg"] = theirs["encoder.pos_embed_src"]
+        theirs["encoder.cls_pos_embed_src"] = theirs["encoder.cls_pos_embed_trg"]
     matcher.load_state_dict({key: theirs[official] for key, official in ours.items()}, strict=not layout.absent)
     return matcher.eval()
 
@@ -297,14 +298,3 @@ def _state_of(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
         state = state["state_dict"]
     tensors = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)}
     return {key.removeprefix("module."): value for key, value in tensors.items()}
-
-
-def _as_tested(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Weights that the released test script evaluates: of two embeddings in one memory, the one loaded last."""
-    if name != "lpmflow":
-        told = f"as_tested=True with {name!r}: expected 'lpmflow'"
-        raise ZooError(f"{told}, as only LPMFlow's test script changes weights")
-    return state | {
-        "encoder.pos_embed_trg": state["encoder.pos_embed_src"],
-        "encoder.cls_pos_embed_src": state["encoder.cls_pos_embed_trg"],
-    }
