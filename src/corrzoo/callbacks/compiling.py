@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from corrzoo.backbones import Backbone
 
-PER_IMAGE, PER_PAIR = ("prepare",), ("match", "match_points")
+COMPILED = ("prepare", "match", "match_points")
 """Methods of a head that are compiled. Losses and scoring are not: they are small, and sum over processes."""
 
 
@@ -20,10 +20,9 @@ def compile_matcher(matcher: LightningModule, graphs: bool = False) -> None:
     for module in matcher.modules():
         if isinstance(module, Backbone):
             module.compile()
-    for name in PER_IMAGE + PER_PAIR:
+    for name in COMPILED:
         method = getattr(type(matcher), name).__get__(matcher)  # not compiled, if `matcher` was compiled before
-        options: dict[str, Any] = {"mode": "reduce-overhead"} if graphs and name in PER_PAIR else {}
-        setattr(matcher, name, torch.compile(method, **options))
+        setattr(matcher, name, torch.compile(method, mode="reduce-overhead" if graphs and name != "prepare" else None))
 
 
 class Compile(Callback):
