@@ -162,7 +162,7 @@ class Backbone(nn.Module):
                 self.trunk.stop += 1
                 maps, _ = self._run(image)
         for level, map_ in zip(self.trunk.levels, maps, strict=True):
-            if map_ is None or map_.ndim != 4:
+            if map_ is None or map_.ndim != 4 or (self.patch > 1 and map_.shape[2:] != (2, 2)):
                 raise ZooError(f"module {level!r} of {self.spec.key} gives no (B, C, h, w) map: choose another one")
         self.channels: list[int] = [map_.shape[1] for map_ in maps]
         self.strides: list[int] = [round(side / map_.shape[2]) for map_ in maps]
@@ -196,14 +196,17 @@ class Trunk(nn.Module):
             if isinstance(level, int) and not -self.depth <= level < self.depth:
                 raise ZooError(f"level {level} of {key}: expected {-self.depth} to {self.depth - 1}, or a module")
             if isinstance(level, str):
-                name, colon, _ = level.partition(PRE)
+                name = level.removesuffix(PRE)
                 if name not in modules:
                     raise ZooError(f"{key} has no module {name!r} to read features from{nearest(name, modules)}")
                 tap = self.taps[level] = Tap()
-                if colon:
-                    last_relu(modules[name], level, key).register_forward_pre_hook(tap.keep_input)
-                else:
+                if name == level:
                     modules[name].register_forward_hook(tap.keep_output)
+                    continue
+                relus = [module for module in modules[name].children() if isinstance(module, nn.ReLU)]
+                if not relus:
+                    raise ZooError(f"level {level!r} of {key}: that module has no ReLU, so leave out {PRE!r}")
+                relus[-1].register_forward_pre_hook(tap.keep_input)  # the ReLU that ends a residual block
         self.levels = [level % self.depth if isinstance(level, int) else level for level in levels]
         self.numbers = {level for level in self.levels if isinstance(level, int)}
         self.stop = max(self.numbers, default=0)  # timm's later levels are not computed
@@ -214,6 +217,7 @@ class Trunk(nn.Module):
         A ViT's maps are views of its tokens, in channels-last memory.
         """
         numbers, vit = sorted(self.numbers | {self.stop}), self.patch > 1
+        h, w = (side // self.patch for side in image.shape[-2:])
         prefix = getattr(self.model, "num_prefix_tokens", 0)
         options: dict[str, Any] = {"norm": True, "stop_early": True, "output_fmt": "NLC" if vit else "NCHW"}
         if prefix:
@@ -222,13 +226,13 @@ class Trunk(nn.Module):
         cls = found[-1][1][:, 0] if prefix and self.model.cls_token is not None else None
         outputs = [output for output, _ in found] if prefix else found  # ViT: (B, h*w, C), CNN: (B, C, h, w)
         if vit:
-            grid = (image.shape[-2] // self.patch, image.shape[-1] // self.patch)
-            outputs = [tokens.mT.unflatten(2, grid) for tokens in outputs]
+            outputs = [tokens.mT.unflatten(2, (h, w)) for tokens in outputs]
         maps: dict[int | str, Any] = dict(zip(numbers, outputs, strict=True))
         for level, tap in self.taps.items():
-            maps[level], tap.kept = tap.kept, None
-            if vit and maps[level] is not None and maps[level].ndim == 3:  # tokens of a block, class token in front
-                maps[level] = maps[level][:, prefix:].mT.unflatten(2, grid)
+            kept, tap.kept = tap.kept, None
+            if vit and kept is not None and kept.ndim == 3 and kept.shape[1] >= h * w:  # tokens, the cells' at the end
+                kept = kept[:, -h * w :].mT.unflatten(2, (h, w))
+            maps[level] = kept
         return [maps[level] for level in self.levels], cls
 
 
@@ -242,14 +246,6 @@ class Tap:
 
     def keep_output(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         self.kept = output.clone()  # the next layer may write into it (in-place ReLU, residual sums)
-
-
-def last_relu(block: nn.Module, level: str, key: str) -> nn.ReLU:
-    """The ReLU that ends a CNN's residual block."""
-    relus = [module for module in block.children() if isinstance(module, nn.ReLU)]
-    if not relus:
-        raise ZooError(f"level {level!r} of {key}: that module has no ReLU, so leave out {PRE!r}")
-    return relus[-1]
 
 
 def _hxw(size: list[int]) -> str:
