@@ -81,13 +81,15 @@ def as_rgb(source: ImageSource) -> Image.Image:
             return _decode(image, str(source), rotate=True)
     pixels: Any = source
     if isinstance(source, Tensor) and source.ndim == 3:
-        pixels = source.detach().permute(1, 2, 0).cpu().numpy()
+        pixels = source.detach().permute(1, 2, 0).cpu()
+        pixels = (pixels.float() if pixels.is_floating_point() else pixels).numpy()  # numpy has no bfloat16
     if isinstance(pixels, np.ndarray) and pixels.dtype.kind == "f" and pixels.size:
         low, high = pixels.min(), pixels.max()
         if not 0 <= low <= high <= 1:
             raise ZooError(f"pixels from {low:g} to {high:g}: expected floats from 0 to 1 (not normalised), or uint8")
         pixels = (pixels * 255).round().astype(np.uint8)
-    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+    is_image = isinstance(pixels, np.ndarray) and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.size
+    if not is_image or pixels.dtype != np.uint8:
         found = f"{tuple(source.shape)} {source.dtype}" if hasattr(source, "shape") else type(source).__name__
         wanted = "a path, a PIL image, a (3, H, W) tensor or an (H, W, 3) array of uint8 or of floats from 0 to 1"
         raise ZooError(f"expected {wanted}, got {found}")
