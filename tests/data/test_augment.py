@@ -114,6 +114,15 @@ def test_how_often_each_recipe_crops(name: str, share: float) -> None:
     assert count / 400 == pytest.approx(share, abs=0.08)  # more than three standard deviations
 
 
+@pytest.mark.parametrize("name", ["cats", "transformatcher"])
+def test_a_crop_around_nothing_is_an_error(name: str) -> None:
+    bare = sample(0, boxes=False)
+    bare = bare._replace(src_kps=bare.src_kps[:0], trg_kps=bare.trg_kps[:0], kps_mask=bare.kps_mask[:0])
+    with pytest.raises(ZooError, match="around boxes or keypoints"):
+        for seed in range(20):
+            create_augment(name)(bare, generator(seed))
+
+
 @pytest.mark.parametrize("single", [False, True])
 def test_crops_around_keypoints_reach_their_margin_and_cut_the_box(single: bool) -> None:
     before = sample(0, size=(96, 128))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from corrzoo.data.pairs import Augment, mirror
 from corrzoo.registry import Registry
-from corrzoo.types import Pair
+from corrzoo.types import Pair, ZooError
 
 AUGMENTS: Registry[Augment | None] = Registry("augmentation")
 
@@ -57,6 +57,9 @@ def crop(sample: Pair, rng: torch.Generator, p: float = 0.7, around: Around = "o
 
     TransforMatcher crops around the keypoints, with a margin of 20 original pixels; of a single keypoint, half of what
     is between it and each border. The box is then cut with the image.
+
+    Raises:
+        ZooError: if a pair has nothing to crop around, as warps of one image.
     """
     for side in ("src", "trg"):
         if _chance(p, rng):
@@ -70,12 +73,17 @@ def _crop_side(sample: Pair, side: str, rng: torch.Generator, around: str) -> Pa
     full = torch.tensor([W, H])
     scale = full / size  # original -> network pixels
     real = kps[sample.kps_mask]
-    low, high = real.amin(0), real.amax(0)
-    if around == "keypoints":
-        margin = (low / 2, (full - high) / 2) if len(real) == 1 else (20 * scale, 20 * scale)
-        inside = torch.cat([low - margin[0], high + margin[1]])
+    if around == "objects" and not box.isnan().any():
+        inside = box * scale.repeat(2)
+    elif len(real):
+        low, high = real.amin(0), real.amax(0)
+        if around == "keypoints":
+            margin = (low / 2, (full - high) / 2) if len(real) == 1 else (20 * scale, 20 * scale)
+            low, high = low - margin[0], high + margin[1]
+        inside = torch.cat([low, high])
     else:
-        inside = torch.cat([low, high]) if box.isnan().any() else box * scale.repeat(2)
+        lack = "crops around boxes or keypoints, which these pairs lack"
+        raise ZooError(f"the augmentation {lack}: choose another data.augment, such as photometric")
     x1, y1, x2, y2 = (int(v) for v in torch.minimum(inside.floor().clamp(min=0), torch.tensor([W - 1, H - 1, W, H])))
     left, top = _integer(0, x1, rng), _integer(0, y1, rng)
     # at least one pixel remains of a box thinner than a pixel
