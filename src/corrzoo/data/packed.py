@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -87,9 +88,15 @@ def _make_room(folder: Path, key: str, need: int) -> None:
     """Remove files of earlier states and of killed processes, and the oldest files beyond the limit."""
     for stale in [*folder.glob(f"{key}-*"), *folder.glob(f".{key}-*")]:
         stale.unlink(missing_ok=True)
-    kept = sorted(folder.glob("[!.]*.u8"), key=lambda path: path.stat().st_mtime)
-    while kept and sum(path.stat().st_size for path in kept) + need > LIMIT:
-        kept.pop(0).unlink(missing_ok=True)
+    kept = []
+    for path in folder.glob("[!.]*.u8"):
+        with suppress(FileNotFoundError):  # another process makes room, too
+            found = path.stat()
+            kept.append((found.st_mtime, found.st_size, path))
+    kept.sort()
+    while kept and sum(size for _, size, _ in kept) + need > LIMIT:
+        _, _, oldest = kept.pop(0)
+        oldest.unlink(missing_ok=True)
     room = min(LIMIT, shutil.disk_usage(folder).free)
     if need > room:
         raise OSError(errno.ENOSPC, f"{room / 1e6:.0f} MB are free or allowed")
