@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from corrzoo.data.pairs import DATASETS, AnnotatedImage, FolderDataset
+from corrzoo.errors import one_line
 from corrzoo.geometry import Size
 from corrzoo.images import image_size
 from corrzoo.types import Record, ZooError
@@ -143,7 +144,7 @@ class CUB(FolderDataset):
             with warnings.catch_warnings(action="ignore"):  # about an empty file
                 rows = np.loadtxt(path, comments=None, encoding="utf-8", ndmin=2)
         except ValueError as error:
-            raise ZooError(f"{path}: {' '.join(str(error).split())}: correct it, or fetch the dataset again") from error
+            raise ZooError(f"{path}: {one_line(error)}: correct it, or fetch the dataset again") from error
         if (rows.size and rows.shape[1] != columns) or not np.isfinite(rows).all():
             raise ZooError(f"{path}: expected {columns} columns of finite numbers: fetch the dataset again")
         rows = rows.reshape(-1, columns)
