@@ -45,7 +45,7 @@ class PackedImages:
 def pack_images(
     key: str, files: list[Path], size: Size, read: Callable[[int], Tensor], folder: Path | None
 ) -> PackedImages:
-    """Map the packed images of these files. They are decoded now unless that was done since the files last changed.
+    """Map the packed images of these files, decoded now unless that was done since the files last changed.
 
     If several processes call this at the same time, one decodes and the others wait.
 
@@ -74,10 +74,9 @@ def pack_images(
                     _write(path, len(files), read)
         return PackedImages(path, len(files), size)
     except OSError as error:
-        raise ZooError(
-            f"cannot keep {need / 1e6:.0f} MB of packed images in {folder} ({error.strerror}): name another folder "
-            "with --data.packed FOLDER, or decode images in every epoch with --data.packed false"
-        ) from error
+        told = f"cannot keep {need / 1e6:.0f} MB of packed images in {folder} ({error.strerror})"
+        remedy = "name another folder with --data.packed FOLDER, or decode in every epoch with --data.packed false"
+        raise ZooError(f"{told}: {remedy}") from error
 
 
 def _is_complete(path: Path, need: int) -> bool:

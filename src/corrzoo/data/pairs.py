@@ -27,7 +27,7 @@ DATASETS: Registry[type["PairDataset"]] = Registry("dataset")
 Augment = Callable[[Pair, torch.Generator], Pair]
 """An augmentation of one sample. All of its randomness comes from the generator."""
 Groups = Mapping[str, Sequence[tuple[int, ...]]]
-"""Keypoint ids of parts that look alike, by category."""
+"""Groups of keypoint ids by category."""
 
 
 class PairDataset(Dataset[Pair], ABC):
@@ -49,7 +49,7 @@ class PairDataset(Dataset[Pair], ABC):
     splits: ClassVar[tuple[str, ...]]
     threshold: ClassVar[str] = "bbox"  # the kind of PCK threshold that is customary for the dataset
     outlines: ClassVar[bool] = False  # records have outlines, which label transfer scores, instead of keypoints
-    mirror_pairs: ClassVar[dict[str, list[tuple[int, int]]]] = {}
+    mirror_pairs: ClassVar[Groups] = {}
     """Pairs of keypoint ids that a horizontal mirror swaps, by category; "*" for all other categories."""
     groups: ClassVar[Groups] = {}
     """Groups of keypoint ids of parts that look alike, such as the four wheels of a bus, by category as above."""
