@@ -23,17 +23,17 @@ class Backbone(nn.Module):
     """A registered backbone. Building it does no I/O: weights are random until `load()` or `load_state_dict()`.
 
     Args:
-        name: A key of `list_backbones()`, or `timm/<name>` for any plain ViT or CNN of timm.
+        name: A name of `list_backbones()`, or `timm/<name>` for any plain ViT or CNN of timm.
         weights: `pretrained`, `random`, or the path of a weights file in timm's or the authors' layout.
         levels: Which maps to return: numbers of timm's `forward_intermediates` (ViT: blocks; ResNet: stem and four
             stages; negative from the end), or module names such as `layer3.22` (CNN hyperpixels). Default: the last.
-            `layer3.22:pre` is what the last ReLU of that block gets, the residual sum of a ResNet.
-            A ViT's final norm is applied to every level by number, and to none by name, such as `blocks.11`.
-            Later stages than the deepest level are not computed.
+            `layer3.22:pre` is the input of that block's last ReLU, the residual sum of a ResNet. A ViT's final norm is
+            applied to every level by number, and to none by name, such as `blocks.11`. Stages after the deepest level
+            are not computed.
         finetune: `all`; `none` (frozen, and in evaluation mode even under `train()`); or n, the last n transformer
-            blocks up to the deepest level, with the final norm (our choice: their outputs pass through it).
-            BatchNorm always keeps its pretrained statistics, as a batch of a few pairs estimates none worth having.
-            Parameters that no level depends on are frozen, so that distributed training finds none unused.
+            blocks up to the deepest level, with the final norm (our choice: their outputs pass through it). BatchNorm
+            keeps its pretrained statistics, as a batch of a few pairs cannot estimate them. Parameters that no level
+            depends on are frozen, so that distributed training finds none unused.
         pos_interp: How a plain ViT's position embedding is resized: `official` (as in the code of DINO, iBOT and
             DINOv2; their default) or `timm` (the default of the rest). With registers, the official way is timm's.
         backbone_size: For images whose size is no multiple of the patch: False raises an error, True resizes to the
@@ -85,7 +85,7 @@ class Backbone(nn.Module):
         self.register_load_state_dict_post_hook(_note_loaded)
 
     def load(self) -> "Backbone":
-        """Load the requested weights, unless they are loaded already; see `load_weights` for errors. Returns itself."""
+        """Load the requested weights, unless they are loaded already, and return itself. Errors: see `load_weights`."""
         if self.pending:
             load_weights(self.trunk.model, self.spec, self.weights)
             self.pending = False
@@ -150,7 +150,7 @@ class Backbone(nn.Module):
     def _survey(self) -> set[str]:
         """Set `channels`, `strides` and the trunk's `stop`; return the parameters that the levels depend on.
 
-        One pass over a few cells. The autograd graph names the parameters, so nothing runs backward.
+        It runs the trunk on a few cells and reads the parameters from the autograd graph, without a backward pass.
         """
         side = 2 * self.patch if self.patch > 1 else 128
         like = next(self.parameters())
@@ -170,7 +170,7 @@ class Backbone(nn.Module):
         return {key for key, parameter in self.trunk.named_parameters() if id(parameter) in leaves}
 
     def _freeze(self, reached: set[str]) -> None:
-        """Train only the parameters that `finetune` names, among those that the levels depend on."""
+        """Train only the parameters of `finetune` that the levels depend on."""
         depth = self.trunk.stop + 1 if self.patch > 1 else 0
         if self.finetune in ("all", "none"):
             trained = reached if self.finetune == "all" else set()
@@ -259,7 +259,7 @@ def _note_loaded(backbone: Backbone, keys: Any) -> None:
 
 
 def _leaves(nodes: list[Any]) -> set[int]:
-    """The ids of the tensors that the autograd graph of these nodes gives a gradient to."""
+    """Ids of the tensors that the autograd graph of these nodes gives a gradient to."""
     seen, leaves = set(), set()
     while nodes:
         node = nodes.pop()
