@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from corrzoo import geometry
+from corrzoo.errors import ZooError
 from hostless import hostless
 
 
@@ -99,6 +100,8 @@ def test_pseudo_flow_of_a_pair_without_keypoints_is_empty():
     kps = torch.zeros(1, 3, 2)
     flow, covered = geometry.pseudo_flow(kps, kps, torch.zeros(1, 3, dtype=torch.bool), (4, 4), (32, 32), 9)
     assert not covered.any() and not flow.any()
+    with pytest.raises(ZooError, match="no keypoints"):
+        geometry.pseudo_flow(kps[:, :0], kps[:, :0], torch.zeros(1, 0, dtype=torch.bool), (4, 4), (32, 32), 9)
 
 
 @pytest.mark.parametrize("grid", [16, 32, 64, 128])

@@ -104,6 +104,7 @@ def test_exif_orientation_of_user_files_is_applied(tmp_path: Path, pixels: np.nd
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
     for path in (tmp_path / "a.png", str(tmp_path / "a.png")):
         assert np.array_equal(np.asarray(as_rgb(path)), np.rot90(pixels, -1))
+    assert np.array_equal(np.asarray(as_rgb(torch.ones(3, 4, 5, dtype=torch.bfloat16))), np.full((4, 5, 3), 255))
     for given in (pixels, Image.open(tmp_path / "a.png"), torch.from_numpy(pixels).permute(2, 0, 1)):
         assert np.array_equal(np.asarray(as_rgb(given)), pixels)
 
@@ -118,6 +119,7 @@ def test_exif_orientation_of_user_files_is_applied(tmp_path: Path, pixels: np.nd
         (b"", r"cannot read the image that was uploaded \(unknown format or empty file\): save it"),
         (np.zeros((3, 4, 5), np.uint8), r"got \(3, 4, 5\) uint8"),
         (torch.zeros(3, 4, 5, dtype=torch.int64), r"got \(3, 4, 5\) torch.int64"),
+        (torch.zeros(3, 0, 5, dtype=torch.uint8), r"got \(3, 0, 5\) torch.uint8"),
         (7, "got int"),
     ],
 )

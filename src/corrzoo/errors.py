@@ -1,4 +1,4 @@
-"""ZooError, and the parser of commands that start without torch."""
+"""ZooError, messages in one line, and the parser of commands that start without torch."""
 
 import argparse
 from typing import Any, NoReturn
@@ -6,6 +6,11 @@ from typing import Any, NoReturn
 
 class ZooError(ValueError):
     """Error that a user can fix. Its message is one line: the value, what was expected, and the remedy."""
+
+
+def one_line(message: object) -> str:
+    """The text of a message or an exception in one line."""
+    return " ".join(str(message).split())
 
 
 class Parser(argparse.ArgumentParser):

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from corrzoo.errors import ZooError
+
 Size = tuple[int, int]
 """(height, width), as tensors are laid out; an image's *original* size in a Record or Pair is (w, h)."""
 
@@ -98,7 +100,12 @@ def pseudo_flow(
     Returns:
         Flow (B, 2, h, w) in pixels of the network image, zero in cells that no keypoint covers; and which cells are
         covered, (B, h, w) bool.
+
+    Raises:
+        ZooError: if K = 0, as in warps of one image.
     """
+    if not src_kps.shape[1]:
+        raise ZooError("the training pairs have no keypoints, which the loss needs: choose another data.train")
     centres = cell_centres(grid, image, src_kps.device, src_kps.dtype).floor()
     near = (src_kps.unsqueeze(2) - centres).abs().amax(-1) <= radius  # (B, K, h*w)
     near = near & mask.unsqueeze(-1)

@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from corrzoo.errors import ZooError, one_line
 from corrzoo.geometry import Size
-from corrzoo.types import ZooError
 
 ImageSource = str | Path | bytes | Image.Image | Tensor | np.ndarray
 """An image that a user gives, see `as_rgb`."""
@@ -50,7 +50,7 @@ def read_rgb(path: Path, size: tuple[int, int]) -> Image.Image:
         try:
             return image.convert("RGB")
         except Exception as error:  # Pillow's decoders raise nearly anything
-            raise ZooError(f"cannot decode the image {path} ({_one_line(error)}): fetch it again") from error
+            raise ZooError(f"cannot decode the image {path} ({one_line(error)}): fetch it again") from error
 
 
 def as_rgb(source: ImageSource) -> Image.Image:
@@ -64,30 +64,29 @@ def as_rgb(source: ImageSource) -> Image.Image:
         ZooError: if the file is missing or unreadable, the pixels have another shape or type, or bytes decode to more
             than `MAX_UPLOAD_PIXELS`.
     """
-    remedy = "save it as PNG or JPEG"
     if isinstance(source, Image.Image):
         _check_depth(source, "given")
         return _decode(source, "given", rotate=False)
-    if isinstance(source, bytes):
-        with _open(BytesIO(source), "that was uploaded", remedy) as image:
+    if isinstance(source, str | Path) and not os.path.isfile(source):  # False also for names that no file can have
+        raise ZooError(f"there is no image file {source}")
+    if isinstance(source, bytes | str | Path):
+        file, name = (BytesIO(source), "that was uploaded") if isinstance(source, bytes) else (source, str(source))
+        with _open(file, name, "save it as PNG or JPEG") as image:
             w, h = image.size
-            if w * h > MAX_UPLOAD_PIXELS:
+            if isinstance(source, bytes) and w * h > MAX_UPLOAD_PIXELS:
                 raise ZooError(f"the image is {w}x{h}: expected at most {MAX_UPLOAD_PIXELS:,} pixels, shrink it")
-            return _decode(image, "that was uploaded", rotate=True)
-    if isinstance(source, str | Path):
-        if not os.path.isfile(source):  # False also for names that no file can have
-            raise ZooError(f"there is no image file {source}")
-        with _open(source, str(source), remedy) as image:
-            return _decode(image, str(source), rotate=True)
+            return _decode(image, name, rotate=True)
     pixels: Any = source
     if isinstance(source, Tensor) and source.ndim == 3:
-        pixels = source.detach().permute(1, 2, 0).cpu().numpy()
+        pixels = source.detach().permute(1, 2, 0).cpu()
+        pixels = (pixels.float() if pixels.is_floating_point() else pixels).numpy()  # numpy has no bfloat16
     if isinstance(pixels, np.ndarray) and pixels.dtype.kind == "f" and pixels.size:
         low, high = pixels.min(), pixels.max()
         if not 0 <= low <= high <= 1:
             raise ZooError(f"pixels from {low:g} to {high:g}: expected floats from 0 to 1 (not normalised), or uint8")
         pixels = (pixels * 255).round().astype(np.uint8)
-    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+    is_image = isinstance(pixels, np.ndarray) and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.size
+    if not is_image or pixels.dtype != np.uint8:
         found = f"{tuple(source.shape)} {source.dtype}" if hasattr(source, "shape") else type(source).__name__
         wanted = "a path, a PIL image, a (3, H, W) tensor or an (H, W, 3) array of uint8 or of floats from 0 to 1"
         raise ZooError(f"expected {wanted}, got {found}")
@@ -107,7 +106,7 @@ def _open(file: str | Path | BytesIO, name: str, remedy: str) -> Image.Image:
     except FileNotFoundError:
         raise
     except Exception as error:
-        reason = "unknown format or empty file" if isinstance(error, UnidentifiedImageError) else _one_line(error)
+        reason = "unknown format or empty file" if isinstance(error, UnidentifiedImageError) else one_line(error)
         raise ZooError(f"cannot read the image {name} ({reason}): {remedy}") from error
     _check_depth(image, name)
     return image
@@ -127,8 +126,4 @@ def _decode(image: Image.Image, name: str, rotate: bool) -> Image.Image:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:
-        raise ZooError(f"cannot decode the image {name} ({_one_line(error)}): save it as PNG or JPEG") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+        raise ZooError(f"cannot decode the image {name} ({one_line(error)}): save it as PNG or JPEG") from error

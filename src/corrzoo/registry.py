@@ -8,7 +8,7 @@ from argparse import ArgumentError
 from collections.abc import Iterable
 from typing import Any, Generic, TypeVar
 
-from corrzoo.errors import ZooError
+from corrzoo.errors import ZooError, one_line
 
 T = TypeVar("T")
 
@@ -108,7 +108,7 @@ def _checked(what: str, cls: Any, options: dict[str, Any]) -> dict[str, Any]:
     try:
         return functions | parser.parse_object(plain, defaults=False).as_dict()
     except ArgumentError as error:
-        message = " ".join(str(error).split())
+        message = one_line(error)
         value = message.rsplit(": ", 1)[-1]
         choices = re.findall(r"'(\w+)'", " ".join(re.findall(r"Literal\[(.*?)\]", message)))
         hint = nearest(value, choices) or (f": expected one of {', '.join(dict.fromkeys(choices))}" if choices else "")

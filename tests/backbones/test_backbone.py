@@ -164,6 +164,11 @@ class TestForward:
 
 
 class TestLevels:
+    def test_tokens_before_the_class_token_is_added_are_a_level(self):
+        backbone, image = tiny(levels=["patch_embed"]), torch.randn(2, 3, 64, 96)
+        embedded = backbone.trunk.model.patch_embed(image)  # (B, h*w, C)
+        assert torch.equal(backbone(image).maps[0].flatten(2).mT, embedded)
+
     def test_order_and_negative_numbers(self):
         image = torch.randn(1, 3, 64, 64)
         out = tiny(levels=[-1, 2, 0])(image).maps
@@ -242,6 +247,8 @@ class TestLevels:
             (EFFNET, "blocks.2.0:pre", "no ReLU"),
             (RESNET, "global_pool", "gives no .*map"),
             (VIT, "head", "gives no .*map"),
+            (VIT, "blocks.3.attn.q_norm", "gives no .*map"),
+            (RESNET, "layer3.0:present", "no module 'layer3.0:present'"),
         ],
     )
     def test_unknown_levels_are_errors(self, name, level, message):

@@ -114,6 +114,15 @@ def test_how_often_each_recipe_crops(name: str, share: float) -> None:
     assert count / 400 == pytest.approx(share, abs=0.08)  # more than three standard deviations
 
 
+@pytest.mark.parametrize("name", ["cats", "transformatcher"])
+def test_a_crop_around_nothing_is_an_error(name: str) -> None:
+    bare = sample(0, boxes=False)
+    bare = bare._replace(src_kps=bare.src_kps[:0], trg_kps=bare.trg_kps[:0], kps_mask=bare.kps_mask[:0])
+    with pytest.raises(ZooError, match="around boxes or keypoints"):
+        for seed in range(20):
+            create_augment(name)(bare, generator(seed))
+
+
 @pytest.mark.parametrize("single", [False, True])
 def test_crops_around_keypoints_reach_their_margin_and_cut_the_box(single: bool) -> None:
     before = sample(0, size=(96, 128))
@@ -182,10 +191,12 @@ def test_each_image_has_its_own_colours() -> None:
 
 
 def test_seven_changes_each_one_time_in_five(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("_grey", "_posterize", "_equalize", "_sharpen", "_brightness_contrast", "_solarize", "_jitter")
+    theirs = ("rgb_to_grayscale", "posterize", "equalize", "solarize")
+    names = (*theirs, "_sharpen", "_brightness_contrast", "_jitter")
     calls: list[str] = []
     for name in names:
-        monkeypatch.setattr(module, name, lambda image, rng, name=name: calls.append(name) or image)
+        owner = module.TF if name in theirs else module
+        monkeypatch.setattr(owner, name, lambda image, *args, name=name, **options: calls.append(name) or image)
     rng = generator(0)
     for _ in range(1000):
         recolour(torch.zeros(3, 2, 2, dtype=torch.uint8), rng)

@@ -174,6 +174,14 @@ def test_disk_use_is_bounded_and_the_oldest_files_are_removed_first(
     assert sorted(path.stat().st_size for path in (tmp_path / "packed").glob("*.u8")) == [5 * 3 * 18 * 18]
 
 
+def test_files_that_other_processes_remove_meanwhile_do_not_count(tmp_path: Path) -> None:
+    write_spair(tmp_path)
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "removed.u8").symlink_to(tmp_path / "removed")  # listed, but without a state
+    spair(tmp_path).pack(tmp_path / "packed")
+    assert len(list((tmp_path / "packed").glob("*24x32*.u8"))) == 1
+
+
 def test_a_folder_that_cannot_be_written_or_is_full_is_named_with_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

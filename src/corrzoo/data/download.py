@@ -1,6 +1,6 @@
 """Download the official archives of the benchmarks and unpack them into the layout that the readers expect.
 
-All work happens in `<root>/<folder>.download`. A rename at the end creates the dataset's folder, so it is complete.
+Work happens in `<root>/<folder>.download`. A rename at the end creates the dataset's folder, which is thus complete.
 """
 
 import hashlib
@@ -17,9 +17,9 @@ from urllib.request import Request, urlopen
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
+from corrzoo.errors import ZooError, one_line
 from corrzoo.files import locked, sha256
 from corrzoo.registry import nearest
-from corrzoo.types import ZooError
 
 ATTEMPTS = 5
 """our choice: connections per call. The next call resumes where the last one stopped."""
@@ -96,8 +96,8 @@ TERMS = {"cub": "non-commercial research and education only; the photographers h
 def download(name: str, root: str | Path) -> Path:
     """Download a dataset's official files into its folder in `root`, unless that exists, and return the folder.
 
-    A download that was cut is resumed by the next call. If two processes download the same dataset, the second waits.
-    Files that were fetched by other means and put where the error message says are used as they are.
+    The next call resumes a download that was cut. If two processes download the same dataset, the second waits. Files
+    fetched by other means are used, if they are where the error message says.
 
     Raises:
         ZooError: if the name is unknown, the network or server fails, a checksum is wrong, or an archive is damaged or
@@ -112,25 +112,26 @@ def download(name: str, root: str | Path) -> Path:
     work = folder.with_name(folder.name + ".download")
     try:
         with locked(work / "lock"):
-            if not folder.exists():  # otherwise another process was faster
-                if name in TERMS:
-                    print(f"{folder.name}: {TERMS[name]}")
-                notes = _fetch_parts(name, folder, work, parts)
-                stage = work / "unpacked"
-                shutil.rmtree(stage, ignore_errors=True)  # of a run that was killed
-                stage.mkdir()
-                for part in parts:
-                    path = work / part.file
-                    if part.inner:
-                        extract(path, work / "outer")
-                        path = work / "outer" / part.inner
-                    if path.suffix == ".csv":
-                        shutil.copy(path, stage)
-                    else:
-                        extract(path, stage, part.prefix)
-                (stage / "download.json").write_text(json.dumps(notes, indent=1) + "\n")
-                stage.rename(folder)
-                shutil.rmtree(work)
+            if folder.exists():  # another process was faster
+                return folder
+            if name in TERMS:
+                print(f"{folder.name}: {TERMS[name]}")
+            notes = _fetch_parts(name, folder, work, parts)
+            stage = work / "unpacked"
+            shutil.rmtree(stage, ignore_errors=True)  # of a run that was killed
+            stage.mkdir()
+            for part in parts:
+                path = work / part.file
+                if part.inner:
+                    extract(path, work / "outer")
+                    path = work / "outer" / part.inner
+                if path.suffix == ".csv":
+                    shutil.copy(path, stage)
+                else:
+                    extract(path, stage, part.prefix)
+            (stage / "download.json").write_text(json.dumps(notes, indent=1) + "\n")
+            stage.rename(folder)
+            shutil.rmtree(work)
     except OSError as error:
         raise ZooError(f"cannot write to {work} ({error}): make room, or choose another --data.root") from error
     return folder
@@ -194,8 +195,8 @@ def _fetch_rest(url: str, partial: Path, progress: Progress, task: TaskID) -> bo
 
 def _verified(path: Path, part: Part) -> dict[str, str | int]:
     """Check a downloaded file, and return its entry in `download.json`."""
-    algorithm, _, expected = part.checksum.partition(":")
-    if expected:
+    if part.checksum:
+        algorithm, expected = part.checksum.split(":")
         with open(path, "rb") as file:
             found = hashlib.file_digest(file, algorithm).hexdigest()
         if found != expected:
@@ -206,7 +207,7 @@ def _verified(path: Path, part: Part) -> dict[str, str | int]:
 
 
 def extract(archive: Path, folder: Path, prefix: str = "", limit: int = LIMIT) -> None:
-    """Unpack a tar (of any compression) or zip archive that is not trusted. `prefix` is removed from its names.
+    """Unpack an untrusted zip archive or a tar archive of any compression. `prefix` is removed from its names.
 
     The declared file sizes may add up to `limit` bytes. No file unpacks to more than it declares.
 
@@ -253,5 +254,5 @@ def extract(archive: Path, folder: Path, prefix: str = "", limit: int = LIMIT) -
     except ZooError:
         raise
     except Exception as error:  # a damaged or encrypted archive, an impossible name, a full disk
-        reason = " ".join(str(error).split())
-        raise ZooError(f"cannot unpack {archive} ({reason}): make room, or remove it and run this again") from error
+        told = f"cannot unpack {archive} ({one_line(error)})"
+        raise ZooError(f"{told}: make room, or remove it and run this again") from error

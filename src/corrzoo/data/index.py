@@ -1,8 +1,7 @@
 """Annotation index: all pairs of a split as arrays, validated once and cached on disk.
 
-A reader yields each pair as a `Record`; the index returns them one by one. The cache is rebuilt when the annotation
-files change. Starting from it takes 1/98 of the CPU time in which released code reads SPair-71k's 53,340 files
-(benchmarks/results/data.csv).
+The cache is rebuilt when the annotation files change. Starting from it takes 1/98 of the CPU time in which released
+code reads SPair-71k's 53,340 files (benchmarks/results/data.csv).
 """
 
 import hashlib
@@ -180,9 +179,8 @@ def _check_annotation(record: Record, place: str, categories: list[str], border:
         if box is not None:
             x1, y1, x2, y2 = box.tolist()
             if not (-border <= x1 < x2 <= w + border and -border <= y1 < y2 <= h + border):
-                raise ZooError(
-                    f"{place}: {name} box {[x1, y1, x2, y2]} is not x1, y1, x2, y2 in its {w}x{h} image: correct it"
-                )
+                told = f"{place}: {name} box {[x1, y1, x2, y2]}"
+                raise ZooError(f"{told} is not x1, y1, x2, y2 in its {w}x{h} image: correct it")
 
 
 def cached_index(
@@ -197,23 +195,23 @@ def cached_index(
     See `files_state` for `sources` and `pair_folder`.
     """
     path, state = cache_folder() / f"{key}.npz", files_state(sources, pair_folder=pair_folder)
-    index = None if refresh else _load(path, state)
-    if index is None:
-        index = build()
-        _save(path, state, index)
+    if not refresh and (cached := _load(path, state)):
+        return cached
+    index = build()
+    _save(path, state, index)
     return index
 
 
 def files_state(sources: list[Path], salt: str = "", pair_folder: Path | None = None) -> str:
     """Digest of names, sizes and times of files. It changes if one of them is edited, replaced, added or removed.
 
-    The time of the last status change is included: it cannot be set, unlike the time of modification.
+    It includes the time of the last status change, which cannot be set, unlike that of the modification.
 
     Args:
         sources: Files, and folders that stand for the files directly in them.
         salt: Further text to digest.
         pair_folder: A folder among them that counts by its own time, so that an edit of a file in it is not noticed.
-            our choice: asking for the states of SPair-71k's 53,340 annotations would take most of the start-up time.
+            our choice: the states of SPair-71k's 53,340 annotations would take most of the start-up time.
 
     Raises:
         ZooError: if a source is missing.

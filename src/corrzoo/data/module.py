@@ -76,8 +76,7 @@ class PairsDataModule(LightningDataModule):
         download: Fetch a dataset that is not under root.
         packed: Decode and resize all images of a dataset once, into a file that all processes and later runs map: true
             keeps it in the cache folder, a path in that folder. It has 3 bytes for each pixel of the network images;
-            all such files together are limited to 20 GB. False decodes images in every epoch. our choice: true, as
-            every epoch decodes all images.
+            all such files together are limited to 20 GB. False decodes images in every epoch. our choice: true.
         refresh: Parse the annotations again even if they seem unchanged. Needed after a pair annotation of SPair-71k or
             AP-10K was edited in place; other changes are noticed.
         options: Further options of a dataset by its name, such as `{"synthetic": {"length": 2000}}`.

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ class PackedImages:
 def pack_images(
     key: str, files: list[Path], size: Size, read: Callable[[int], Tensor], folder: Path | None
 ) -> PackedImages:
-    """Map the packed images of these files. They are decoded now unless that was done since the files last changed.
+    """Map the packed images of these files, decoded now unless that was done since the files last changed.
 
     If several processes call this at the same time, one decodes and the others wait.
 
@@ -73,10 +74,9 @@ def pack_images(
                     _write(path, len(files), read)
         return PackedImages(path, len(files), size)
     except OSError as error:
-        raise ZooError(
-            f"cannot keep {need / 1e6:.0f} MB of packed images in {folder} ({error.strerror}): name another folder "
-            "with --data.packed FOLDER, or decode images in every epoch with --data.packed false"
-        ) from error
+        told = f"cannot keep {need / 1e6:.0f} MB of packed images in {folder} ({error.strerror})"
+        remedy = "name another folder with --data.packed FOLDER, or decode in every epoch with --data.packed false"
+        raise ZooError(f"{told}: {remedy}") from error
 
 
 def _is_complete(path: Path, need: int) -> bool:
@@ -87,9 +87,15 @@ def _make_room(folder: Path, key: str, need: int) -> None:
     """Remove files of earlier states and of killed processes, and the oldest files beyond the limit."""
     for stale in [*folder.glob(f"{key}-*"), *folder.glob(f".{key}-*")]:
         stale.unlink(missing_ok=True)
-    kept = sorted(folder.glob("[!.]*.u8"), key=lambda path: path.stat().st_mtime)
-    while kept and sum(path.stat().st_size for path in kept) + need > LIMIT:
-        kept.pop(0).unlink(missing_ok=True)
+    kept = []
+    for path in folder.glob("[!.]*.u8"):
+        with suppress(FileNotFoundError):  # another process makes room, too
+            found = path.stat()
+            kept.append((found.st_mtime, found.st_size, path))
+    kept.sort()
+    while kept and sum(size for _, size, _ in kept) + need > LIMIT:
+        _, _, oldest = kept.pop(0)
+        oldest.unlink(missing_ok=True)
     room = min(LIMIT, shutil.disk_usage(folder).free)
     if need > room:
         raise OSError(errno.ENOSPC, f"{room / 1e6:.0f} MB are free or allowed")

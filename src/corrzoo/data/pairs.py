@@ -27,7 +27,7 @@ DATASETS: Registry[type["PairDataset"]] = Registry("dataset")
 Augment = Callable[[Pair, torch.Generator], Pair]
 """An augmentation of one sample. All of its randomness comes from the generator."""
 Groups = Mapping[str, Sequence[tuple[int, ...]]]
-"""Keypoint ids of parts that look alike, by category."""
+"""Groups of keypoint ids by category."""
 
 
 class PairDataset(Dataset[Pair], ABC):
@@ -45,20 +45,16 @@ class PairDataset(Dataset[Pair], ABC):
     """
 
     name: ClassVar[str]
-    folder: ClassVar[str] = ""
-    """The dataset's own folder under root; empty if it has no files."""
+    folder: ClassVar[str] = ""  # the dataset's own folder under root; empty if it has no files
     splits: ClassVar[tuple[str, ...]]
-    threshold: ClassVar[str] = "bbox"
-    """The kind of PCK threshold that is customary for the dataset."""
-    outlines: ClassVar[bool] = False
-    """Whether records have outlines of objects, which are scored by label transfer, instead of keypoints."""
-    mirror_pairs: ClassVar[dict[str, list[tuple[int, int]]]] = {}
+    threshold: ClassVar[str] = "bbox"  # the kind of PCK threshold that is customary for the dataset
+    outlines: ClassVar[bool] = False  # records have outlines, which label transfer scores, instead of keypoints
+    mirror_pairs: ClassVar[Groups] = {}
     """Pairs of keypoint ids that a horizontal mirror swaps, by category; "*" for all other categories."""
     groups: ClassVar[Groups] = {}
     """Groups of keypoint ids of parts that look alike, such as the four wheels of a bus, by category as above."""
     categories: list[str]
-    images: list[Path]
-    """The image files by image number; empty if images are rendered."""
+    images: list[Path]  # the image files by number; empty if images are rendered
 
     def __init__(
         self, root: str | Path, split: str, size: int | Size = 224, *, augment: Augment | None = None, seed: int = 0
@@ -124,8 +120,8 @@ class PairDataset(Dataset[Pair], ABC):
     def pack(self, folder: str | Path | None = None) -> None:
         """Read images from a file with all of them decoded, at network size. It is written now if it does not exist.
 
-        The samples do not change, as augmentation is applied to images of network size. The file is in `folder`, or
-        else in `images` in the cache folder.
+        Samples do not change, as augmentation follows resizing. The file is in `folder`, by default `images` in the
+        cache folder.
 
         Raises:
             ZooError: if an image cannot be read, the file cannot be written, or images are rendered.
@@ -136,14 +132,14 @@ class PairDataset(Dataset[Pair], ABC):
         self._packed = pack_images(key, self.images, self.size, self._decode, into)
 
     def order(self) -> list[int]:
-        """All pairs. Pairs that share an image are close to each other, so that a small feature cache suffices."""
+        """All pairs, those that share an image close to each other, so that a small feature cache suffices."""
         return list(range(len(self)))
 
     def __getitem__(self, i: int) -> Pair:
         record, (src, trg) = self.record(i), self.image_numbers(i)
         image = self._decode if self._packed is None else self._packed.__getitem__
         flags = [record.flags.get(name, -1) for name in DIFFICULTIES]
-        # One tensor of many numbers, made by numpy: making a tensor of each takes longer than reading the images.
+        # One numpy array for many numbers: making a tensor of each takes longer than reading the images.
         numbers = torch.from_numpy(np.array([i, src, trg, self.categories.index(record.category), *flags]))
         index, src_id, trg_id, category = numbers[:4].unbind()
         sizes = torch.from_numpy(np.array([record.src_size, record.trg_size, self.size[::-1]], dtype=np.float64))
@@ -193,17 +189,11 @@ class PairDataset(Dataset[Pair], ABC):
     @staticmethod
     def collate(samples: Sequence[Pair]) -> Pair:
         """Stack samples to a batch. Keypoints are padded to the largest number in a sample."""
-        padding = dict.fromkeys(("src_kps", "trg_kps", "kps_mask", "src_alike", "trg_alike"), 0)
-        padding |= {"kps_ids": -1, "mirror_ids": -1}
-        columns = zip(Pair._fields, map(list, zip(*samples, strict=True)), strict=True)
-        return Pair(
-            *(
-                pad_sequence(column, batch_first=True, padding_value=padding[name])
-                if name in padding
-                else torch.stack(column)
-                for name, column in columns
-            )
-        )
+        padding = {"kps_ids": -1, "mirror_ids": -1}
+        padding |= dict.fromkeys(("src_kps", "trg_kps", "kps_mask", "src_alike", "trg_alike"), 0)
+        columns = {name: [getattr(sample, name) for sample in samples] for name in Pair._fields}
+        padded = {name: pad_sequence(columns.pop(name), True, value) for name, value in padding.items()}
+        return Pair(**padded, **{name: torch.stack(column) for name, column in columns.items()})
 
 
 def mirror(sample: Pair) -> Pair:
@@ -211,19 +201,14 @@ def mirror(sample: Pair) -> Pair:
 
     Keypoint k still marks the same part in both images, but under another id: a left eye becomes a right eye.
     """
-
-    def side(img: Tensor, kps: Tensor, size: Tensor, box: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    mirrored = {"kps_ids": sample.mirror_ids, "mirror_ids": sample.kps_ids}
+    for side in ("src", "trg"):
+        image, kps, size, box, mask = (getattr(sample, f"{side}_{f}") for f in ("img", "kps", "size", "box", "mask"))
         x1, y1, x2, y2 = box
-        kps = torch.stack([img.shape[-1] - kps[:, 0], kps[:, 1]], dim=-1)
-        return img.flip(-1), kps, torch.stack([size[0] - x2, y1, size[0] - x1, y2])
-
-    src_img, src_kps, src_box = side(sample.src_img, sample.src_kps, sample.src_size, sample.src_box)
-    trg_img, trg_kps, trg_box = side(sample.trg_img, sample.trg_kps, sample.trg_size, sample.trg_box)
-    return sample._replace(
-        src_img=src_img, trg_img=trg_img, src_kps=src_kps, trg_kps=trg_kps, src_box=src_box, trg_box=trg_box,
-        src_mask=sample.src_mask.flip(-1), trg_mask=sample.trg_mask.flip(-1),
-        kps_ids=sample.mirror_ids, mirror_ids=sample.kps_ids,
-    )  # fmt: skip
+        mirrored[f"{side}_img"], mirrored[f"{side}_mask"] = image.flip(-1), mask.flip(-1)
+        mirrored[f"{side}_kps"] = torch.stack([image.shape[-1] - kps[:, 0], kps[:, 1]], dim=-1)
+        mirrored[f"{side}_box"] = torch.stack([size[0] - x2, y1, size[0] - x1, y2])
+    return sample._replace(**mirrored)
 
 
 def z_order(x: NDArray, y: NDArray) -> NDArray:
@@ -256,12 +241,9 @@ class FolderDataset(PairDataset):
         ZooError: if the folder, a list, an image or an annotation is missing or invalid.
     """
 
-    holds: ClassVar[str]
-    """Contents of the folder, for the error if it is missing."""
+    holds: ClassVar[str]  # contents of the folder, for the error if it is missing
     origin: ClassVar[str] = "fetch the dataset with download=true (--data.download true) where there is a network"
-    """Source of the dataset, for the same error."""
-    border: ClassVar[float] = BORDER
-    """Pixels that a keypoint or a box may lie outside its image."""
+    border: ClassVar[float] = BORDER  # pixels that a keypoint or a box may lie outside its image
     pair_folder: Path | None = None
     """The one of `sources` with a file for each pair, if any. At the start only the folder's own time is checked:
     added, removed and renamed files are noticed, and `refresh` is needed after a file was edited in place."""
@@ -304,24 +286,19 @@ class FolderDataset(PairDataset):
         raise ZooError(f"{self.name}: no {paths[0]}{others}: {remedy}, {without}")
 
     def pair_of(self, src: AnnotatedImage, trg: AnnotatedImage, category: str, first_part: int = 0) -> Record:
-        """The pair of two images with the same parts, numbered from `first_part`: those that are visible in both."""
-        both = (src.visible & trg.visible).nonzero()[:, 0]
-        kps_ids = both + first_part
-        src_alike, trg_alike = (
-            self.alike(category, kps_ids, (side.visible.nonzero()[:, 0] + first_part).tolist()) for side in (src, trg)
-        )
+        """The pair of two images, whose keypoints are the parts visible in both. Parts count from `first_part`."""
+        src_parts, trg_parts = (side.visible.nonzero()[:, 0] + first_part for side in (src, trg))
+        both = src.visible & trg.visible
+        kps_ids = both.nonzero()[:, 0] + first_part
         return Record(
             *(src.path, trg.path, src.parts[both], trg.parts[both], src.size, trg.size, category, src.box, trg.box),
             kps_ids=kps_ids,
-            src_alike=src_alike,
-            trg_alike=trg_alike,
+            src_alike=self.alike(category, kps_ids, src_parts.tolist()),
+            trg_alike=self.alike(category, kps_ids, trg_parts.tolist()),
         )
 
     def alike(self, category: str, kps_ids: Tensor, visible: Collection[int]) -> Tensor:
-        """`Record.src_alike` or `Record.trg_alike`, (n,) bool, of keypoints that mark the parts `kps_ids` (n,).
-
-        `visible` are all parts that are visible in the image, also those that the other image does not show.
-        """
+        """(n,) bool: whether another part that looks like the keypoint's, of `kps_ids` (n,), is among the `visible`."""
         groups = self.groups.get(category, self.groups.get("*", ()))
         others = {part: {*group} - {part} for group in groups for part in group}
         return torch.tensor([not others.get(k, set()).isdisjoint(visible) for k in kps_ids.tolist()], dtype=torch.bool)

@@ -1,7 +1,7 @@
 """AP-10K (Yu et al., 2021) as pairs of animals: the benchmark of GeoAware-SC (Zhang et al., CVPR 2024).
 
-The authors' notebook `prepare_ap10k` writes the pairs that are read here. It draws them after listing folders in the
-order of the file system, so they differ between machines. Compare only numbers that come from the same folder.
+The authors' notebook `prepare_ap10k` draws the pairs in the file system's order of folders, so they differ between
+machines. Compare only numbers that come from the same folder.
 """
 
 import os
@@ -45,9 +45,8 @@ class AP10K(FolderDataset):
         self, root: str | Path, split: str, size: int | Size = 224, *, subset: str = "intra-species", **options: Any
     ) -> None:
         if subset not in SUBSETS:
-            raise ZooError(
-                f"{self.name} has no subset {subset!r}{nearest(subset, SUBSETS)}: choose from {', '.join(SUBSETS)}"
-            )
+            told = f"{self.name} has no subset {subset!r}{nearest(subset, SUBSETS)}"
+            raise ZooError(f"{told}: choose from {', '.join(SUBSETS)}")
         if split in ("trn", "train") and SUBSETS[subset]:
             raise ZooError(f"{self.name}: the subset {subset} has no training pairs: train on intra-species")
         self.subset = subset

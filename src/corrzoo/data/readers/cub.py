@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from corrzoo.data.pairs import DATASETS, AnnotatedImage, FolderDataset
+from corrzoo.errors import one_line
 from corrzoo.geometry import Size
 from corrzoo.images import image_size
 from corrzoo.types import Record, ZooError
@@ -74,8 +75,8 @@ class CUB(FolderDataset):
     def title(self) -> str:
         """The name, with the number of species and "crops" if the copy is partial."""
         _, paths, species = self._images()
-        found = {number for path, number in zip(paths, species.tolist(), strict=True) if os.path.isfile(path)}
-        notes = [f"{len(found)} species"] if len(found) < SPECIES else []
+        found = len({number for path, number in zip(paths, species.tolist(), strict=True) if os.path.isfile(path)})
+        notes = [f"{found} species"] if found < SPECIES else []
         notes += ["crops"] if (self._index.sizes == CROP).all() else []
         return f"{self.name} ({', '.join(notes)})" if notes else self.name
 
@@ -96,10 +97,9 @@ class CUB(FolderDataset):
         chosen = (split_of(species) == self.split) & (visible.sum(1) >= COMMON)
         rows = np.array([i for i in np.flatnonzero(chosen) if os.path.isfile(paths[i])], dtype=np.int64)
         if (possible := possible_pairs(visible[rows])) < self.length:
-            raise ZooError(
-                f"{self.home}: split {self.split!r} has {possible} pairs of images with {COMMON} common parts, fewer "
-                f"than length {self.length}: choose a smaller length, or restore the missing images"
-            )
+            told = f"split {self.split!r} has {possible} pairs of images with {COMMON} common parts"
+            remedy = "choose a smaller length, or restore the missing images"
+            raise ZooError(f"{self.home}: {told}, fewer than length {self.length}: {remedy}")
         points, seen, box = map(torch.from_numpy, (parts[..., :2], visible, boxes))
         bird = cache(lambda i: AnnotatedImage(paths[i], image_size(paths[i]), points[i], seen[i], box[i]))
         for pair in draw_pairs(self.split, visible[rows], self.length):
@@ -129,11 +129,10 @@ class CUB(FolderDataset):
         """(N, 15, 3) x, y and visibility of the parts of each image."""
         rows = self._rows("parts/part_locs.txt", 5, np.repeat(ids, PARTS)).reshape(-1, PARTS, 5)
         wrong = (rows[..., 1] != np.arange(1, PARTS + 1)) | ~np.isin(rows[..., 4], (0, 1))
-        for i in np.flatnonzero(wrong.any(1))[:1]:
-            raise ZooError(
-                f"{self.home / 'parts/part_locs.txt'}: image {ids[i]}: expected parts 1 to {PARTS}, each visible (1) "
-                "or not (0): correct it, or fetch the dataset again"
-            )
+        if wrong.any():
+            where = f"{self.home / 'parts/part_locs.txt'}: image {ids[wrong.any(1).argmax()]}"
+            told = f"{where}: expected parts 1 to {PARTS}, each visible (1) or not (0)"
+            raise ZooError(f"{told}: correct it, or fetch the dataset again")
         return rows[..., 2:]
 
     def _rows(self, file: str, columns: int, ids: NDArray) -> NDArray:
@@ -143,7 +142,7 @@ class CUB(FolderDataset):
             with warnings.catch_warnings(action="ignore"):  # about an empty file
                 rows = np.loadtxt(path, comments=None, encoding="utf-8", ndmin=2)
         except ValueError as error:
-            raise ZooError(f"{path}: {' '.join(str(error).split())}: correct it, or fetch the dataset again") from error
+            raise ZooError(f"{path}: {one_line(error)}: correct it, or fetch the dataset again") from error
         if (rows.size and rows.shape[1] != columns) or not np.isfinite(rows).all():
             raise ZooError(f"{path}: expected {columns} columns of finite numbers: fetch the dataset again")
         rows = rows.reshape(-1, columns)

@@ -31,7 +31,7 @@ class SPair71k(FolderDataset):
     holds = "JPEGImages, PairAnnotation and Layout"
     splits: ClassVar[tuple[str, ...]] = ("trn", "val", "test")
     categories = CATEGORIES
-    mirror_pairs = symmetry.SPAIR71K
+    mirror_pairs: ClassVar[Groups] = symmetry.SPAIR71K
     groups: ClassVar[Groups] = symmetry.SPAIR71K_GROUPS
 
     def __init__(
@@ -115,7 +115,7 @@ class SPairU(SPair71k):
     """
 
     name = "spair71k_u"
-    mirror_pairs: ClassVar[dict[str, list[tuple[int, int]]]] = {}  # its keypoints are others than SPair-71k's
+    mirror_pairs: ClassVar[Groups] = {}  # its keypoints are others than SPair-71k's
     groups: ClassVar[Groups] = {}
     holds = "JPEGImages of SPair-71k, and SPair-U's annotations as ExtraPairAnnotation/test,"
     origin = "unpack https://groups.inf.ed.ac.uk/hbilen-data/data/JamaisVuData/SPair-U.zip beside it"

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from corrzoo.types import ZooError
+from corrzoo.errors import ZooError, one_line
 
 BROKEN = (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
 """Exceptions that a malformed JSON annotation causes."""
@@ -70,8 +70,8 @@ def read_mat(path: Path, key: str) -> NDArray:
     except KeyError:
         raise ZooError(f"{path}: no variable {key!r}: fetch the dataset's own annotation") from None
     except Exception as error:  # a damaged file makes scipy raise nearly anything
-        reason = " ".join(str(error).split())
-        raise ZooError(f"cannot read the annotation {path} ({reason}): fetch it again, or save it with -v7") from error
+        told = f"cannot read the annotation {path} ({one_line(error)})"
+        raise ZooError(f"{told}: fetch it again, or save it with -v7") from error
     if not isinstance(found, np.ndarray) or found.dtype.kind not in "biuf":
         raise ZooError(f"{path}: {key!r} is not a matrix of real numbers: fetch the dataset's own annotation")
     return found

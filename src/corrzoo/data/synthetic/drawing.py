@@ -1,4 +1,4 @@
-"""Synthetic objects with joints. Instances differ in proportions, pose and colour, and have ten keypoints each.
+"""Synthetic objects with joints and ten keypoints each. Instances differ in proportions, pose and colour.
 
 Repeated parts (wheels, hooves, feet) and mirrored parts (both sides of a bottle) have one keypoint each, so that only
 their context distinguishes them. All numbers here are our choice, made by eye.

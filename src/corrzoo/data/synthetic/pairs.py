@@ -29,7 +29,7 @@ class RenderedDataset(PairDataset):
     views_per_pair: ClassVar[int]
     length: int
     stream: int
-    """Number of a sequence of random objects. Datasets and splits have different ones, so they share no object."""
+    """Number of a sequence of random objects, another one for each dataset and split, so that they share no object."""
     _last: tuple[int, list[View]] | None = None
 
     def __len__(self) -> int:

@@ -145,23 +145,20 @@ class VOCWarps(WarpDataset):
     def record(self, i: int) -> Record:
         if not 0 <= operator.index(i) < len(self):
             raise IndexError(f"image {i} of {len(self)}")
-        counts = np.bincount(self._classes(i)[self._on_object(i)], minlength=2)
-        category = self.categories[max(int(counts.argmax()), 1) - 1]
-        return self._record(image_size(self.images[i]), category, self.images[i])
+        counts = np.bincount(self._classes(i).ravel(), minlength=2)[1:]  # pixels of each class
+        return self._record(image_size(self.images[i]), self.categories[counts.argmax()], self.images[i])
 
     def read_image(self, number: int) -> Image.Image:
         return read_rgb(self.images[number], image_size(self.images[number]))
 
     def read_mask(self, number: int) -> Image.Image:
-        return Image.fromarray(np.where(self._on_object(number), 255, 0).astype(np.uint8))
+        return Image.fromarray(np.where(self._classes(number), 255, 0).astype(np.uint8))
 
     def _classes(self, number: int) -> np.ndarray:
-        path = self.home / "SegmentationClass" / f"{self.images[number].stem}.png"
-        with open_image(path) as image:
-            return np.array(image)  # indices of the palette are the classes
-
-    def _on_object(self, number: int) -> np.ndarray:
-        return ~np.isin(self._classes(number), (0, VOID))
+        """(h, w) class of each pixel, counted from 1; 0 where there is no object."""
+        with open_image(self.home / "SegmentationClass" / f"{self.images[number].stem}.png") as image:
+            classes = np.array(image)  # indices of the palette
+        return np.where(classes == VOID, 0, classes)
 
     def _read(self, path: Path, remedy: str) -> str:
         if not path.is_file():
@@ -180,13 +177,10 @@ def warp_pair(sample: Pair, mask: Tensor, rng: torch.Generator) -> Pair:
     views = [_read_at(image.float(), at).round().clamp(0, 255).to(torch.uint8) for at in places]
     seen = [footprint(at) for at in places]
     masks = [_read_at((mask * other)[None], at)[0] for at, other in zip(places, reversed(seen), strict=True)]
+    src_img, trg_img = (jitter(view, rng) for view in views)
+    (src_mask, trg_mask), no_box = masks, torch.full((4,), torch.nan)
     return sample._replace(
-        src_img=jitter(views[0], rng),
-        trg_img=jitter(views[1], rng),
-        src_mask=masks[0],
-        trg_mask=masks[1],
-        src_box=torch.full((4,), torch.nan),
-        trg_box=torch.full((4,), torch.nan),
+        src_img=src_img, trg_img=trg_img, src_mask=src_mask, trg_mask=trg_mask, src_box=no_box, trg_box=no_box
     )
 
 
