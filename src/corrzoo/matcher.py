@@ -294,7 +294,7 @@ HEADS: Registry[type[Matcher]] = Registry("head")
 
 
 def _grid_of(cells: int, features: Features) -> Size:
-    """(h, w) of a correlation with so many cells: the features' grid, or a multiple of it."""
+    """(h, w) of a correlation with so many cells: the features' grid, or one with finer or coarser cells."""
     h, w = size_of(features.maps[0])
-    finer = round((cells / (h * w)) ** 0.5)
-    return h * finer, w * finer
+    ratio = (cells / (h * w)) ** 0.5
+    return round(h * ratio), round(w * ratio)
