@@ -38,7 +38,7 @@ def score(
             or the boxes that the protocol needs.
     """
     protocol = get_protocol(protocol)
-    hits, mask, _ = _record_hits(as_points(pred).cpu(), record, protocol, alphas)
+    hits, mask, _ = _record_hits(pred, record, protocol, alphas)
     return pck_compute(_counts(hits, mask))[0]
 
 
@@ -97,10 +97,10 @@ def _hits(pred: Tensor, sides: dict[str, Side], mask: Tensor, protocol: Protocol
 
 
 def _record_hits(
-    points: Tensor, record: Record, protocol: Protocol, alphas: Sequence[float]
+    pred: Tensor, record: Record, protocol: Protocol, alphas: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Correct predictions (1, n, A) of one pair, its keypoints (1, n), and those that look alike (1, n)."""
-    n = len(record.trg_kps)
+    points, n = as_points(pred).cpu(), len(record.trg_kps)
     if len(points) != n or n == 0:
         raise ZooError(f"expected a prediction for each of {n} keypoints (one or more), got {len(points)}")
     sides = {
@@ -231,8 +231,6 @@ class PCK(BenchmarkMetric):
         ragged = ("src_kps", "trg_kps", "kps_mask", "src_alike", "trg_alike")
         fields = zip(Pair._fields, zip(*pairs, strict=True), strict=True)
         pair = Pair(*(torch.cat([_pad(x, K) if name in ragged else x for x in xs]).cpu() for name, xs in fields))
-        if self.categories and pair.category.max() >= len(self.categories):
-            raise ZooError(f"category {int(pair.category.max())} has no name: PCK was given {len(self.categories)}")
         if not pair.kps_mask.any():
             return
         sides = _pair_sides(pair, self.protocol)
@@ -242,6 +240,9 @@ class PCK(BenchmarkMetric):
 
     def _add(self, start: Tensor, hits: Tensor, mask: Tensor, alike: Tensor) -> None:
         """Add rows: their start (B, 6), hits (B, K, A), keypoints and those that look alike (B, K)."""
+        category = int(start[:, 1].max())
+        if self.categories and category >= len(self.categories):
+            raise ZooError(f"category {category} has no name: PCK was given {len(self.categories)}")
         aware = mask & alike
         rows = torch.cat([start, _counts(hits, mask), _counts(hits & aware[..., None], aware)], dim=1)
         self.table.append(rows[rows[:, 6] > 0].to(self.device))
