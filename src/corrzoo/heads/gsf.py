@@ -21,6 +21,7 @@ from corrzoo.heads.guidance import displacements, modulate, moving_least_squares
 from corrzoo.heads.levels import resize
 from corrzoo.losses import Term, means
 from corrzoo.matcher import HEADS, Matcher
+from corrzoo.optimizers import total_steps
 from corrzoo.precision import full, full_precision
 from corrzoo.types import Features, Match, Pair, ZooError
 
@@ -225,10 +226,8 @@ class GSF(Matcher):
     def on_train_start(self) -> None:
         """Find the step at which stage 2 begins."""
         super().on_train_start()
-        steps, share = self.trainer.estimated_stepping_batches, self.hparams.stage1
-        if steps == torch.inf and share:
-            raise ZooError("stage1 is a share of the run, which has no end: set --trainer.max_epochs or max_steps")
-        self.stage2_from = share * steps if share else 0.0
+        share = self.hparams.stage1
+        self.stage2_from = share * total_steps(self.trainer, f"stage1 {share}") if share else 0.0
 
     def training_losses(self, pair: Pair) -> Tensor | dict[str, Tensor]:
         """Eq. 15, or in stage 1 eq. 10 with frozen features and without the matching module."""
