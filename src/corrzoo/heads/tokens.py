@@ -23,7 +23,6 @@ from corrzoo.types import Features, Match, ZooError
 
 ATTENTION_HEADS = 8
 """Number of heads of every attention of ACTR and LPMFlow."""
-MLP_RATIO = 4
 TEMPERATURE = 0.02
 """Temperature of the softmax over a correlation."""
 UPSCALE = 4
@@ -38,8 +37,7 @@ class TokenMatcher(Matcher):
     Args:
         grid: Side of the grid that is matched on. Maps of another size are resized to it. Default: the grid of the
             last level in an image of `backbone_size` pixels, or the papers' 16.
-        width: Channels of the tokens. Default: those of the backbone, as in the papers. our choice: another width is
-            reached by a LayerNorm and a linear map.
+        width: Channels of the tokens. Default: the backbone's (papers). our choice: others by LayerNorm and linear map.
         read: How a point reads the flow: bilinearly at the `point`, or at its whole `pixel` (released code).
         init: Initial weights: `paper`, or `aligned`. our choice: with `aligned`, queries and keys of the
             cross-attentions have the same orthogonal weights and the refinement's update of the flow is zero, so
@@ -301,8 +299,7 @@ class SoftArgmax(nn.Module):
     """The expected target cell under softmax(scores / 0.02), as a flow.
 
     The coordinates of rows and columns, from -1 at the first cell's centre to 1 at the last one's, are trained
-    parameters, so `ops.readout` with its fixed cells cannot be used. A displacement between cells is the same in every
-    convention: only its unit is left to convert.
+    parameters, so `ops.readout` with its fixed cells cannot be used.
     """
 
     x_normal: nn.Parameter
@@ -371,7 +368,7 @@ def offsets(side: int) -> Tensor:
 
 def mlp(dim: int, drop: float = 0.0) -> Mlp:
     """Linear, exact GELU, Linear."""
-    return Mlp(dim, MLP_RATIO * dim, drop=drop)
+    return Mlp(dim, 4 * dim, drop=drop)
 
 
 def init_linear(module: nn.Module) -> None:
