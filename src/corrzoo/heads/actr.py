@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from corrzoo.geometry import size_of
 from corrzoo.heads.tokens import (
     REFINED_CHANNELS,
     UPSCALE,
@@ -25,6 +26,7 @@ from corrzoo.heads.tokens import (
     check_windows,
     init_linear,
     mlp,
+    to_pixels,
     upscale,
 )
 from corrzoo.matcher import HEADS
@@ -84,7 +86,7 @@ class ACTR(TokenMatcher):
         if self.super_resolution is not None:
             flows = self.super_resolution(flows, as_map(s))
         flow = flows.unflatten(0, (self.paths, -1)).mean(0)  # (B, 2, 4g, 4g)
-        return self.as_match(flow, src.image, correlations[-1])
+        return Match(to_pixels(flow, size_of(src.image)), correlations[-1])
 
 
 class AsymmetricAlignment(nn.Module):

@@ -10,9 +10,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from corrzoo.geometry import cells_to_pixels, size_of
+from corrzoo.geometry import size_of
 from corrzoo.heads.levels import resize
-from corrzoo.heads.tokens import SelfAttention, SoftArgmax, init_linear, read_flow
+from corrzoo.heads.tokens import SelfAttention, SoftArgmax, init_linear, read_flow, to_pixels
 from corrzoo.losses import mean_where
 from corrzoo.matcher import HEADS, Matcher
 from corrzoo.precision import full, full_precision
@@ -109,8 +109,8 @@ class CATs(Matcher):
         if self.swapping:
             scores = self.aggregate(scores.mT, trg.maps[levels:]).mT + residual
         scores = scores.mean(1)  # (B, g*g, g*g)
-        flow = self.soft_argmax(scores).movedim(1, -1)  # (B, g, g, 2), in cells
-        return Match(cells_to_pixels(flow, (self.grid, self.grid), size_of(src.image)).movedim(-1, 1), scores)
+        flow = self.soft_argmax(scores)  # (B, 2, g, g), in cells
+        return Match(to_pixels(flow, size_of(src.image)), scores)
 
     def aggregate(self, scores: Tensor, projected: list[Tensor]) -> Tensor:
         """Refine the scores (B, L, g*g, g*g) of the rows' cells, whose projected features are L maps (B, width, g, g).

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from corrzoo.geometry import size_of
 from corrzoo.heads.tokens import (
     ATTENTION_HEADS,
     REFINED_CHANNELS,
@@ -31,6 +32,7 @@ from corrzoo.heads.tokens import (
     init_linear,
     mlp,
     offsets,
+    to_pixels,
     upscale,
 )
 from corrzoo.losses import weighted_means
@@ -127,7 +129,7 @@ class LPMFlow(TokenMatcher):
         flow = flows[-1]
         if self.integration is not None:
             flow = flow + self.integration(flows, as_map(features))
-        return self.as_match(flow, src.image, correlations[self.flows[-1]], **extras)
+        return Match(to_pixels(flow, size_of(src.image)), correlations[self.flows[-1]], extras)
 
     def loss(self, match: Match, pair: Pair) -> dict[str, Tensor]:
         """EPE and, where tokens were replaced, the self-contrastive loss of the pairs that have keypoints."""

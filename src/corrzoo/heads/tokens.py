@@ -19,7 +19,7 @@ from corrzoo.geometry import Size, cells_to_pixels, sample, size_of, transfer
 from corrzoo.heads.levels import resize
 from corrzoo.matcher import Matcher
 from corrzoo.precision import full, full_precision
-from corrzoo.types import Features, Match, ZooError
+from corrzoo.types import Features, ZooError
 
 ATTENTION_HEADS = 8
 """Number of heads of every attention of ACTR and LPMFlow."""
@@ -89,11 +89,6 @@ class TokenMatcher(Matcher):
         assert features.cls is not None  # set by prepare
         cells = rearrange(features.maps[0], "b c h w -> b (h w) c")
         return torch.cat([features.cls.unsqueeze(1), cells], dim=1)
-
-    def as_match(self, flow: Tensor, image: Tensor, correlation: Tensor, **extras: Tensor) -> Match:
-        """The Match of a flow (B, 2, h, w) in cells of its own grid, for network images (B, 3, H, W)."""
-        pixels = cells_to_pixels(flow.movedim(1, -1), size_of(flow), size_of(image)).movedim(-1, 1)
-        return Match(pixels, correlation, extras)
 
     def match_points(self, src: Features, trg: Features, points: Tensor) -> Tensor:
         """Read matches of source points (B, n, 2) from the flow, as the option `read` says."""
@@ -327,6 +322,11 @@ class SoftArgmax(nn.Module):
 def upscale(flow: Tensor) -> Tensor:
     """(B, 2, g, g) in cells -> (B, 2, 4g, 4g) in cells of that grid; every fine cell moves as its coarse one does."""
     return F.interpolate(flow, scale_factor=float(UPSCALE), mode="nearest") * UPSCALE
+
+
+def to_pixels(flow: Tensor, image: Size) -> Tensor:
+    """A flow (B, 2, h, w) in cells of its own grid -> in pixels of the (H, W) network image."""
+    return cells_to_pixels(flow.movedim(1, -1), size_of(flow), image).movedim(-1, 1)
 
 
 def read_flow(points: Tensor, flow: Tensor, image: Size, read: str) -> Tensor:
