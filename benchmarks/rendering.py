@@ -25,6 +25,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import corrzoo
+from corrzoo.geometry import size_of
 from corrzoo.heads import ACTR, LPMFlow, actr, lpmflow, tokens
 from corrzoo.matcher import Matcher
 from corrzoo.types import Features, Match
@@ -86,7 +87,7 @@ def match_actr(self: ACTR, src: Features, trg: Features) -> Match:
         s, t, correlation = block(s, t)
         coarse.append(self.soft_argmax(correlation[:, 1:, 1:]))
     refined = [self.super_resolution(tokens.upscale(flow), tokens.as_map(s)) for flow in coarse]
-    return self.as_match(torch.stack(refined).mean(0), src.image, correlation)
+    return Match(tokens.to_pixels(torch.stack(refined).mean(0), size_of(src.image)), correlation)
 
 
 def pyramid(self: lpmflow.FeatureSuperResolution, s: Tensor, t: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -112,7 +113,7 @@ def match_lpmflow(self: LPMFlow, src: Features, trg: Features) -> Match:
     found = [self.soft_argmax(lpmflow.to_fine(correlations[scales], self.grid)) for scales in self.flows]
     flows = [tokens.upscale(flow) for flow in found]
     flow = flows[-1] + self.integration(flows, tokens.as_map(features))
-    return self.as_match(flow, src.image, correlations["22"], masked=masked, tokens=s)
+    return Match(tokens.to_pixels(flow, size_of(src.image)), correlations["22"], {"masked": masked, "tokens": s})
 
 
 def self_contrast(tokens: Tensor, masked: Tensor, neighbours: Tensor) -> Tensor:

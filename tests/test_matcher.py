@@ -68,7 +68,7 @@ def test_the_feature_cache_does_not_change_scores_and_is_released(tmp_path):
         torch.manual_seed(0)
         model = corrzoo.create_matcher("Baseline", **TINY, feature_cache_mb=megabytes)
         trainer(tmp_path).test(model, data(), verbose=False)
-        assert model.evaluation.cached_bytes == 0
+        assert model.evaluation.cache.used == 0
         scores.append(model.scores)
     assert scores[0] == scores[1] and scores[0]
 
@@ -197,7 +197,7 @@ class Interrupts(Callback):
     """Raise in the middle of a run, after some images have been cached."""
 
     def on_test_batch_end(self, trainer, pl_module, *_):
-        assert pl_module.evaluation.cached_bytes > 0
+        assert pl_module.evaluation.cache.used > 0
         raise RuntimeError("interrupted")
 
     def on_train_batch_end(self, trainer, pl_module, *_):

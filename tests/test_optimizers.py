@@ -66,6 +66,12 @@ def test_a_one_cycle_schedule_is_not_resumed_for_another_number_of_steps(tmp_pat
     assert fit(2, ckpt_path=last).global_step == 6
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "one-cycle"])
+def test_a_schedule_over_a_training_without_end_is_refused(tmp_path, schedule):
+    with pytest.raises(ZooError, match=f"schedule {schedule} .* no end: set --trainer.max_epochs or max_steps"):
+        rates(tmp_path, epochs=-1, schedule=schedule)
+
+
 def test_warmup_longer_than_training_stays_below_the_full_rate():
     factor = warmup_cosine(10, lambda: 5)
     assert [factor(k) for k in (0, 4)] == pytest.approx([1 / 11, 5 / 11])

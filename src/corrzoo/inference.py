@@ -80,7 +80,7 @@ def match_batch(
     if not len(srcs) == len(trgs) == len(queries) > 0:
         raise ZooError(f"{len(srcs)} source images, {len(trgs)} target images, {len(queries)} sets of points")
     features = _features(matcher, [*srcs, *trgs], size)
-    return _Pairs(matcher, srcs, trgs, *features.halves()).match_both_ways(queries)
+    return _Pairs(matcher, _sizes(srcs), _sizes(trgs), *features.halves()).match_both_ways(queries)
 
 
 @torch.no_grad()
@@ -94,49 +94,44 @@ def _features(matcher: Any, images: list[Image.Image], size: int | Size | None) 
 
 @dataclass(frozen=True)
 class _Pairs:
-    """B pairs of images and their features. Points are lists of B tensors (n, 2) in original pixels; n may differ."""
+    """Features of B pairs. Points are lists of B tensors (n, 2) in original pixels; n may differ."""
 
     matcher: Any
-    srcs: list[Image.Image]
-    trgs: list[Image.Image]
+    src_sizes: Tensor  # (B, 2) original (w, h)
+    trg_sizes: Tensor  # (B, 2)
     src_features: Features
     trg_features: Features
-
-    def swapped(self) -> "_Pairs":
-        return _Pairs(self.matcher, self.trgs, self.srcs, self.trg_features, self.src_features)
 
     @property
     def network(self) -> Tensor:
         """(w, h) of the network image."""
-        return torch.tensor(self.src_features.image.shape[:1:-1])
+        return torch.tensor(size_of(self.src_features.image)[::-1])
 
     def queries(self, points: list[Tensor]) -> Tensor:
         """(B, N, 2) source points in network pixels on the model's device, with zeros after the last of each pair."""
-        for image, (x, y) in (
-            (image, point) for image, p in zip(self.srcs, points, strict=True) for point in p.tolist()
-        ):
-            w, h = image.size
-            if not (0 <= x <= w and 0 <= y <= h):
-                raise ZooError(f"the point ({x:g}, {y:g}) lies outside the source image of {w}x{h} pixels")
-        sizes = [torch.tensor(image.size) for image in self.srcs]
-        resized = [resize_points(p, size, self.network) for p, size in zip(points, sizes, strict=True)]
+        resized = []
+        for asked, size in zip(points, self.src_sizes, strict=True):
+            w, h = size.tolist()
+            for x, y in asked.tolist():
+                if not (0 <= x <= w and 0 <= y <= h):
+                    raise ZooError(f"the point ({x:g}, {y:g}) lies outside the source image of {w}x{h} pixels")
+            resized.append(resize_points(asked, size, self.network))
         return pad_sequence(resized, batch_first=True).float().to(self.src_features.image.device)
 
     @torch.no_grad()
     def match(self, points: list[Tensor]) -> list[Tensor]:
-        """Their matches in the target images."""
+        """Matches of source points in the target images."""
         if not any(map(len, points)):
             return points
         found = self.matcher.match_points(self.src_features, self.trg_features, self.queries(points)).double().cpu()
-        sizes = [torch.tensor(image.size) for image in self.trgs]
-        each = zip(found, points, sizes, strict=True)
+        each = zip(found, points, self.trg_sizes, strict=True)
         return [resize_points(one[: len(p)], self.network, size) for one, p, size in each]
 
     def match_both_ways(self, points: list[Tensor]) -> list[ImageMatches]:
-        """Their matches, and the cycle errors."""
+        """Matches of source points, and their cycle errors."""
         found = self.match(points)
-        inside = [torch.minimum(f.clamp(min=0), f.new_tensor(i.size)) for f, i in zip(found, self.trgs, strict=True)]
-        back = self.swapped().match(inside)
+        inside = [torch.minimum(f.clamp(min=0), size) for f, size in zip(found, self.trg_sizes, strict=True)]
+        back = _Pairs(self.matcher, self.trg_sizes, self.src_sizes, self.trg_features, self.src_features).match(inside)
         return [ImageMatches(p, f, (b - p).norm(dim=1)) for p, f, b in zip(points, found, back, strict=True)]
 
 
@@ -176,7 +171,7 @@ class ImagePair:
         found = self.match_both_ways(cell_centres((grid, grid), self.src.size[::-1], dtype=torch.float64))
         kept = found.cycle_error <= (self.max_error if max_error is None else max_error)
         for image, points in ((self.src, found.src_points), (self.trg, found.trg_points)):
-            cells = (pixels_to_cells(points, (grid, grid), image.size[::-1])).long().clamp(0, grid - 1)
+            cells = pixels_to_cells(points, (grid, grid), image.size[::-1]).long().clamp(0, grid - 1)
             kept &= _contrast(image, grid)[cells[:, 1], cells[:, 0]] > FLAT
         return ImageMatches(*(field[kept] for field in found))
 
@@ -190,10 +185,9 @@ class ImagePair:
         """Dense flow: (2, H, W) float32, target position minus source position of each pixel centre, in pixels."""
         w, h = self.src.size
         flow = self.matcher.match(self.src_features, self.trg_features).flow.float().cpu()
-        centres, network = cell_centres((h, w), (h, w)), self._pairs.network
-        queries = resize_points(centres, torch.tensor(self.src.size), network)
-        found = transfer(queries.unsqueeze(0), flow, size_of(self.src_features.image))[0]
-        return (resize_points(found, network, torch.tensor(self.trg.size)) - centres).T.unflatten(1, (h, w))
+        centres, pairs = cell_centres((h, w), (h, w)).unsqueeze(0), self._pairs  # (1, H*W, 2)
+        found = transfer(resize_points(centres, pairs.src_sizes, pairs.network), flow, size_of(self.src_features.image))
+        return (resize_points(found, pairs.network, pairs.trg_sizes) - centres)[0].T.unflatten(1, (h, w))
 
     @torch.no_grad()
     def heat_map(self, point: object) -> Tensor:
@@ -203,7 +197,12 @@ class ImagePair:
 
     @property
     def _pairs(self) -> _Pairs:
-        return _Pairs(self.matcher, [self.src], [self.trg], self.src_features, self.trg_features)
+        return _Pairs(self.matcher, _sizes([self.src]), _sizes([self.trg]), self.src_features, self.trg_features)
+
+
+def _sizes(images: list[Image.Image]) -> Tensor:
+    """(B, 2) original (w, h)."""
+    return torch.tensor([image.size for image in images])
 
 
 def _contrast(image: Image.Image, grid: int) -> Tensor:

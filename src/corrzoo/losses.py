@@ -30,14 +30,19 @@ def endpoint_errors(flow: Tensor, target: Tensor, mask: Tensor) -> Term:
 def means(terms: dict[str, Term]) -> dict[str, Tensor]:
     """Mean of each term's values where they count, over the batch of all processes together; zero where none counts.
 
-    Distributed training averages the gradients of its processes. The average of means is the mean of all only when
-    each process has as many values. So a process divides its sum by the processes' average count. Its result is a share
-    of the mean, and the average of the shares is the mean on the joined batch. In distributed training, every process
-    has to call this with the same terms: their counts are summed in one collective.
+    Distributed training averages the gradients of its processes, whose counts differ. So a process divides its sum by
+    the processes' average count; the average of these shares is the mean on the joined batch. A collective call,
+    with the same terms in every process.
     """
     counts = over_processes(torch.stack([where.sum() for _, where in terms.values()])).clamp(min=1)
     sums = {name: (values * where).sum() for name, (values, where) in terms.items()}
     return {name: processes() * total / count for (name, total), count in zip(sums.items(), counts, strict=True)}
+
+
+def weighted_means(terms: dict[str, Term], weights: dict[str, float]) -> dict[str, Tensor]:
+    """`means` of the terms, and their weighted sum as `loss`."""
+    found = means(terms)
+    return {"loss": torch.stack([weights[name] * mean for name, mean in found.items()]).sum(), **found}
 
 
 def mean_where(values: Tensor, where: Tensor) -> Tensor:
@@ -61,8 +66,7 @@ def processes() -> int:
 def next_in_batch(x: Tensor) -> Tensor:
     """Each pair's next neighbour in the whole batch, the first after the last: x (B, ...) -> (B, ...), with gradient.
 
-    In distributed training, process r of P has the pairs r, r + P, ... of the joined batch, and every process has to
-    call this.
+    Process r of P has the pairs r, r + P, ... of the joined batch. A collective call.
     """
     if processes() == 1:
         return x.roll(-1, 0)

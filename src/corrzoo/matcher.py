@@ -39,8 +39,7 @@ class Matcher(LightningModule, ABC):
         levels: Feature levels: block numbers (negative from the end), or CNN modules such as `layer3.22`, and
             `layer3.22:pre` for the map before that block's last ReLU. The last level when not given.
         finetune: What of the backbone trains: `all`, `none`, or the number of its last blocks.
-        pos_interp: How a ViT's position embedding is resized: `official` as its authors do, `timm`, or the
-            backbone's own default when not given.
+        pos_interp: How a ViT's position embedding is resized: `official` (authors') or `timm`. Default: the backbone's.
         backbone_size: Image side for the backbone if it differs from the network image; true for the nearest
             multiple of its patch.
         lr: Learning rate of the head (ViTSC 5.2: 3e-5).
@@ -123,10 +122,9 @@ class Matcher(LightningModule, ABC):
     def keypoint_errors(self, match: Match, pair: Pair, radius: float | None = None) -> Term:
         """Distance of the flow (B, h, w) from the pseudo-flow, in cells, and which cells a keypoint supervises.
 
-        `radius` is half the side of the square that a keypoint supervises, in cells.
-
-        our choice, as the paper gives no radius: CATs' share of the image, and at least CATs' share of a cell (17 px
-        of its coarsest grid's 32), so that every keypoint supervises the cell it lies in.
+        A keypoint supervises a square; `radius` is half its side in cells. our choice, as the paper gives no radius:
+        CATs' share of the image, and at least CATs' share of a cell (17 px of its coarsest grid's 32), so that every
+        keypoint supervises the cell it lies in.
         """
         image, grid = size_of(pair.src_img), size_of(match.flow)
         stride = max(image) / max(grid)
@@ -229,7 +227,7 @@ class Matcher(LightningModule, ABC):
     def on_fit_start(self) -> None:
         # Frozen parts of a backbone and its BatchNorm stay in eval mode: not the oversight that Lightning warns of.
         warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
-        self.load_weights()  # after a checkpoint was restored, so that nothing is fetched in vain
+        self.load_weights()  # after a checkpoint is restored, so that only missing weights are fetched
 
     def on_train_start(self) -> None:
         dataset = getattr(self.trainer.train_dataloader, "dataset", None)
@@ -294,7 +292,7 @@ HEADS: Registry[type[Matcher]] = Registry("head")
 
 
 def _grid_of(cells: int, features: Features) -> Size:
-    """(h, w) of a correlation with so many cells: the features' grid, or a multiple of it."""
+    """(h, w) of a correlation with so many cells: the features' grid, or one with finer or coarser cells."""
     h, w = size_of(features.maps[0])
-    finer = round((cells / (h * w)) ** 0.5)
-    return h * finer, w * finer
+    ratio = (cells / (h * w)) ** 0.5
+    return round(h * ratio), round(w * ratio)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -23,19 +24,35 @@ def create_schedule(options: Any, optimizer: Optimizer, trainer: Trainer) -> LRS
     """The schedule of the options `schedule`, `warmup_steps`, `milestones` and `gamma`; None if the rate is constant.
 
     `cosine`, `one-cycle` and the warm-up change the rate at every step, `step` after an epoch.
+
+    Raises:
+        ZooError: if the schedule needs the number of steps, see `total_steps`.
     """
+    asks = f"schedule {options.schedule}"
     if options.schedule == "step":
         by_epoch = MultiStepLR(optimizer, options.milestones or [], options.gamma)
         return {"scheduler": by_epoch, "interval": "epoch"}
     if options.schedule == "one-cycle":
         # It needs the number now, so Lightning makes the loaders early, see below; a resume is exact all the same.
-        rates, steps = [group["lr"] for group in optimizer.param_groups], int(trainer.estimated_stepping_batches)
-        return {"scheduler": OneCycle(optimizer, rates, steps), "interval": "step"}
+        rates = [group["lr"] for group in optimizer.param_groups]
+        return {"scheduler": OneCycle(optimizer, rates, total_steps(trainer, asks)), "interval": "step"}
     if options.schedule == "constant" and not options.warmup_steps:
         return None
     # Asked for at a step: asked for here, Lightning would make the loaders before it has read a checkpoint to resume.
-    total = (lambda: int(trainer.estimated_stepping_batches)) if options.schedule == "cosine" else None
+    total = partial(total_steps, trainer, asks) if options.schedule == "cosine" else None
     return {"scheduler": LambdaLR(optimizer, warmup_cosine(options.warmup_steps, total)), "interval": "step"}
+
+
+def total_steps(trainer: Trainer, option: str) -> int:
+    """Optimiser steps of the whole training; `option` names what needs the number.
+
+    Raises:
+        ZooError: if the training has no end.
+    """
+    steps = trainer.estimated_stepping_batches
+    if steps == math.inf:
+        raise ZooError(f"{option} is over a training that has no end: set --trainer.max_epochs or max_steps")
+    return int(steps)
 
 
 class OneCycle(OneCycleLR):

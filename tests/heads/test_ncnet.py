@@ -285,6 +285,17 @@ def test_relocalization_finds_the_cell_in_its_window(k):
     assert not inside[1].any()
 
 
+def test_heat_maps_of_pooled_cells():
+    model, pair = small(relocalization=2).eval(), batch(1)
+    src, trg = model.features(pair)
+    match = model.match(src, trg)
+    h, w = match.flow.shape[2:]
+    centre = torch.tensor([[[1.5 * 64 / w, 0.5 * 64 / h]]])  # of the source's second cell
+    heat = model.heat_maps(src, trg, centre)
+    assert heat.shape == (1, 1, h, w)
+    torch.testing.assert_close(heat.flatten(), match.correlation[0, 1])
+
+
 def test_corners_in_loops():
     model = small(read="corners").double()
     src, trg = (model.prepare(scene(*grid, seed=seed)) for grid, seed in (((3, 4), 0), ((4, 5), 1)))

@@ -574,6 +574,14 @@ def test_invalid_batches_raise() -> None:
         PCK("spair")
 
 
+def test_invalid_records_raise() -> None:
+    record = example()
+    with pytest.raises(ZooError, match=r"shape \(n, 2\), got \(2, 3\)"):
+        PCK().update(torch.zeros(2, 3), record)
+    with pytest.raises(ZooError, match="category 1 has no name: PCK was given 1"):
+        PCK(categories=["ant"]).update(record.trg_kps, record, category=1)
+
+
 def test_a_batch_may_mix_pairs_with_and_without_boxes() -> None:
     rng = random.Random(5)
     records = [make_record(rng, 6, boxes, True) for boxes in (True, False, True)]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from corrzoo.geometry import size_of
 from corrzoo.heads.tokens import (
     REFINED_CHANNELS,
     UPSCALE,
@@ -25,6 +26,7 @@ from corrzoo.heads.tokens import (
     check_windows,
     init_linear,
     mlp,
+    to_pixels,
     upscale,
 )
 from corrzoo.matcher import HEADS
@@ -35,18 +37,16 @@ from corrzoo.types import Features, Match
 class ACTR(TokenMatcher):
     """Asymmetric alignment blocks, a flow from each block's correlation, and multi-path flow super-resolution.
 
-    With iBOT-B at 256 it has 144,245,888 parameters and equals the released model, which has 172,810,369. The other
-    28,564,481 never influence its output and are left out: `learn_parm` (1), and in `decoder` `pos_embed_x` and
-    `pos_embed_y` (6,144 each), `proj` and `norm` (198,400), in each of the six blocks `norm3`, `norm4` and `mlp2`
-    (4,725,504), and `spatial_attention` of the last block (768).
+    With iBOT-B at 256 it has 144,245,888 parameters and equals the released model. That has 28,564,481 more, which
+    never influence its output: `learn_parm`, and in `decoder` `pos_embed_x`, `pos_embed_y`, `proj`, `norm`, `norm3`,
+    `norm4` and `mlp2` of each block, and `spatial_attention` of the last block.
 
     Args:
         depth: Number of alignment blocks (released code: 6).
         windows: Window sides of the flow refinement: parallel branches in each of two stages (released code).
         source_pe: Ablation: position embeddings in the source branch.
         reweight: Ablation: re-weighting of the target tokens.
-        cross_attention: Ablation: the source is updated by cross-attention. our reading: without it, its weights are
-            still the correlation.
+        cross_attention: Ablation: it updates the source. our reading: without, its weights still are the correlation.
         multi_path: Ablation: refine the flow of every block and average. Without it, the last block's flow alone.
         super_resolution: Ablation: the flow is refined. Without it, each fine cell moves as its coarse one does.
         **options: Options of TokenMatcher and Matcher.
@@ -86,7 +86,7 @@ class ACTR(TokenMatcher):
         if self.super_resolution is not None:
             flows = self.super_resolution(flows, as_map(s))
         flow = flows.unflatten(0, (self.paths, -1)).mean(0)  # (B, 2, 4g, 4g)
-        return self.as_match(flow, src.image, correlations[-1])
+        return Match(to_pixels(flow, size_of(src.image)), correlations[-1])
 
 
 class AsymmetricAlignment(nn.Module):
@@ -127,7 +127,7 @@ class AsymmetricAlignment(nn.Module):
 
 
 class FlowSuperResolution(nn.Module):
-    """Multi-path flow super-resolution: every flow is refined beside the source's features, by the same weights.
+    """Multi-path flow super-resolution: every flow is refined together with source features, by the same weights.
 
     Each of the `windows` is the window side of one branch.
     """

@@ -35,12 +35,10 @@ class Baseline(Matcher):
         sigma: Width of the kernel in cells. our choice, as the paper gives none: a quarter of the target grid's
             longer side, 7 on 28 x 28 as in SimSC and SD4Match.
         radius: Cells from the maximum to each side of the `window`.
-        remove_mean: Subtract each map's mean over the image before normalisation. Helps CNN features, which share a
-            large common component.
+        remove_mean: Subtract each map's mean over the image first, as CNN features share a large common component.
         point_query: How single points are matched: `flow` interpolates the dense flow between the four cells around a
             point (3.1); `features` interpolates the source features at the point and matches those, which is finer.
-        mutual: Weight each score by its ratios to the best of its row and of its column (soft mutual nearest
-            neighbours: NCNet, GSF eq. 4).
+        mutual: Weight each score by its ratios to the best of its row and of its column (NCNet; GSF eq. 4).
         **options: Options of `Matcher`.
     """
 
@@ -102,12 +100,8 @@ class Baseline(Matcher):
     def _match_rows(self, rows: Tensor, src: Features, trg: Features) -> Tensor:
         """Target positions (B, N, 2) in pixels of the network image, for source features (B, N, C)."""
         grid, columns = size_of(trg.maps[0]), rows_of(trg)  # (B, h*w, C)
-        window = WINDOWS.get(self.readout, "none")
-        how: dict[str, Any] = dict(
-            window=window,
-            sigma=(self.sigma or 0.25 * max(grid)) if window == "argmax" else None,
-            radius=self.radius if window == "crop" else None,
-        )
+        how: dict[str, Any] = {"window": WINDOWS.get(self.readout, "none"), "radius": self.radius}
+        how["sigma"] = self.sigma or 0.25 * max(grid)
         temperature = self.temperature.clamp(min=1e-3)
         if self.mutual:
             best_of_column = ops.mutual(rows_of(src), columns).col_max.unsqueeze(1)

@@ -1,4 +1,4 @@
-"""CATs: transformers aggregate the correlations of several levels, beside the features that they are computed from.
+"""CATs: transformers aggregate the correlations of several levels, together with their features.
 
 "CATs: Cost Aggregation Transformers for Visual Correspondence", NeurIPS 2021, and its released code, which decides
 where the two differ.
@@ -10,9 +10,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from corrzoo.geometry import cells_to_pixels, size_of
+from corrzoo.geometry import size_of
 from corrzoo.heads.levels import resize
-from corrzoo.heads.tokens import SelfAttention, SoftArgmax, init_linear, read_flow
+from corrzoo.heads.tokens import SelfAttention, SoftArgmax, init_linear, read_flow, to_pixels
 from corrzoo.losses import mean_where
 from corrzoo.matcher import HEADS, Matcher
 from corrzoo.precision import full, full_precision
@@ -31,25 +31,22 @@ EPS = 1e-6
 class CATs(Matcher):
     """Filtered cosines of several levels, refined by self-attention within and across levels, read by a soft-argmax.
 
-    With ResNet-101 it has 47,123,552 parameters and equals the released model, which has 49,173,320. The other
-    2,049,768 never influence its output and are left out: the backbone's classifier (2,049,000) and `decoder.norm`
-    (768). The released `net(target, source)` asks for points of its target: its target is `src` here.
+    With ResNet-101 it has 47,123,552 parameters and equals the released model. That has 2,049,768 more, which never
+    influence its output: the backbone's classifier and `decoder.norm`. The released `net(target, source)` asks for
+    points of its target: its target is `src` here.
 
-    our choice, as the paper reads ResNet-101: with a ViT, any blocks are the levels.
-
-    The released training puts BatchNorm into training mode, although the backbone is frozen. our choice: as for every
-    head, BatchNorm keeps its pretrained statistics.
+    our choice: with a ViT, which the paper does not read, any blocks are the levels. BatchNorm keeps its pretrained
+    statistics, as for every head; the released training puts it into training mode, although the backbone is frozen.
 
     Args:
         grid: Side of the grid that is matched on (released code: 16). Every level is resized to it.
         width: Channels of the projected features (released code: 128).
         depth: Number of aggregation blocks (released training: 1).
         attention_heads: Number of heads of every attention (released code: 6).
-        appearance: Ablation: projected features stand beside the correlation (appearance affinity modelling).
-        inter: Ablation: self-attention across levels (multi-level aggregation). Without it, the levels' refined
-            correlations are only averaged.
+        appearance: Ablation: tokens have projected features, too (appearance affinity modelling).
+        inter: Ablation: self-attention across levels (multi-level aggregation). Without it, levels are only averaged.
         swapping: Ablation: the correlation is refined a second time, the target's cells being the tokens.
-        residual: Ablation: the filtered correlation is added to what each pass makes of it.
+        residual: Ablation: the filtered correlation is added to the output of each pass.
         read: How a point reads the flow: bilinearly at the `point`, or at its whole `pixel` (released code).
         init: Initial weights: `paper`, or `aligned`. our choice: with `aligned`, the last linear map is zero, so
             training starts from the filtered cosines instead of random scores.
@@ -112,15 +109,16 @@ class CATs(Matcher):
         if self.swapping:
             scores = self.aggregate(scores.mT, trg.maps[levels:]).mT + residual
         scores = scores.mean(1)  # (B, g*g, g*g)
-        flow = self.soft_argmax(scores).movedim(1, -1)  # (B, g, g, 2), in cells
-        return Match(cells_to_pixels(flow, (self.grid, self.grid), size_of(src.image)).movedim(-1, 1), scores)
+        flow = self.soft_argmax(scores)  # (B, 2, g, g), in cells
+        return Match(to_pixels(flow, size_of(src.image)), scores)
 
     def aggregate(self, scores: Tensor, projected: list[Tensor]) -> Tensor:
         """Refine the scores (B, L, g*g, g*g) of the rows' cells, whose projected features are L maps (B, width, g, g).
 
         A token is a cell: its scores against all cells of the other image, and its features (appearance affinity).
         """
-        tokens = torch.cat([scores, *stack_tokens(projected)], dim=-1)  # (B, L, g*g, D)
+        features = [rearrange(level, "b c h w -> b (h w) c") for level in projected]  # none without appearance
+        tokens = torch.cat([scores, torch.stack(features, dim=1)], dim=-1) if features else scores  # (B, L, g*g, D)
         shape = (-1, -1, self.grid, self.grid, -1)
         position = torch.cat([self.pos_embed_x.expand(shape), self.pos_embed_y.expand(shape)], dim=-1)
         return self.to_scores(self.blocks(tokens + position.flatten(2, 3)))
@@ -176,8 +174,3 @@ class Aggregation(nn.Module):
             return x
         x = self.inter(rearrange(x, "b l n d -> (b n) l d"))
         return rearrange(x, "(b n) l d -> b l n d", b=batch)
-
-
-def stack_tokens(maps: list[Tensor]) -> list[Tensor]:
-    """L maps (B, C, g, g) -> one (B, L, g*g, C) in a list, which is empty without maps."""
-    return [torch.stack([rearrange(level, "b c h w -> b (h w) c") for level in maps], dim=1)] if maps else []

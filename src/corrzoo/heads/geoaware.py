@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from corrzoo import ops
 from corrzoo.geometry import Size, cells_to_pixels, pixels_to_cells, points_to_flow, size_of
 from corrzoo.heads.levels import centres_of, resize, rows_of, stack_levels
-from corrzoo.losses import mean_where
+from corrzoo.losses import Term, mean_where
 from corrzoo.matcher import HEADS, Matcher
 from corrzoo.precision import full, full_precision
 from corrzoo.types import Features, Match, Pair, ZooError
@@ -26,6 +26,8 @@ EPS = 1e-10
 """Added to a descriptor's length (released code)."""
 FLIP_WEIGHTS = {"double": 1.0, "self": 0.25}
 """Weights of the pair augmentation's terms beside the pair itself (released code)."""
+WINDOWS = {"window": "crop", "gaussian": "argmax"}
+"""The window of `ops.match` for each read-out that has one."""
 MIRRORED = 1 << 40
 """Added to the number of an image whose mirror image is meant, so that features of both can be kept."""
 
@@ -44,11 +46,11 @@ class GeoAware(Matcher):
     """An aggregation network of one bottleneck for each level, and a sparse and a dense loss on mirrored pairs, too.
 
     On the released features, three levels of Stable Diffusion and DINOv2-B's block 11 before the final norm, it equals
-    the released network, which has 5,150,214 parameters. One of them, `self_logit_scale`, never has a gradient and is
-    left out; the coordinates that the dense loss reads are trained as well, and not used in evaluation.
+    the released network of 5,150,214 parameters, without `self_logit_scale`, which never has a gradient. Coordinates
+    that the dense loss reads are trained, too, and not used in evaluation.
 
-    The released code pads images to a square. our choice: as for every head, they are resized. It trains on one pair a
-    step. our choice: the loss of a batch is the mean over its pairs.
+    our choice: images are resized, as for every head; the released code pads them to a square. The loss of a batch is
+    the mean over its pairs; the released code trains on one pair a step.
 
     Args:
         grid: Cells per side of the descriptors' grid, or [h, w]; every level is resized to it (released code: 60).
@@ -59,13 +61,12 @@ class GeoAware(Matcher):
         noise: Deviation of the dense loss's ground truth, as a share of half of `noise_length` (released code: 0.1).
         noise_length: The larger side of the target's `box` (without one: of the image), or of the `image`, which is
             PF-PASCAL's threshold. `pixels` is the released code's mistake there: its 840 pixels are taken for cells.
-        pair_augment: Train on mirrored images, too: both mirrored, and the source with its own mirror image, if the
-            dataset tells what a mirror swaps. our choice: the latter with the keypoints that are visible in both
-            images, as datasets give no others; the released code takes all of the source.
+        pair_augment: Train on mirrored images, too: both mirrored, and, if the dataset tells what a mirror swaps, the
+            source with its own mirror image. our choice: the latter with keypoints that are visible in both images, as
+            datasets give no others; the released code takes all of the source.
         readout: How a row of cosines gives a position: a soft-argmax over a `window` around the maximum, with a
             `gaussian` around it, or over all cells (`soft`); or the maximum itself (`argmax`).
-        window: Cells from the maximum to each side of the window (released code: 7, zero-shot 5), or the Gaussian's
-            standard deviation.
+        window: Radius of the window in cells (released code: 7, zero-shot 5), or the Gaussian's standard deviation.
         outside: What cells outside the window count: a cosine of `zero`, as in the released code, which matters where
             the best cosine is below about 0.2; or nothing (`excluded`, our choice).
         read: How a point is matched: from the flow around the `point`, or as its whole `cell` (released code).
@@ -124,7 +125,7 @@ class GeoAware(Matcher):
         return features._replace(maps=[maps / (torch.linalg.vector_norm(maps, dim=1, keepdim=True) + EPS)])
 
     def aggregate(self, levels: list[Tensor]) -> Tensor:
-        """Levels (B, C_i, h_i, w_i) -> their weighted sum (B, width, h, w) behind the bottlenecks."""
+        """Levels (B, C_i, h_i, w_i) -> their weighted sum (B, width, h, w) after the bottlenecks."""
         levels = [self.dropout(resize(level, self.grid)) for level in levels]
         maps = torch.stack([block(level) for block, level in zip(self.bottlenecks, levels, strict=True)])
         if self.mixing_weights is None:
@@ -140,17 +141,13 @@ class GeoAware(Matcher):
 
     def find(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Positions (B, N, 2) in cells of the target, for descriptors (B, N, C) and the target's (B, h*w, C)."""
-        how: dict[str, Any] = {"normalize": False, "backend": self.backend}
         temperature = rows.new_full((), TEMPERATURE, dtype=full(rows[:0]).dtype)
-        if self.readout == "window":
-            if self.outside == "zero":
-                scores = zero_outside(ops.correlation(rows, columns, normalize=False), self.grid, self.window)
-                return ops.readout(scores, self.grid, temperature).xy
-            return ops.match(rows, columns, self.grid, temperature, "crop", radius=self.window, **how).xy
-        if self.readout == "gaussian":
-            return ops.match(rows, columns, self.grid, temperature, "argmax", sigma=self.window, **how).xy
-        found = ops.match(rows, columns, self.grid, temperature, **how)
-        return found.xy if self.readout == "soft" else centres_of(found.argmax, self.grid).to(found.xy)
+        if self.readout == "window" and self.outside == "zero":
+            scores = zero_outside(ops.correlation(rows, columns, normalize=False), self.grid, self.window)
+            return ops.readout(scores, self.grid, temperature).xy
+        how: dict[str, Any] = {"window": WINDOWS.get(self.readout, "none"), "sigma": self.window, "radius": self.window}
+        found = ops.match(rows, columns, self.grid, temperature, normalize=False, backend=self.backend, **how)
+        return centres_of(found.argmax, self.grid).to(found.xy) if self.readout == "argmax" else found.xy
 
     def match_points(self, src: Features, trg: Features, points: Tensor) -> Tensor:
         """Read matches of source points (B, n, 2) as the option `read` says."""
@@ -175,8 +172,7 @@ class GeoAware(Matcher):
 
     def loss(self, match: Match, pair: Pair) -> Tensor:
         """Sparse and dense loss of the pair as it is, the mean over pairs with keypoints."""
-        value, counts = self.pair_loss(match.extras["src"], match.extras["trg"], self.points(pair))
-        return mean_where(value, counts)
+        return mean_where(*self.pair_loss(match.extras["src"], match.extras["trg"], self.points(pair)))
 
     def training_losses(self, pair: Pair) -> Tensor:
         """The loss with pair augmentation; the mirrored images pass through the backbone, too."""
@@ -204,17 +200,17 @@ class GeoAware(Matcher):
         return Points(src, trg, found[2], self.length(pair.src_box, pair.src_size))
 
     def length(self, box: Tensor, size: Tensor) -> Tensor:
-        """Cells (B,) of what the noise is relative to; box (B, 4) and size (B, 2) in original pixels."""
+        """`noise_length` (B,) in cells, from the target's box (B, 4) and size (B, 2) in original pixels."""
         side = (box[:, 2:] - box[:, :2]).amax(1) / size.amax(1)
         whole = torch.ones_like(side)
         if self.noise_length == "pixels":
             return 14 * max(self.grid) * whole  # 840 for a grid of 60
         return max(self.grid) * (whole if self.noise_length == "image" else torch.where(side.isnan(), whole, side))
 
-    def pair_loss(self, src: Tensor, trg: Tensor, points: Points) -> tuple[Tensor, Tensor]:
+    def pair_loss(self, src: Tensor, trg: Tensor, points: Points) -> Term:
         """Losses (B,), and which pairs have points (B,); descriptors (B, h*w, C)."""
-        sparse, dense = self.sparse_loss(src, trg, points), self.dense_loss(src, trg, points)[0]
-        return (sparse + dense if self.dense else sparse), points.mask.any(1)
+        sparse = self.sparse_loss(src, trg, points)
+        return (sparse + self.dense_loss(src, trg, points)[0] if self.dense else sparse), points.mask.any(1)
 
     def sparse_loss(self, src: Tensor, trg: Tensor, points: Points) -> Tensor:
         """CLIP's loss (B,): each point's descriptor is nearer to its match than to any other point's, both ways."""
@@ -228,7 +224,7 @@ class GeoAware(Matcher):
             by_column = logits.masked_fill(~mask.unsqueeze(2), lowest).logsumexp(1) - own
             return (mean_of(by_row, mask) + mean_of(by_column, mask)) / 2
 
-    def dense_loss(self, src: Tensor, trg: Tensor, points: Points) -> tuple[Tensor, Tensor]:
+    def dense_loss(self, src: Tensor, trg: Tensor, points: Points) -> Term:
         """Error (B,) in cells of the flow by a soft-argmax over all cells; and which pairs have points (B,).
 
         The flow is read at the whole cell around a point. The ground truth has noise in training.
@@ -316,9 +312,15 @@ def mirror_images(pair: Pair) -> Pair:
 def self_flip(kps: Tensor, ids: Tensor, mirrored: Tensor, mask: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Corresponding keypoints of an image's mirror image and the image itself, `width` pixels wide.
 
-    Keypoints (B, K, 2) in pixels, with their parts `ids` (B, K), -1 if unknown, and the parts `mirrored` (B, K) that
-    they mark in the mirror image -> (B, K, 2) keypoints of the mirror image; (B, K) the numbers of those of the image
-    that mark the same part; and (B, K) bool, which of them there are.
+    Args:
+        kps: (B, K, 2) in pixels.
+        ids: (B, K) parts that they mark, -1 if unknown.
+        mirrored: (B, K) parts that they mark in the mirror image.
+        mask: (B, K) bool, which rows are keypoints.
+
+    Returns:
+        Keypoints of the mirror image (B, K, 2); for each the row (B, K) of the image's keypoint that marks the same
+        part; and whether there is one (B, K) bool.
     """
     same = (mirrored.unsqueeze(2) == ids.unsqueeze(1)) & (ids >= 0).unsqueeze(1) & mask.unsqueeze(1)  # (B, K, K)
     twin = same.to(torch.int8).argmax(2)  # (B, K)
@@ -326,7 +328,7 @@ def self_flip(kps: Tensor, ids: Tensor, mirrored: Tensor, mask: Tensor, width: i
     return torch.stack([width - x, y], dim=-1), twin, mask & same.any(2)
 
 
-def combine(terms: list[tuple[float, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def combine(terms: list[tuple[float, Tensor, Tensor]]) -> Term:
     """Weighted mean (B,) of the terms that a pair has; terms are (weight, values (B,), which pairs have it (B,))."""
     weights = torch.stack([weight * counts for weight, _, counts in terms])  # (terms, B)
     values = torch.stack([value for _, value, _ in terms])

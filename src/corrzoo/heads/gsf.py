@@ -1,8 +1,8 @@
 """GSF: sparse confident matches guide all others ("Guided Semantic Flow", ECCV 2020; sections and equations are its).
 
 A network prunes a volume of cosines to confident matches. Moving least squares spread their displacements over the
-image. A Gaussian around each displacement modulates the volume, and the flow is read from what is left. Training is
-weakly supervised: the loss reads images, masks and boxes, never a keypoint.
+image. A Gaussian around each displacement modulates the volume, from which the flow is read. Training is weakly
+supervised: the loss reads images, masks and boxes, never a keypoint.
 
 docs/heads/gsf.md explains where the code deviates from a printed equation: eq. 6 (softmax over the kept targets only),
 eq. 8 (the Gaussian is at i + G'_i), eq. 9 (`start`) and eq. 11 (weighted by the confidence).
@@ -19,8 +19,9 @@ from corrzoo import ops
 from corrzoo.geometry import Size, cell_centres, cells_to_pixels, sample, size_of
 from corrzoo.heads.guidance import displacements, modulate, moving_least_squares, mutual_confidence, truncate
 from corrzoo.heads.levels import resize
-from corrzoo.losses import Term, means
+from corrzoo.losses import Term, weighted_means
 from corrzoo.matcher import HEADS, Matcher
+from corrzoo.optimizers import total_steps
 from corrzoo.precision import full, full_precision
 from corrzoo.types import Features, Match, Pair, ZooError
 
@@ -194,7 +195,7 @@ class GSF(Matcher):
         return ops.readout(scores, self.grid, 1 / self.beta, window, radius=radius).xy - self.cells
 
     def loss(self, match: Match, pair: Pair) -> dict[str, Tensor]:
-        """L_final of stage 2, eq. 15."""
+        """L_final of stage 2, eq. 15. our choice: means, as with the paper's sums weights depend on grid and batch."""
         guidance, tau = Guidance(*(match.extras[name] for name in Guidance._fields)), match.extras["tau"]
         inside, o = on_object(pair, self.grid), self.hparams
         where = (inside, self.cells, self.grid, o.radius, o.temperature)
@@ -202,7 +203,7 @@ class GSF(Matcher):
             terms = self.pruning_terms(guidance, inside) if self.pruning else {}
             terms["match"] = matching_loss(guidance.src, guidance.trg, tau, *where)
             terms["smooth"] = smoothness_loss(tau, inside, self.grid)
-            return self.weighted(terms)
+            return weighted_means(terms, self.term_weights)
 
     def pruning_terms(self, guidance: Guidance, inside: Tensor) -> dict[str, Term]:
         """L_P, eq. 10: values and where they count."""
@@ -212,11 +213,6 @@ class GSF(Matcher):
         sil = silhouette_loss(guidance.logits, guidance.initial, self.rho, inside)
         return {"sil": sil, "geo": geometry_loss(f, g, guidance.field, weight, counted, *where)}
 
-    def weighted(self, terms: dict[str, Term]) -> dict[str, Tensor]:
-        """Means (our choice; with the sums of the paper, weights depend on grid and batch) and their sum, `loss`."""
-        found = means(terms)
-        return {"loss": torch.stack([self.term_weights[name] * mean for name, mean in found.items()]).sum(), **found}
-
     @property
     def stage(self) -> Literal[1, 2]:
         """Training stage (4.3) of the current step."""
@@ -225,10 +221,8 @@ class GSF(Matcher):
     def on_train_start(self) -> None:
         """Find the step at which stage 2 begins."""
         super().on_train_start()
-        steps, share = self.trainer.estimated_stepping_batches, self.hparams.stage1
-        if steps == torch.inf and share:
-            raise ZooError("stage1 is a share of the run, which has no end: set --trainer.max_epochs or max_steps")
-        self.stage2_from = share * steps if share else 0.0
+        share = self.hparams.stage1
+        self.stage2_from = share * total_steps(self.trainer, f"stage1 {share}") if share else 0.0
 
     def training_losses(self, pair: Pair) -> Tensor | dict[str, Tensor]:
         """Eq. 15, or in stage 1 eq. 10 with frozen features and without the matching module."""
@@ -239,7 +233,7 @@ class GSF(Matcher):
             src, trg = self.training_features(pair)
         guidance = self.guide(src, trg)
         with full_precision(guidance.field):
-            terms = self.weighted(self.pruning_terms(guidance, on_object(pair, self.grid)))
+            terms = weighted_means(self.pruning_terms(guidance, on_object(pair, self.grid)), self.term_weights)
         # Distributed training waits for a gradient of every parameter.
         terms["loss"] = terms["loss"] + sum(0 * p.sum() for p in self._frozen_in_stage1())
         return terms

@@ -73,8 +73,7 @@ def modulate(scores: Tensor, centre: Tensor, cells: Tensor, c: float) -> Tensor:
 def neighbour_consensus(scores: Tensor, grid: Size, grid_trg: Size, sigma: float) -> Tensor:
     """The Gaussian mean of C_(i+d, j+d) over offsets d inside both grids, of scores (B, N, M).
 
-    A match counts more where neighbours match neighbours. The Gaussian reaches ceil(sigma) cells, and separates
-    into the axes.
+    A match counts more where neighbours match neighbours. The Gaussian reaches ceil(sigma) cells.
     """
     if not sigma:
         return scores
@@ -94,5 +93,6 @@ def neighbour_consensus(scores: Tensor, grid: Size, grid_trg: Size, sigma: float
         return total / weights
 
     (h, w), (y, x) = grid, grid_trg
+    # The Gaussian is separable: one axis of both grids after the other.
     volume = along(scores.unflatten(1, (h, w)).unflatten(3, (y, x)).permute(0, 2, 4, 1, 3))  # (B, w, x, h, y)
     return along(volume.permute(0, 3, 4, 1, 2)).permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2)  # from (B, h, y, w, x)

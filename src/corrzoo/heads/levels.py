@@ -18,13 +18,10 @@ def resize(maps: Tensor, size: Size, align_corners: bool = False) -> Tensor:
     """Maps (B, C, h, w) at another size, bilinearly between cell centres; unchanged if they have it already.
 
     With `align_corners`, the outermost cells keep their values, as in CATs and TransforMatcher.
-
-    PyTorch's CUDA kernel for channels-first maps gives one thread all channels of a pixel, and is many times slower
-    than the one for channels-last maps.
     """
     if size_of(maps) == size:
         return maps
-    if maps.is_cuda and maps.shape[1] >= 16:
+    if maps.is_cuda and maps.shape[1] >= 16:  # torch's kernel for channels-first maps is many times slower
         maps = maps.contiguous(memory_format=torch.channels_last)
     return F.interpolate(maps, size, mode="bilinear", align_corners=align_corners)
 

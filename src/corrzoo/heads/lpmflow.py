@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from corrzoo.geometry import size_of
 from corrzoo.heads.tokens import (
     ATTENTION_HEADS,
     REFINED_CHANNELS,
@@ -31,9 +32,10 @@ from corrzoo.heads.tokens import (
     init_linear,
     mlp,
     offsets,
+    to_pixels,
     upscale,
 )
-from corrzoo.losses import means
+from corrzoo.losses import weighted_means
 from corrzoo.matcher import HEADS
 from corrzoo.precision import full, full_precision
 from corrzoo.types import Features, Match, Pair, ZooError
@@ -52,17 +54,15 @@ FINE = 2
 class LPMFlow(TokenMatcher):
     """LARL encodes both images' tokens together, PFSR matches them on four pairs of scales, MMFI refines the flows.
 
-    With iBOT-B at 256 it has 176,167,106 parameters and equals the released model, which has 179,136,194. The other
-    2,969,088 never influence its output and are left out: `masked_tokens` (197,376); in `encoder` `cls_token` (768),
-    `pos_embed` (197,376), `patch_embed` (590,592) and `spatial_attention` of the six blocks (4,608); in each of the
-    three decoders `norm3` and `norm4` (3,072); and unused position embeddings: two for 1,025 tokens in decoder_s1
-    (1,574,400), two for 257 in decoder_s3 (394,752).
+    With iBOT-B at 256 it has 176,167,106 parameters and equals the released model. That has 2,969,088 more, which never
+    influence its output: `masked_tokens`; in `encoder` `cls_token`, `pos_embed`, `patch_embed` and `spatial_attention`;
+    `norm3` and `norm4` of each decoder; and the position embeddings of 1,025 tokens in decoder_s1, 257 in decoder_s3.
 
     Args:
         depth: Number of blocks of the layout encoder (released code: 6).
         dropout: Dropout of embeddings, attention outputs and MLPs (released code: 0.1).
-        top_k: Number of foreground source tokens that are candidates for replacement (supplement 2.3: 64). 0 turns
-            replacement and the self-contrastive loss off.
+        top_k: Number of foreground source tokens that may be replaced (supplement 2.3: 64). 0 turns replacement and
+            the self-contrastive loss off.
         foreground: What a source token is compared with (supplement 1.2): `both` adds its cosines with the two class
             tokens (released code), `mean` takes the cosine with their mean (paper).
         rptc_weight: Lambda, the initial weight of the self-contrastive loss (supplement 2.3: 0.2).
@@ -124,12 +124,12 @@ class LPMFlow(TokenMatcher):
             s, t = self.encoder(s, t)
             extras["tokens"] = s
         correlations, features = self.pyramid(s, t)
-        fine = torch.cat([to_fine(correlations[scales], self.grid) for scales in self.flows])  # (4B, 4*g*g, 4*g*g)
+        fine = torch.cat([to_fine(correlations[scales], self.grid) for scales in self.flows])  # (F*B, 4*g*g, 4*g*g)
         flows = list(upscale(self.soft_argmax(fine)).chunk(len(self.flows)))  # (B, 2, 8g, 8g) each
         flow = flows[-1]
         if self.integration is not None:
             flow = flow + self.integration(flows, as_map(features))
-        return self.as_match(flow, src.image, correlations[self.flows[-1]], **extras)
+        return Match(to_pixels(flow, size_of(src.image)), correlations[self.flows[-1]], extras)
 
     def loss(self, match: Match, pair: Pair) -> dict[str, Tensor]:
         """EPE and, where tokens were replaced, the self-contrastive loss of the pairs that have keypoints."""
@@ -137,8 +137,7 @@ class LPMFlow(TokenMatcher):
         if "masked" in match.extras:
             rptc = self_contrast(match.extras["tokens"], match.extras["masked"], self.neighbours)
             terms["rptc"] = rptc, pair.kps_mask.any(1)
-        found = means(terms)
-        return {"loss": found["epe"] + self.rptc_rate(self.current_epoch) * found.get("rptc", 0), **found}
+        return weighted_means(terms, {"epe": 1.0, "rptc": self.rptc_rate(self.current_epoch)})
 
     def hide_tokens(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Replace some foreground source tokens (B, 1 + g*g, C) by the sum of the two class tokens; their positions.

@@ -44,7 +44,7 @@ class NCNet(Matcher):
         consensus: Ablation: the network. Without it, features are matched by the filter alone.
         relocalization: Max-pool the volume over cells of this side. A match then is the best of the pooled cell pair
             (the paper's experiments on InLoc: 2). our choice: its displacement is that of the pooled source cell.
-        normalisation: What makes scores of a cell into the confidence that the loss reads: `softmax`, `l1`, or `none`.
+        normalisation: How a cell's scores are normalised for the loss: `softmax`, `l1`, or `none`.
         read: How a point is matched: by the flow at the `point`, or as the released evaluation does: `corners` puts
             the centres of the outermost cells on the image's first and last pixel, counted from 1, at 224 pixels.
         **options: Options of Matcher.
@@ -89,7 +89,7 @@ class NCNet(Matcher):
     def match(self, src: Features, trg: Features) -> Match:
         """The filtered volume as `correlation`; `extras` has the features, which the loss reads."""
         volume, offsets = self.volume(src.maps[0], trg.maps[0])
-        scores = self.filter(volume).flatten(4).flatten(1, 3)  # (B, h*w, h'*w')
+        scores = self.filter(volume)  # (B, h*w, h'*w')
         best, k = scores.argmax(2), self.relocalization  # (B, h*w), the first of equal ones
         grid = volume.shape[2], volume.shape[3]
         cells = k * cells_of(best, size_of(volume))  # (B, h*w, 2)
@@ -118,14 +118,16 @@ class NCNet(Matcher):
         return pooled.unsqueeze(1), offsets
 
     def filter(self, volume: Tensor) -> Tensor:
-        """M(N(M(V))) of a volume (B, 1, h, w, h', w')."""
+        """M(N(M(V))) of a volume (B, 1, h, w, h', w'): scores (B, h*w, h'*w')."""
         if self.mutual:
             volume = mutual_matching(volume)
         if len(self.consensus):
             swapped = volume.permute(0, 1, 4, 5, 2, 3)
             agreed = full(self.consensus(volume))
             volume = agreed + full(self.consensus(swapped)).permute(0, 1, 4, 5, 2, 3) if self.symmetric else agreed
-        return mutual_matching(volume) if self.mutual else volume
+        if self.mutual:
+            volume = mutual_matching(volume)
+        return volume.flatten(4).flatten(1, 3)
 
     def match_points(self, src: Features, trg: Features, points: Tensor) -> Tensor:
         """Read matches of source points (B, n, 2) as the option `read` says."""
@@ -144,7 +146,7 @@ class NCNet(Matcher):
         """
         assert match.correlation is not None
         src = next_in_batch(match.extras["src"])
-        other = self.filter(self.volume(src, match.extras["trg"])[0]).flatten(4).flatten(1, 3)
+        other = self.filter(self.volume(src, match.extras["trg"])[0])
         with full_precision(other):
             positive, negative = (confidence(scores, self.normalisation) for scores in (match.correlation, other))
         return {"loss": negative - positive, "positive": positive, "negative": negative}
@@ -200,11 +202,11 @@ def read_corners(points: Tensor, cells: Tensor, src_grid: Size, trg_grid: Size) 
     Points (B, n, 2) in pixels of the source; columns and rows (B, h*w, 2) of the target that its cells match.
     """
     (h, w), (rows, columns) = src_grid, trg_grid
-    low, weight = zip(*(_between(x, n) for x, n in zip(points.unbind(-1), (w, h), strict=True)), strict=True)
+    (left, x), (top, y) = _between(points[..., 0], w), _between(points[..., 1], h)  # (B, n) each
     found = torch.zeros_like(points)
     for dx, dy in ((0, 0), (1, 0), (0, 1), (1, 1)):
-        index = (low[1] + dy).clamp(max=h - 1) * w + (low[0] + dx).clamp(max=w - 1)  # (B, n)
-        share = (weight[0] if dx else 1 - weight[0]) * (weight[1] if dy else 1 - weight[1])
+        index = (top + dy).clamp(max=h - 1) * w + (left + dx).clamp(max=w - 1)
+        share = (x if dx else 1 - x) * (y if dy else 1 - y)
         found = found + share.unsqueeze(-1) * cells.gather(1, index.long().unsqueeze(-1).expand(-1, -1, 2))
     x, y = found.unbind(-1)
     return 1 + torch.stack([x / max(columns - 1, 1), y / max(rows - 1, 1)], dim=-1) * (FRAME - 1)

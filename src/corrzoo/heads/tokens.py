@@ -19,11 +19,10 @@ from corrzoo.geometry import Size, cells_to_pixels, sample, size_of, transfer
 from corrzoo.heads.levels import resize
 from corrzoo.matcher import Matcher
 from corrzoo.precision import full, full_precision
-from corrzoo.types import Features, Match, ZooError
+from corrzoo.types import Features, ZooError
 
 ATTENTION_HEADS = 8
 """Number of heads of every attention of ACTR and LPMFlow."""
-MLP_RATIO = 4
 TEMPERATURE = 0.02
 """Temperature of the softmax over a correlation."""
 UPSCALE = 4
@@ -38,8 +37,7 @@ class TokenMatcher(Matcher):
     Args:
         grid: Side of the grid that is matched on. Maps of another size are resized to it. Default: the grid of the
             last level in an image of `backbone_size` pixels, or the papers' 16.
-        width: Channels of the tokens. Default: those of the backbone, as in the papers. our choice: another width is
-            reached by a LayerNorm and a linear map.
+        width: Channels of the tokens. Default: the backbone's (papers). our choice: others by LayerNorm and linear map.
         read: How a point reads the flow: bilinearly at the `point`, or at its whole `pixel` (released code).
         init: Initial weights: `paper`, or `aligned`. our choice: with `aligned`, queries and keys of the
             cross-attentions have the same orthogonal weights and the refinement's update of the flow is zero, so
@@ -91,11 +89,6 @@ class TokenMatcher(Matcher):
         assert features.cls is not None  # set by prepare
         cells = rearrange(features.maps[0], "b c h w -> b (h w) c")
         return torch.cat([features.cls.unsqueeze(1), cells], dim=1)
-
-    def as_match(self, flow: Tensor, image: Tensor, correlation: Tensor, **extras: Tensor) -> Match:
-        """The Match of a flow (B, 2, h, w) in cells of its own grid, for network images (B, 3, H, W)."""
-        pixels = cells_to_pixels(flow.movedim(1, -1), size_of(flow), size_of(image)).movedim(-1, 1)
-        return Match(pixels, correlation, extras)
 
     def match_points(self, src: Features, trg: Features, points: Tensor) -> Tensor:
         """Read matches of source points (B, n, 2) from the flow, as the option `read` says."""
@@ -301,8 +294,7 @@ class SoftArgmax(nn.Module):
     """The expected target cell under softmax(scores / 0.02), as a flow.
 
     The coordinates of rows and columns, from -1 at the first cell's centre to 1 at the last one's, are trained
-    parameters, so `ops.readout` with its fixed cells cannot be used. A displacement between cells is the same in every
-    convention: only its unit is left to convert.
+    parameters, so `ops.readout` with its fixed cells cannot be used.
     """
 
     x_normal: nn.Parameter
@@ -330,6 +322,11 @@ class SoftArgmax(nn.Module):
 def upscale(flow: Tensor) -> Tensor:
     """(B, 2, g, g) in cells -> (B, 2, 4g, 4g) in cells of that grid; every fine cell moves as its coarse one does."""
     return F.interpolate(flow, scale_factor=float(UPSCALE), mode="nearest") * UPSCALE
+
+
+def to_pixels(flow: Tensor, image: Size) -> Tensor:
+    """A flow (B, 2, h, w) in cells of its own grid -> in pixels of the (H, W) network image."""
+    return cells_to_pixels(flow.movedim(1, -1), size_of(flow), image).movedim(-1, 1)
 
 
 def read_flow(points: Tensor, flow: Tensor, image: Size, read: str) -> Tensor:
@@ -371,7 +368,7 @@ def offsets(side: int) -> Tensor:
 
 def mlp(dim: int, drop: float = 0.0) -> Mlp:
     """Linear, exact GELU, Linear."""
-    return Mlp(dim, MLP_RATIO * dim, drop=drop)
+    return Mlp(dim, 4 * dim, drop=drop)
 
 
 def init_linear(module: nn.Module) -> None:

@@ -26,11 +26,11 @@ WIDTH = 16
 ATTENTION_HEADS, HEAD_DIM = 8, 4
 """Heads of the attention, and channels of each (released code)."""
 UPSCALE = 2
-"""Ratio of the answer's side to the side of the grid that is matched on (released code: 15 to 30)."""
+"""Ratio of the output grid's side G to the side g of the grid that is matched on (released code: 30 to 15)."""
 SIGMA = 10 / 30
-"""Width of the Gaussian around the best target cell, as a share of the answer's side (released code: 10 of 30)."""
+"""Width of the Gaussian around the best target cell, as a share of G (released code: 10 of 30)."""
 SPACING = 2 / 29
-"""Between neighbours of the released answer's grid, whose 30 cells a side reach from -1 to 1."""
+"""Between neighbours of the released output grid, whose 30 cells a side reach from -1 to 1."""
 REACH_IN_TRAINING, REACH = 0.1 / SPACING, 0.05 / SPACING
 """Radius within which a point reads its neighbours, in cells (released code: 0.1 and 0.05, from -1 to 1).
 
@@ -44,24 +44,20 @@ EPS = 1e-5
 class TransforMatcher(Matcher):
     """Correlations of many levels as the channels of a match, refined by attention among all matches, read softly.
 
-    With ResNet-101 it has 42,526,253 parameters and equals the released model, which has 87,885,413. The other
-    45,359,160 are a second backbone (42,500,160; see `two_streams`), and what never influences the output: the position
-    embedding `posenc` (810,000) and the backbone's classifier (2,049,000).
+    With ResNet-101 it has 42,526,253 parameters and equals the released model. That has 45,359,160 more: a second
+    backbone (see `two_streams`), and `posenc` and the backbone's classifier, which never influence its output.
 
-    our choice, as the paper reads ResNet-101: with a ViT, any blocks are the levels.
-
-    The released training puts BatchNorm into training mode. our choice: as for every head, it keeps its pretrained
-    statistics.
+    our choice: with a ViT, which the paper does not read, any blocks are the levels. BatchNorm keeps its pretrained
+    statistics, as for every head; the released training puts it into training mode.
 
     Args:
-        grid: Side of the grid that is matched on (released code: 15). Every level is resized to it. It makes
-            grid ** 4 matches.
+        grid: Side g of the grid that is matched on (released code: 15). Every level is resized to it: g ** 4 matches.
         layers: Number of attention layers (released code: 6).
-        rotary: Rotary embedding of a match's position, its number n. `literal` is the released one, whose two
-            frequencies of pi and 5 pi turn by half a circle from each n to the next: what is left of the position is
-            its parity, and rounding. `parity` is the exact (-1) ** n, and `none` is without.
-        two_streams: Source and target have a backbone each, equal until they are trained (released code). our choice:
-            off, as the paper describes one backbone for both. It takes twice the backbone's time.
+        rotary: Rotary embedding of a match's number n. `literal` is the released one, whose two frequencies of pi and
+            5 pi turn by half a circle from each n to the next, which tells its parity alone, with rounding. `parity` is
+            the exact (-1) ** n, and `none` is without.
+        two_streams: Source and target have a backbone each, equal before training (released code). Takes twice the
+            backbone's time. our choice: off, as the paper describes one backbone for both.
         **options: Options of Matcher.
     """
 
@@ -167,9 +163,9 @@ class MatchToMatch(nn.Module):
 class AdditiveAttention(nn.Module):
     """Attention linear in the number of matches (Fastformer): one query and one key stand for all of them.
 
-    The global query is a mean of the queries, weighted by a score of each. It multiplies every key, and the global key
-    is a mean of the keys, which multiplies every value. As released, the means are of rotated queries and keys, and
-    everything else sees them as they were.
+    The global query is a mean of the queries, weighted by a score of each. It multiplies every key, which gives their
+    scores. The global key, their weighted mean, multiplies every value. As released, only the means are of rotated
+    queries and keys.
     """
 
     def __init__(self) -> None:
@@ -207,12 +203,12 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------- from scores to points
-# The released grid of the answer has its outermost cells on the image's border: coordinates from -1 to 1 with
+# The released output grid has its outermost cells on the image's border: coordinates from -1 to 1 with
 # `torch.linspace`, unlike those of `corrzoo.geometry`. They are converted here.
 
 
 def upsample(scores: Tensor) -> Tensor:
-    """Scores (B, g, g, g, g) on the answer's grid, bilinearly in both images: (B, G*G, G*G)."""
+    """Scores (B, g, g, g, g) on the output grid, bilinearly in both images: (B, G*G, G*G)."""
     g = scores.shape[1]
     size = (UPSCALE * g, UPSCALE * g)
     by_source = resize(rearrange(scores, "b h w i j -> b (i j) h w"), size, align_corners=True)
@@ -254,7 +250,7 @@ def to_flow(matched: Tensor, image: Size) -> Tensor:
 
 
 def lattice(side: int, like: Tensor) -> Tensor:
-    """(G*G, 2) coordinates of the answer's cells, row by row, from -1 to 1."""
+    """(G*G, 2) coordinates of the output grid's cells, row by row, from -1 to 1."""
     line = torch.linspace(-1, 1, side, device=like.device, dtype=like.dtype)
     return torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1).flatten(0, 1)
 

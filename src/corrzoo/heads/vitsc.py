@@ -1,8 +1,7 @@
 """ViTSC: the features of two images attend to each other, and low-level correlation guides the flow's upsampling.
 
 "Bridging the Gap between Semantic Correspondence and Robust Visual Representation", sections 4 and 5.2. There is no
-released code; `our choice:` marks what the paper leaves open. The widths give the matching module the 3.9 / 3.9 /
-4.0 M parameters of Table 10 with DINOv2 S / B / L.
+released code. The widths give the matching module the 3.9 / 3.9 / 4.0 M parameters of Table 10 with DINOv2 S / B / L.
 """
 
 from typing import Any, ClassVar, Literal
@@ -25,7 +24,7 @@ from corrzoo.geometry import (
     size_of,
 )
 from corrzoo.heads.levels import resize, stack_levels, stride_grid
-from corrzoo.losses import Term, means
+from corrzoo.losses import Term, weighted_means
 from corrzoo.matcher import HEADS, Matcher
 from corrzoo.precision import full
 from corrzoo.types import Features, Match, Pair, ZooError
@@ -49,19 +48,16 @@ class ViTSC(Matcher):
             once, with the same weights, as GMFlow), `asymmetric` (only the source, as ACTR), or `none`: the
             backbone's features are matched, without a projection.
         layers: Layers of the cross-perception (Table 5: 1); 0 is `none`.
-        attend_at: Grid of the cross-perception. our choice: `stride8`, as 3.1 upsamples first; `native`, the
-            backbone's grid, is faster.
+        attend_at: Grid of the cross-perception. our choice: `stride8`, as 3.1 upsamples first; `native` is faster.
         upsampler: How the flow gets its full resolution (Table 6): guided by the correlation of `low`- or
             `high`-level features (eq. 8), by a CNN without guidance (`unguided`), or `bilinear`.
         radius: r of eq. 8 in cells of the guiding features. our choice: 4 as in RAFT, 16 pixels for the L-encoder.
-        head_resolution: Resolution of the upsampler's CNNs as a share of the image's (4.2: 1); their output is
-            resized to the rest. 0.5 costs a quarter.
+        head_resolution: Resolution of the upsampler's CNNs as a share of the image's (4.2: 1). 0.5 costs a quarter.
         low_stages: Stages of ResNet-18 in the L-encoder (5.2: 3).
         low_weights: Weights of the L-encoder: `pretrained` on ImageNet (5.2), `random` (trained at `lr`), or the path
             of a file. None is `random` if `weights` is, otherwise `pretrained`.
         temperature: Initial T of eq. 2, which is trained (3.1: 0.03).
-        sigma: Width of the soft-argmax kernel in cells. our choice, as for Baseline: a quarter of the grid's longer
-            side.
+        sigma: Width of the soft-argmax kernel in cells. our choice, as for Baseline: a quarter of the longer side.
         epe_weight: Lambda 1 of eq. 11 (5.2: 1).
         triplet_weight: Lambda 2 of eq. 11 (5.2: 10); 0 turns the triplet loss off.
         margin: m of eq. 9 (5.2: 0.3).
@@ -172,8 +168,7 @@ class ViTSC(Matcher):
             trg = sample(match.extras["trg"], pair.trg_kps, size_of(pair.trg_img))
             src, trg = F.normalize(src, dim=-1), F.normalize(trg, dim=-1)
             terms["triplet"] = triplet_losses(src, trg, pair.kps_mask, self.margin)
-        found, weights = means(terms), {"epe": self.epe_weight, "triplet": self.triplet_weight}
-        return {"loss": torch.stack([weights[name] * mean for name, mean in found.items()]).sum(), **found}
+        return weighted_means(terms, {"epe": self.epe_weight, "triplet": self.triplet_weight})
 
 
 # ---------------------------------------------------------------------- 4.1: cross-perception
@@ -182,8 +177,7 @@ class ViTSC(Matcher):
 def projection(channels: int) -> nn.Conv2d:
     """The backbone's channels to WIDTH.
 
-    our choice: it starts with an orthogonal weight and a zero bias. For up to 256 channels this keeps every cosine of
-    the backbone's features, and for more channels nearly.
+    our choice: an orthogonal weight and a zero bias at the start nearly keep the cosines of the backbone's features.
     """
     layer = nn.Conv2d(channels, WIDTH, 1)
     nn.init.orthogonal_(layer.weight)
@@ -312,10 +306,10 @@ class FlowUpsampler(nn.Module):
     def __init__(self, guides: int, resolution: float) -> None:
         super().__init__()
         self.resolution = resolution
-        self.guide = nn.Sequential(*cnn((guides, 128, 1), (128, 192, 3))) if guides else None
-        self.flow = nn.Sequential(*cnn((2, 64, 7), (64, 128, 3)))
+        self.guide = cnn((guides, 128, 1), (128, 192, 3)) if guides else None
+        self.flow = cnn((2, 64, 7), (64, 128, 3))
         last = zeroed(nn.Conv2d(256, 2, 3, padding=1))
-        self.head = nn.Sequential(*cnn((320 if guides else 128, 256, 3), (256, 256, 3)), last)
+        self.head = cnn((320 if guides else 128, 256, 3), (256, 256, 3)).append(last)
 
     def forward(self, flow: Tensor, local: Tensor | None, image: Size) -> Tensor:
         """Flow (B, 2, h, w) in pixels and local correlation (B, guides, h, w) -> flow (B, 2, H, W)."""
@@ -359,7 +353,9 @@ def zeroed(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def cnn(*convolutions: tuple[int, int, int]) -> list[nn.Module]:
+def cnn(*convolutions: tuple[int, int, int]) -> nn.Sequential:
     """Convolutions of (channels in, channels out, kernel side), each followed by a ReLU."""
-    pairs = ([nn.Conv2d(i, o, k, padding=k // 2), nn.ReLU(inplace=True)] for i, o, k in convolutions)
-    return [module for pair in pairs for module in pair]
+    layers = nn.Sequential()
+    for inputs, outputs, side in convolutions:
+        layers.append(nn.Conv2d(inputs, outputs, side, padding=side // 2)).append(nn.ReLU(inplace=True))
+    return layers

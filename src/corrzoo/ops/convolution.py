@@ -11,8 +11,7 @@ def conv4d(volume: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """Convolve volumes over all four axes, with stride 1 and zeros around them; in torch's sense, without a flip.
 
     One 3-D convolution does all of the arithmetic. The kernel's k offsets along the first axis become channels: of its
-    input or, if there are fewer of them, of its output, which is then shifted and added. benchmarks/conv4d.py compares
-    it to `conv4d_reference`.
+    input or, if there are fewer of them, of its output, which is then shifted and added. See benchmarks/conv4d.py.
 
     Args:
         volume: (B, C, h, w, H, W).

@@ -3,7 +3,7 @@
 With products <f_i, g_j>, a_i = 1 / |f_i|, b_j = 1 / |g_j| and a window w_ij, the softmax is over the logits
 z_ij = w_ij a_i b_j <f_i, g_j> log2(e) / T to base 2: exp2 stays fast where exp yields subnormal numbers. Windows are
 products over x and y, and so are the means of x and y: passes work on the rows and columns of the target grid. They go
-over chunks that fit a core's cache, most of them in place, and so cost little beside the GEMM.
+over chunks that fit a core's cache, most of them in place, and so cost little next to the GEMM.
 """
 
 import math

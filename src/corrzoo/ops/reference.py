@@ -1,7 +1,6 @@
 """The op in plain torch: the definition that the fast implementations are tested against.
 
-It holds whole correlation volumes and leaves the gradients to autograd. float16 and bfloat16 are computed in float32;
-float64 stays float64.
+It holds whole correlation volumes and leaves gradients to autograd. Half precision is computed in float32.
 """
 
 from typing import Literal, NamedTuple, get_args

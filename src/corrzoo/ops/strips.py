@@ -1,8 +1,7 @@
 """The loop: strips of rows of the correlation, each one library GEMM and an epilogue; and its torch operators.
 
 A strip holds products <f_i, g_j> of the features as they are, summed in full precision. The epilogue applies the norms,
-so that half-precision features lose nothing by normalisation. It is `epilogue` (torch, any device) or `kernels`
-(Triton, CUDA).
+so that half-precision features lose nothing. It is `epilogue` (torch, any device) or `kernels` (Triton, CUDA).
 """
 
 import importlib.util

@@ -64,7 +64,7 @@ class Evaluation:
         if min(ids) < 0:
             return self.matcher.features(pair)
         images = self.matcher.backbone.normalise(torch.cat([pair.src_img, pair.trg_img]))
-        return self._cache(images, ids, lambda new: self.matcher.prepare(self.matcher.backbone(new))).halves()
+        return self.cache(images, ids, lambda new: self.matcher.prepare(self.matcher.backbone(new))).halves()
 
     def predict(self, pair: Pair, which: int) -> Tensor:
         """(B, K, 2) predictions for a batch of dataset `which`, see `predict_points`."""
@@ -91,12 +91,7 @@ class Evaluation:
 
     def release(self) -> None:
         """Empty the feature cache."""
-        self._current, self._cache = -1, FeatureCache(0)
-
-    @property
-    def cached_bytes(self) -> int:
-        """Size of the cached features in bytes."""
-        return self._cache.used
+        self._current, self.cache = -1, FeatureCache(0)
 
     def by_name(self) -> list[tuple[str, BenchmarkMetric]]:
         """Name and metric of each dataset."""
@@ -104,23 +99,24 @@ class Evaluation:
 
     def _enter(self, which: int) -> None:
         if which != self._current:  # datasets use the same image numbers
-            self._current, self._cache = which, FeatureCache(self.cache_bytes)
+            self._current, self.cache = which, FeatureCache(self.cache_bytes)
 
     @torch.no_grad()
     def _score_outlines(self, pair: Pair, which: int) -> None:
         """Transfer outlines in both ways: source vertices to the target, and target pixels to the source mask."""
         src, trg = self.features(pair)
-        network = size_of(src.image)
+        image = size_of(src.image)
+        network = _wh(image[::-1])
         records = [self.datasets[which].record(index) for index in pair.index.tolist()]
-        vertices = [resize_points(r.src_polygon, _wh(r.src_size), _wh(network[::-1])).float() for r in records]
+        vertices = [resize_points(r.src_polygon, _wh(r.src_size), network).float() for r in records]
         padded = pad_sequence(vertices, batch_first=True).to(src.image.device)
         matched = self.matcher.match_points(src, trg, padded).cpu().double()
         back = self.matcher.match(trg, src).flow.cpu().float()
         for k, r in enumerate(records):
-            polygon = resize_points(matched[k, : len(vertices[k])], _wh(network[::-1]), _wh(r.trg_size))
+            polygon = resize_points(matched[k, : len(vertices[k])], network, _wh(r.trg_size))
             w, h = r.trg_size
-            seen = transfer(cell_centres((h, w), network)[None], back[k : k + 1], network)[0].double()
-            seen = resize_points(seen, _wh(network[::-1]), _wh(r.src_size)).unflatten(0, (h, w))
+            seen = transfer(cell_centres((h, w), image)[None], back[k : k + 1], image)[0].double()
+            seen = resize_points(seen, network, _wh(r.src_size)).unflatten(0, (h, w))
             mask, gt = warp_mask(polygon_mask(r.src_polygon, r.src_size), seen), polygon_mask(r.trg_polygon, r.trg_size)
             index, category = int(pair.index[k]), int(pair.category[k])
             self.metrics[which].update(polygon_mask(polygon, r.trg_size), mask, gt, index, category)

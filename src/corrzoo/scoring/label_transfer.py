@@ -17,8 +17,7 @@ class LabelTransfer(BenchmarkMetric):
 
     The field transfers masks in two ways, with different numbers. Both are scored:
 
-    - `polygon`: `polygon_mask` of the matched vertices of the source outline (HPF with images of at most 300 px, DHPF
-      at 240 x 240);
+    - `polygon`: `polygon_mask` of the matched vertices of the source outline (HPF up to 300 px, DHPF at 240 x 240);
     - `mask`: `warp_mask` of the source mask (WeakAlign and the papers that follow it).
 
     `compute()` returns means over pairs, 0-d float64: `lt_acc_polygon`, the share of target pixels with the correct

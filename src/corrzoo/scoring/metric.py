@@ -16,8 +16,7 @@ class BenchmarkMetric(torchmetrics.Metric, ABC):
     """Scores of the pairs of a benchmark.
 
     A row starts with the pair's index and category. Rows are gathered over all processes, sorted by index, and each
-    pair counts once. `compute()`, `rows()` and `breakdown()` are collective calls: every process must make them. They
-    raise ZooError if no pair was scored.
+    pair counts once. `compute()`, `rows()` and `breakdown()` are collective calls. Without pairs, they raise ZooError.
 
     Attributes:
         name: Name in tables. Result files use it in lower case, with underscores.

@@ -38,7 +38,7 @@ def score(
             or the boxes that the protocol needs.
     """
     protocol = get_protocol(protocol)
-    hits, mask, _ = _record_hits(as_points(pred).cpu(), record, protocol, alphas)
+    hits, mask, _ = _record_hits(pred, record, protocol, alphas)
     return pck_compute(_counts(hits, mask))[0]
 
 
@@ -82,25 +82,22 @@ def correct(pred: Tensor, gt: Tensor, threshold: Tensor, alphas: Sequence[float]
 
 def correct_points(pred: Tensor, pair: Pair, protocol: str | Protocol, alpha: float) -> Tensor:
     """(B, K) bool: correct predictions of a batch, for pictures. Arguments as for `PCK.update`."""
-    protocol = get_protocol(protocol)
-    sides, mask = _pair_sides(pair, protocol), pair.kps_mask.cpu()
-    return _hits(pred.detach().cpu().double(), sides, mask, protocol, (alpha,))[..., 0]
+    return _pair_hits(pred, pair, get_protocol(protocol), (alpha,))[..., 0]
 
 
 def _hits(pred: Tensor, sides: dict[str, Side], mask: Tensor, protocol: Protocol, alphas: Sequence[float]) -> Tensor:
     """(B, K, A) bool: correct keypoints, from points in original pixels."""
-    evaluated = sides[protocol.evaluated]
-    query = sides.get(protocol.query, evaluated)
+    evaluated, query = sides[protocol.evaluated], sides[protocol.query]
     gt = protocol.frame.points(evaluated.kps, evaluated.size, annotated=True)
     pred = protocol.frame.points(pred, evaluated.size, annotated=False)
     return correct(pred, gt, protocol.thresholds(evaluated, query, mask), alphas, mask, protocol.compare)
 
 
 def _record_hits(
-    points: Tensor, record: Record, protocol: Protocol, alphas: Sequence[float]
+    pred: Tensor, record: Record, protocol: Protocol, alphas: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Correct predictions (1, n, A) of one pair, its keypoints (1, n), and those that look alike (1, n)."""
-    n = len(record.trg_kps)
+    points, n = as_points(pred).cpu(), len(record.trg_kps)
     if len(points) != n or n == 0:
         raise ZooError(f"expected a prediction for each of {n} keypoints (one or more), got {len(points)}")
     sides = {
@@ -117,10 +114,10 @@ def _record_side(kps: Tensor, size: tuple[int, int], box: Tensor | None) -> Side
     return Side(*(torch.as_tensor(part, dtype=torch.float64)[None] for part in (kps, size, box)))
 
 
-def _pair_sides(pair: Pair, protocol: Protocol) -> dict[str, Side]:
-    """Annotations of the images that the protocol reads."""
-    needed = (protocol.evaluated, protocol.query) if protocol.asks_query else (protocol.evaluated,)
-    return {side: _pair_side(pair, side) for side in needed}
+def _pair_hits(pred: Tensor, pair: Pair, protocol: Protocol, alphas: Sequence[float]) -> Tensor:
+    """Correct predictions (B, K, A) of a batch."""
+    sides = {side: _pair_side(pair, side) for side in ("src", "trg")}
+    return _hits(pred.detach().cpu().double(), sides, pair.kps_mask.cpu(), protocol, alphas)
 
 
 def _pair_side(pair: Pair, side: str) -> Side:
@@ -152,9 +149,9 @@ class PCK(BenchmarkMetric):
     row has `pairs`, `points`, `pck@0.1/image` and `pck@0.1/point`. Empty groups are left out. `0` and `>0` are the two
     groups that Lucaosti reports.
 
-    `breakdown()["geometry"]`, `{"aware": row, "other": row}`, divides keypoints instead of pairs. A keypoint is
-    geometry-aware (GeoAware-SC, CVPR 2024) if another part that looks alike is visible in the evaluated image, as for
-    the left of two eyes. A row counts the pairs that have such keypoints. Without any, `"geometry"` is left out.
+    `breakdown()["geometry"]`, `{"aware": row, "other": row}`, groups keypoints instead of pairs. A keypoint is
+    geometry-aware (GeoAware-SC, CVPR 2024) if another part that looks alike is visible in the evaluated image, such as
+    the other eye. A row counts the pairs that have such keypoints. Without any, `"geometry"` is left out.
 
     Args:
         protocol: A name of `list_protocols()`, or a Protocol.
@@ -227,21 +224,21 @@ class PCK(BenchmarkMetric):
         preds, pairs = zip(*self._buffer, strict=True)
         self._buffer, self._buffered = [], 0
         K = max(pred.shape[1] for pred in preds)
-        pred = torch.cat([_pad(pred, K).cpu().double() for pred in preds])
+        pred = torch.cat([_pad(pred, K) for pred in preds])
         ragged = ("src_kps", "trg_kps", "kps_mask", "src_alike", "trg_alike")
         fields = zip(Pair._fields, zip(*pairs, strict=True), strict=True)
         pair = Pair(*(torch.cat([_pad(x, K) if name in ragged else x for x in xs]).cpu() for name, xs in fields))
-        if self.categories and pair.category.max() >= len(self.categories):
-            raise ZooError(f"category {int(pair.category.max())} has no name: PCK was given {len(self.categories)}")
         if not pair.kps_mask.any():
             return
-        sides = _pair_sides(pair, self.protocol)
-        hits = _hits(pred, sides, pair.kps_mask, self.protocol, self.alphas)
+        hits = _pair_hits(pred, pair, self.protocol, self.alphas)
         start = torch.cat([pair.index[:, None], pair.category[:, None], pair.difficulty], dim=1)
         self._add(start, hits, pair.kps_mask, getattr(pair, f"{self.evaluated}_alike"))
 
     def _add(self, start: Tensor, hits: Tensor, mask: Tensor, alike: Tensor) -> None:
         """Add rows: their start (B, 6), hits (B, K, A), keypoints and those that look alike (B, K)."""
+        category = int(start[:, 1].max())
+        if self.categories and category >= len(self.categories):
+            raise ZooError(f"category {category} has no name: PCK was given {len(self.categories)}")
         aware = mask & alike
         rows = torch.cat([start, _counts(hits, mask), _counts(hits & aware[..., None], aware)], dim=1)
         self.table.append(rows[rows[:, 6] > 0].to(self.device))

@@ -1,9 +1,8 @@
 """Evaluation protocols of the field, by name.
 
-A keypoint is correct if its error is within alpha * L. Published numbers differ in the length L, in the frame in which
-errors are measured, in the image that is evaluated, and in the average over pairs. A preset with one of its threshold
-kinds, such as `actr:bbox` or `default:bbox-kp`, fixes all four. A preset follows a project's released code, also where
-the paper differs. A preset whose threshold is wrong has a `flaw`, and is never the default.
+A keypoint is correct if its error is within alpha * L. Published numbers differ in the length L, the frame of errors,
+the evaluated image and the average over pairs. A preset with a threshold kind, such as `actr:bbox`, fixes all four. It
+follows a project's released code, also where the paper differs. A preset with a wrong threshold has a `flaw`.
 """
 
 from collections.abc import Mapping
@@ -136,11 +135,6 @@ class Protocol:
     def query(self) -> str:
         """Image whose points are given, `src` or `trg`."""
         return "src" if self.evaluated == "trg" else "trg"
-
-    @property
-    def asks_query(self) -> bool:
-        """Whether the threshold may depend on the query image."""
-        return "query" in (self.threshold_side, self.kps_side)
 
     @property
     def meaning(self) -> str:
