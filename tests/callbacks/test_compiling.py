@@ -47,7 +47,7 @@ def compiled(monkeypatch):
 
 @pytest.mark.parametrize("head", BACKENDS)
 def test_a_compiled_head_has_the_same_flow_gradients_and_matches(head, compiled):
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # with 0, some of TransforMatcher's scores are equal, and rounding decides which is the best
     plain = corrzoo.create_matcher(head, backbone=VIT, weights="random", **SMALL.get(head, {}))
     dataset = corrzoo.create_dataset("synthetic", "", "test", 64)
     pair = PairDataset.collate([dataset[i] for i in range(2)])

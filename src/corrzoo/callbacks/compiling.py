@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from corrzoo.backbones import Backbone
 
-COMPILED = ("prepare", "match", "match_points")
+PER_IMAGE, PER_PAIR = ("prepare",), ("match", "match_points")
 """Methods of a head that are compiled. Losses and scoring are not: they are small, and sum over processes."""
 
 
@@ -20,9 +20,10 @@ def compile_matcher(matcher: LightningModule, graphs: bool = False) -> None:
     for module in matcher.modules():
         if isinstance(module, Backbone):
             module.compile()
-    for name in COMPILED:
+    for name in PER_IMAGE + PER_PAIR:
         method = getattr(type(matcher), name).__get__(matcher)  # not compiled, if `matcher` was compiled before
-        setattr(matcher, name, torch.compile(method, mode="reduce-overhead" if graphs and name != "prepare" else None))
+        options: dict[str, Any] = {"mode": "reduce-overhead"} if graphs and name in PER_PAIR else {}
+        setattr(matcher, name, torch.compile(method, **options))
 
 
 class Compile(Callback):
