@@ -221,10 +221,10 @@ def test_a_batch_gives_what_its_pairs_give(case):
         src, trg = model.features_of(*(image[i : i + 1] for image in images))
         close = {"atol": 1e-6, "rtol": 0, "msg": lambda difference: f"{difference}\n{case.text}"}
         alone = model.match(src, trg)
-        if match.correlation is not None:
+        if case.head == "TransforMatcher":
             torch.testing.assert_close(alone.correlation, match.correlation[i : i + 1], **close)
-            best = alone.correlation.flatten(2).topk(2).values
-            if case.head == "TransforMatcher" and (best[..., 0] - best[..., 1]).min() < 1e-9:
+            best = alone.correlation.topk(2).values
+            if (best[..., 0] - best[..., 1]).min() < 1e-9:
                 continue  # equal scores, of cosines below zero, which its ReLU sets to zero: rounding decides
         torch.testing.assert_close(alone.flow, match.flow[i : i + 1], **close)
         torch.testing.assert_close(model.match_points(src, trg, points[i : i + 1]), found[i : i + 1], **close)

@@ -44,7 +44,7 @@ def test_gradients(function, channels, outputs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("channels", "outputs"), [(1, 4), (4, 4), (4, 1)])
 def test_equals_the_reference_in_other_precisions(dtype, channels, outputs):
-    inputs = problem(channels, outputs, 3, dtype)  # torch's bfloat16 gradients of a kernel wider than the volume are wrong
+    inputs = problem(channels, outputs, 3, dtype)  # torch's bfloat16 gradients of kernels wider than volumes are wrong
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
     assert_close(run(ops.conv4d, inputs), run(conv4d_reference, inputs, torch.float64), tolerance)
 

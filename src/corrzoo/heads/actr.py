@@ -38,8 +38,8 @@ class ACTR(TokenMatcher):
     """Asymmetric alignment blocks, a flow from each block's correlation, and multi-path flow super-resolution.
 
     With iBOT-B at 256 it has 144,245,888 parameters and equals the released model, which has 172,810,369. The other
-    28,564,481 never influence its output: `learn_parm`, and in `decoder` `pos_embed_x`, `pos_embed_y`, `proj`, `norm`, `norm3`,
-    `norm4` and `mlp2` of each block, and `spatial_attention` of the last block.
+    28,564,481 never influence its output: `learn_parm`, and in `decoder` `pos_embed_x`, `pos_embed_y`, `proj`,
+    `norm`, `norm3`, `norm4` and `mlp2` of each block, and `spatial_attention` of the last block.
 
     Args:
         depth: Number of alignment blocks (released code: 6).

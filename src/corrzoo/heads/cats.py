@@ -32,8 +32,8 @@ class CATs(Matcher):
     """Filtered cosines of several levels, refined by self-attention within and across levels, read by a soft-argmax.
 
     With ResNet-101 it has 47,123,552 parameters and equals the released model, which has 49,173,320. The other
-    2,049,768 never influence its output: the backbone's classifier and `decoder.norm`. The released `net(target, source)` asks for
-    points of its target: its target is `src` here.
+    2,049,768 never influence its output: the backbone's classifier and `decoder.norm`. The released
+    `net(target, source)` asks for points of its target: its target is `src` here.
 
     our choice: with a ViT, which the paper does not read, any blocks are the levels. BatchNorm keeps its pretrained
     statistics, as for every head; the released training puts it into training mode, although the backbone is frozen.
