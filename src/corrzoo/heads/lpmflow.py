@@ -55,8 +55,9 @@ class LPMFlow(TokenMatcher):
     """LARL encodes both images' tokens together, PFSR matches them on four pairs of scales, MMFI refines the flows.
 
     With iBOT-B at 256 it has 176,167,106 parameters and equals the released model, which has 179,136,194. The other
-    2,969,088 never influence its output: `masked_tokens`; in `encoder` `cls_token`, `pos_embed`, `patch_embed`
-    and `spatial_attention`; `norm3` and `norm4` of each decoder; and the position embeddings of 1,025 tokens in decoder_s1, 257 in decoder_s3.
+    2,969,088 never influence its output: `masked_tokens`; in `encoder` `cls_token`, `pos_embed`, `patch_embed` and
+    `spatial_attention`; `norm3` and `norm4` of each decoder; and the position embeddings of 1,025 tokens in decoder_s1,
+    257 in decoder_s3.
 
     Args:
         depth: Number of blocks of the layout encoder (released code: 6).
