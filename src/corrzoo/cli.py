@@ -20,11 +20,11 @@ from corrzoo.callbacks.config import SaveConfig
 from corrzoo.callbacks.folder import name_run
 from corrzoo.callbacks.resume import Checkpoints, Stopped, WholeFiles
 from corrzoo.data.module import PairsDataModule
+from corrzoo.errors import ZooError, one_line
 from corrzoo.heads import HEADS
 from corrzoo.matcher import Matcher
-from corrzoo.parser import Modules, ZooParser, one_line
+from corrzoo.parser import Modules, ZooParser, message_of
 from corrzoo.store.checkpoints import newest_checkpoint, read_checkpoint
-from corrzoo.types import ZooError
 
 RUNS = "runs"
 """Folder of all runs, unless `--trainer.default_root_dir` is given."""
@@ -129,7 +129,7 @@ class ZooCLI(LightningCLI):
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except ValueError as error:  # Lightning does not know the strategy
-            raise ZooError(" ".join(str(error).split())) from error
+            raise ZooError(one_line(error)) from error
         plain = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
         if plain and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeFiles()
@@ -175,4 +175,4 @@ def main(args: list[str] | None = None) -> None:
         sys.stderr.write(f"{stopped}\n")
         sys.exit(128 + stopped.number)
     except Exception as error:
-        sys.exit(f"error: {one_line(error)}")
+        sys.exit(f"error: {message_of(error)}")

@@ -8,9 +8,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from corrzoo.commands import COMMANDS
+from corrzoo.errors import ZooError, one_line
 from corrzoo.heads import HEADS, list_heads
 from corrzoo.registry import import_plugins, nearest
-from corrzoo.types import ZooError
 
 TYPES = {"float": "a number", "int": "a whole number", "bool": "true or false", "NoneType": "null", "str": "text"}
 TYPES |= {"list": "a list such as [1, 2]", "dict": "a mapping"}
@@ -60,10 +60,10 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
     if (found := re.search(value, message, re.DOTALL)) and (expected := _in_words(found[2] or found[3])):
         owner = "model." if any(found[1] in HEADS.options(head) for head in heads) else ""
         return f"{owner}{found[1]} {found[4].strip()!r}: expected {expected}"
-    return " ".join(message.split())
+    return one_line(message)
 
 
-def one_line(error: Exception) -> str:
+def message_of(error: Exception) -> str:
     """Message of an error that a user can fix, in one line.
 
     Raises:
@@ -73,12 +73,12 @@ def one_line(error: Exception) -> str:
         # The error of a worker process contains its traceback; the last line is the message.
         return str(cause).rsplit("ZooError: ", 1)[-1].strip()
     if isinstance(error, MisconfigurationException):
-        return " ".join(str(error).split())
+        return one_line(error)
     if isinstance(error, OSError):  # a read-only folder, a full disk
         return f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
     if type(error).__module__.startswith("wandb"):
         remedy = "--trainer.logger.offline true keeps the run on this machine"
-        return f"wandb: {' '.join(str(error).split()).rstrip('.')}; {remedy}"
+        return f"wandb: {one_line(error).rstrip('.')}; {remedy}"
     if "DataLoader worker" in str(error):
         remedy = "give fewer --data.num_workers, and resume with --ckpt_path last"
         return f"{str(error).splitlines()[0]} The usual reason is too little memory: {remedy}"

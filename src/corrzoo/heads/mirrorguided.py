@@ -18,7 +18,7 @@ from corrzoo.geometry import Size, cell_centres, cells_to_pixels, pixels_to_cell
 from corrzoo.heads.guidance import confident_field, modulate, neighbour_consensus
 from corrzoo.heads.levels import stack_levels, stride_grid
 from corrzoo.heads.update import FeatureUpdate, mirror_image, row_cross_entropy
-from corrzoo.losses import means
+from corrzoo.losses import weighted_means
 from corrzoo.matcher import HEADS, Matcher
 from corrzoo.precision import full, full_precision
 from corrzoo.types import Features, Match, Pair, ZooError
@@ -178,9 +178,7 @@ class MirrorGuided(Matcher):
             count = mask.sum(1).clamp(min=1)
             plain, mirrored = ((rows[x].detach() * mask).sum(1) / count for x in ("plain", "mirrored"))
             terms["choice"] = torch.lerp(plain, mirrored, logit.sigmoid()), mask.any(1)  # eq. 10
-        found = means(terms)
-        weighted = [(self.epe_weight if name == "epe" else self.row_weight) * mean for name, mean in found.items()]
-        return {"loss": torch.stack(weighted).sum(), **found}
+        return weighted_means(terms, {name: self.epe_weight if name == "epe" else self.row_weight for name in terms})
 
     def match_points(self, src: Features, trg: Features, points: Tensor) -> Tensor:
         """Matches of points (B, n, 2), whose scores are interpolated: finer than to interpolate the flow."""

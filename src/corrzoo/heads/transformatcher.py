@@ -45,8 +45,8 @@ class TransforMatcher(Matcher):
     """Correlations of many levels as the channels of a match, refined by attention among all matches, read softly.
 
     With ResNet-101 it has 42,526,253 parameters and equals the released model, which has 87,885,413. The other
-    45,359,160 are a second backbone (see `two_streams`), and `posenc` and the backbone's classifier, which
-    never influence its output.
+    45,359,160 are a second backbone (see `two_streams`), and `posenc` and the backbone's classifier, which never
+    influence its output.
 
     our choice: with a ViT, which the paper does not read, any blocks are the levels. BatchNorm keeps its pretrained
     statistics, as for every head; the released training puts it into training mode.

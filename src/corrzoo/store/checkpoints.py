@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from corrzoo.backbones.weights import key_faults, read_state
+from corrzoo.errors import ZooError, one_line
 from corrzoo.files import whole_file, write_text
 from corrzoo.geometry import Size
 from corrzoo.heads import HEADS
 from corrzoo.matcher import Matcher
 from corrzoo.registry import nearest
 from corrzoo.store.card import model_card
-from corrzoo.types import ZooError
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 HUB = "hf://"
@@ -85,7 +85,7 @@ def load(path: str | Path) -> Matcher:
         matcher.image_size = _checked_size(size)
         matcher.load_state_dict(weights)
     except Exception as error:  # options and weights of a stranger's file can be anything
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         raise ZooError(f"{path}: its options or weights do not fit {head}: {reason}") from error
     return matcher.eval()
 
