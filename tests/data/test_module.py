@@ -62,6 +62,8 @@ def test_a_misspelt_dataset_is_an_error_at_once():
         (dict(image_size=[64]), "one side, or \\[H, W\\]"),
         (dict(image_size=[64, 64, 3]), "one side, or \\[H, W\\]"),
         (dict(batch_size=0), "at least one pair"),
+        (dict(options={"synthetic": {"size": 64}}), "'size' of synthetic .*data.image_size"),
+        (dict(options={"synthetic": {"augment": "cats"}}), "'augment' of synthetic .*data.augment"),
     ],
 )
 def test_invalid_options_are_an_error_before_anything_is_fetched(options, expected):

@@ -75,3 +75,9 @@ def test_published_rankings():
     (deformed,) = [row for row in spair.rows if row.head == "Diffusion Hyperfeatures"]
     assert deformed.source == "ViTSC, Table 3 (D.Hyperfeat.)"
     assert len(rankings["pfwillow", "published:bbox"].rows) and len(rankings["pfwillow", "published:bbox-kp"].rows)
+
+
+def test_a_dataset_with_scores_of_categories_alone_has_no_published_ranking():
+    whole, category = [row for row in read_papers() if row["metric"] == "PCK"][:2]
+    category = category | {"dataset": "new", "category": "bus", "difficulty": ""}
+    assert [ranking.dataset for ranking in rank_papers([whole, category])] == [whole["dataset"]]

@@ -222,6 +222,7 @@ RESULT = {
     "head": "Baseline",
     "backbone": TINY["backbone"],
     "dataset": "pfwillow",
+    "split": "test",
     "protocol": "default:bbox-kp",
     "alphas": [0.05, 0.1],
     "pairs": 900,
@@ -260,7 +261,21 @@ def test_the_card_describes_the_model_and_its_scores(tmp_path):
     params = sum(p.numel() for p in model.parameters()) / 1e6
     assert f"| parameters | {params:.1f} M in all |" in body
     front, body = front_matter(corrzoo.save(model, tmp_path / "model"))
-    assert "model-index" not in front and "## PCK" not in body
+    assert "model-index" not in front and "## Scores" not in body
+
+
+def test_the_card_has_scores_of_label_transfer_beside_pck(tmp_path):
+    transferred = {"lt_acc_mask": 87.25, "iou_mask": 61.0}
+    columns = [["LT-ACC mask", "lt_acc_mask", "lt_acc_mask"], ["IoU mask", "iou_mask", "iou_mask"]]
+    other = RESULT | {"dataset": "caltech101", "protocol": "label transfer", "alphas": [], "measures": columns}
+    del other["pck"]
+    model = corrzoo.create_matcher("Baseline", **TINY)
+    results = [RESULT, other | {"label_transfer": transferred}]
+    front, body = front_matter(corrzoo.save(model, tmp_path / "model", results=results))
+    assert "| dataset | pairs | protocol | IoU mask | LT-ACC mask | PCK @0.05 | PCK @0.1 |" in body
+    assert "| caltech101 | 900 | `label transfer` | 61.0 | 87.2 |  |  |" in body
+    metrics = [m for r in front["model-index"][0]["results"] for m in r["metrics"]]
+    assert [m["value"] for m in metrics if m["type"] in ("iou", "lt-acc")] == [87.25, 61.0]
 
 
 @pytest.mark.parametrize(

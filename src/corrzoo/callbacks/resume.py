@@ -221,7 +221,8 @@ class Stopped(Exception):
 class StopSignals(Callback):
     """Handle SIGTERM and Ctrl-C: finish the current training step, save `last.ckpt`, and end.
 
-    A second signal ends training at once. An evaluation, which has nothing to save, ends at the first signal. SLURM's
+    The same signal again ends training at once. Another one does not: launchers send SIGTERM to processes that Ctrl-C
+    has reached already. An evaluation, which has nothing to save, ends at the first signal. SLURM's
     requeue signal waits for the end of the step, too: during a step, weights and optimiser state do not fit together.
     """
 

@@ -106,6 +106,10 @@ class PairsDataModule(LightningDataModule):
         if repeated := {name for name in test if test.count(name) > 1}:
             raise ZooError(f"data.test names {', '.join(sorted(repeated))} more than once")
         create_augment(augment)
+        for name, given in (options or {}).items():
+            for option in given.keys() & {"root", "split", "size", "augment"}:
+                told = f"data.options: {option!r} of {name} is no option of one dataset"
+                raise ZooError(f"{told}: data.root, data.image_size and data.augment hold for all")
         if isinstance(image_size, list) and len(image_size) != 2:
             raise ZooError(f"data.image_size {image_size}: expected one side, or [H, W]")
         if batch_size < 1:

@@ -85,7 +85,8 @@ def rank_papers(papers: Iterable[dict[str, str]]) -> list[Ranking]:
         else:
             row.published.setdefault(measure, value)
             row.source = row.source or _source(paper)
-    return [_ranking(*names, _merged(rows.values())) for names, rows in tables.items()]
+    scored = {names: [row for row in rows.values() if row.published] for names, rows in tables.items()}
+    return [_ranking(*names, _merged(rows)) for names, rows in scored.items() if rows]
 
 
 def _ranking(dataset: str, threshold: str, rows: list[Row]) -> Ranking:

@@ -48,7 +48,7 @@ def read_results(files: Iterable[Path], warn: Callable[[str], None]) -> list[dic
     for path in files:
         try:
             result = json.loads(path.read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite)
-            result = _checked(result) | {"path": str(path), "study": path.resolve().parent.name}
+            result = checked(result) | {"path": str(path), "study": path.resolve().parent.name}
             json.dumps(result, ensure_ascii=False).encode()  # fails on lone surrogates, which no output file can hold
             rank([result])
         except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError, OSError) as error:
@@ -64,8 +64,12 @@ def _finite(text: str) -> float:
     return float(text)
 
 
-def _checked(result: Any) -> dict[str, Any]:
-    """The result with the fields that files of corrzoo 0.1.0 lack."""
+def checked(result: Any) -> dict[str, Any]:
+    """The content of a result file with the fields that files of corrzoo 0.1.0 lack.
+
+    Raises:
+        ValueError, TypeError, AttributeError or LookupError: if it is no content of a result file.
+    """
     if not isinstance(result, dict):
         raise ValueError(f"expected an object, got a {type(result).__name__}")
     for name in ("head", "backbone", "dataset", "split", "protocol"):

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from corrzoo.backbones.specs import get_spec
 from corrzoo.files import table
+from corrzoo.leaderboard.results import checked, scores
 from corrzoo.types import ZooError
 
 if TYPE_CHECKING:
@@ -92,10 +93,11 @@ def read_result(result: str | Path | dict[str, Any], config: dict[str, Any]) -> 
     try:
         row = result if isinstance(result, dict) else json.loads(Path(result).read_text())
         found = row["head"], row["backbone"]
-        row["dataset"], row["protocol"], row["alphas"], row["pck"], row["pairs"]
+        row = checked(row)
+        scores(row), row["pairs"]
     except OSError as error:
         raise ZooError(f"cannot read the result file {name}: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ZooError(f"{name} is not a result file of `corrzoo test` ({type(error).__name__}: {error})") from error
     model = config["head"], config["options"]["backbone"]
     if found != model:
@@ -110,25 +112,29 @@ def read_result(result: str | Path | dict[str, Any], config: dict[str, Any]) -> 
 
 
 def _scores(rows: list[dict[str, Any]]) -> str:
-    """PCK by dataset as a section; empty without results."""
+    """Scores by dataset as a section; empty without results."""
     if not rows:
         return ""
-    alphas = sorted({alpha for row in rows for alpha in row["alphas"]})
+    measures = sorted({measure for row in rows for measure in scores(row)})
     lines = []
     for row in rows:
-        scores = [f"{row['pck'][f'pck@{a:g}']:.1f}" if a in row["alphas"] else "" for a in alphas]
-        lines.append([row["dataset"], str(row["pairs"]), f"`{row['protocol']}`", *scores])
-    titles = ["dataset", "pairs", "protocol", *(f"@{a:g}" for a in alphas)]
+        found = scores(row)
+        cells = [f"{found[measure]:.1f}" if measure in found else "" for measure in measures]
+        lines.append([row["dataset"], str(row["pairs"]), f"`{row['protocol']}`", *cells])
+    titles = ["dataset", "pairs", "protocol", *measures]
     note = "Scores of different protocols are not comparable, see `corrzoo.scoring.protocols`."
-    return f"## PCK\n\n{table(titles, lines, [1, *range(3, len(titles))])}\n\n{note}\n\n"
+    return f"## Scores\n\n{table(titles, lines, [1, *range(3, len(titles))])}\n\n{note}\n\n"
 
 
 def _eval_results(row: dict[str, Any]) -> list[EvalResult]:
-    """Entries of the hub's model index, one per alpha."""
-    scored: dict[str, Any] = {"task_type": "keypoint-detection", "task_name": "semantic correspondence"}
-    scored |= {"metric_type": "pck", "dataset_type": row["dataset"], "dataset_name": row["dataset"]}
-    values = {f"PCK@{a:g} ({row['protocol']})": row["pck"][f"pck@{a:g}"] for a in row["alphas"]}
-    return [EvalResult(metric_name=name, metric_value=round(v, 2), **scored) for name, v in values.items()]
+    """Entries of the hub's model index, one per measure."""
+    same: dict[str, Any] = {"task_type": "keypoint-detection", "task_name": "semantic correspondence"}
+    same |= {"dataset_type": row["dataset"], "dataset_name": row["dataset"]}
+    found = {(measure, f"{measure} ({row['protocol']})"): round(value, 2) for measure, value in scores(row).items()}
+    return [
+        EvalResult(metric_type=measure.split()[0].lower(), metric_name=name, metric_value=value, **same)
+        for (measure, name), value in found.items()
+    ]
 
 
 def _training(trained: dict[str, Any] | None) -> str:
