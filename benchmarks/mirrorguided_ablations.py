@@ -35,6 +35,6 @@ if __name__ == "__main__":
             with OUT.open("a", newline="") as file:
                 writer = csv.writer(file, lineterminator="\n")
                 if not file.tell():
-                    writer.writerow(["ablation", "pairs", "lr", *curve["0"]])
+                    writer.writerow(["ablation", "pairs", "lr", *curve[str(run.pairs)]])
                 scores = [f"{value:.2f}" for value in curve[str(run.pairs)].values()]
                 writer.writerow([ablation, run.pairs, run.lr, *scores])

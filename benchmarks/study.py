@@ -163,10 +163,13 @@ def _lightning(folder: Path, words: list[str]) -> None:
         run_command(words)
 
 
-def train(run: Run, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Train in `folder`, from the last checkpoint if there is one. Returns the curve: PCK by number of pairs seen."""
+def train(run: Run, args: argparse.Namespace, folder: Path, scored: Sequence[int] = MARKS) -> dict[str, Any]:
+    """Train in `folder`, from the last checkpoint if there is one. Returns the curve: PCK by number of pairs seen.
+
+    Validation pairs are scored after `scored` pairs and at the end.
+    """
     curve, last = folder / "curve.json", folder / "last.ckpt"
-    marks = sorted({min(mark // BATCH, run.steps) for mark in MARKS} | {run.steps})
+    marks = sorted({min(mark // BATCH, run.steps) for mark in scored} | {run.steps})
     if not curve.exists() or str(run.steps * BATCH) not in json.loads(curve.read_text()):
         options = ["--trainer.callbacks=study_curve.Curve", f"--trainer.callbacks.path={curve}"]
         options += [f"--trainer.callbacks.steps={marks}", f"--checkpoint.dirpath={folder}"]
@@ -288,7 +291,7 @@ def sweep(run: Run, args: argparse.Namespace) -> None:
     if any(rate_key(row) == (run.study, run.head) and float(row["lr"]) == run.lr for row in rates()):
         return
     short = replace(run, pairs=int(SWEEP * run.pairs) // BATCH * BATCH)
-    curve = train(short, args, RUNS / run.study / f"{run.head}_lr{run.lr:g}")
+    curve = train(short, args, RUNS / run.study / f"{run.head}_lr{run.lr:g}", scored=())
     row = {"study": run.study, "head": run.head, "lr": run.lr, "pairs": short.pairs} | curve[str(short.pairs)]
     with LOCK, RATES.open("a", newline="") as file:
         writer = csv.DictWriter(file, list(row))

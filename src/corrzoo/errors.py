@@ -8,6 +8,13 @@ class ZooError(ValueError):
     """Error that a user can fix. Its message is one line: the value, what was expected, and the remedy."""
 
 
+def check_above_zero(**options: float | None) -> None:
+    """Raise ZooError if an option is 0 or less; None is allowed."""
+    for name, value in options.items():
+        if value is not None and value <= 0:
+            raise ZooError(f"{name} {value}: expected a number above 0")
+
+
 def one_line(message: object) -> str:
     """The text of a message or an exception in one line."""
     return " ".join(str(message).split())

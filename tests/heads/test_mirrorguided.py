@@ -369,3 +369,24 @@ def test_what_was_learned_is_saved_and_loaded(tmp_path):
 def test_a_loss_without_terms_is_refused():
     with pytest.raises(ZooError, match="epe_weight"):
         build(epe_weight=0.0)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
+def test_strength_goes_from_the_untrained_to_the_trained_head(strength):
+    """Eq. 11: the last convolution of U, share, floor and margin are interpolated."""
+    torch.manual_seed(3)
+    model, untrained = learning(strength=strength), build(stride=STRIDE)
+    with torch.no_grad():
+        for parameter in model.update.out.parameters():
+            parameter.normal_(std=0.05)
+        for number, value in (model.share, 0.2), (model.floor, 0.9), (model.margin, 1.6):
+            number.fill_(value)
+    state = {name: value for name, value in model.state_dict().items() if name not in ("share", "floor", "margin")}
+    whole = learning(learn_guidance=False, floor=0.75 + strength * 0.15, margin=1.08 + strength * 0.52)
+    whole.load_state_dict({k: v * strength if k.startswith("update.out") else v for k, v in state.items()})
+    whole.share = 1 - strength * 0.8
+    pair = batch()
+    found, want = (m.eval()(*images(pair)).correlation for m in (model, whole))
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-12)
+    if not strength:
+        assert torch.equal(found, untrained(*images(pair)).correlation)

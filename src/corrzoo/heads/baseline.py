@@ -10,10 +10,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from corrzoo import ops
+from corrzoo.errors import check_above_zero
 from corrzoo.geometry import bilinear_cells, cell_centres, cells_to_pixels, points_to_flow, sample, size_of
 from corrzoo.heads.levels import centres_of, rows_of, stack_levels, stride_grid
 from corrzoo.matcher import HEADS, Matcher
-from corrzoo.types import Features, Match, ZooError
+from corrzoo.types import Features, Match
 
 WINDOWS = {"soft": "none", "kernel": "argmax", "window": "crop"}
 """The window of `ops.match` for each read-out by a soft-argmax."""
@@ -60,9 +61,7 @@ class Baseline(Matcher):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        for name, value in {"stride": stride, "temperature": temperature, "sigma": sigma, "radius": radius}.items():
-            if value is not None and value <= 0:
-                raise ZooError(f"{name} {value}: expected a number above 0")
+        check_above_zero(stride=stride, temperature=temperature, sigma=sigma, radius=radius)
         self.stride, self.readout = stride, readout
         self.sigma, self.radius = sigma, radius
         self.remove_mean, self.point_query, self.mutual = remove_mean, point_query, mutual
@@ -70,10 +69,8 @@ class Baseline(Matcher):
 
     def prepare(self, features: Features) -> Features:
         """All levels (B, C_i, h_i, w_i) as one map (B, C, h, w) of the head's stride."""
-        grid, maps = stride_grid(size_of(features.image), self.stride), features.maps
-        if self.remove_mean:
-            maps = [level - level.mean((2, 3), keepdim=True) for level in maps]
-        return features._replace(maps=[stack_levels(maps, grid)])
+        grid = stride_grid(size_of(features.image), self.stride)
+        return features._replace(maps=[stack_levels(features.maps, grid, self.remove_mean)])
 
     def match(self, src: Features, trg: Features) -> Match:
         """Eqs. 1-4 for every cell of the source grid."""

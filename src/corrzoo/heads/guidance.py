@@ -12,7 +12,7 @@ from torch import Tensor
 from corrzoo.geometry import Size
 
 EPS = 1e-5
-"""Lower bound of the product of maxima in eq. 4 (NCNet)."""
+"""Lower bound of what divides: the product of maxima in eq. 4 (NCNet), and a support."""
 BETA = 50.0
 """Inverse temperature of the softmax over confident matches (SFNet, as in GSF)."""
 FALLBACK = 8

@@ -26,12 +26,14 @@ def resize(maps: Tensor, size: Size, align_corners: bool = False) -> Tensor:
     return F.interpolate(maps, size, mode="bilinear", align_corners=align_corners)
 
 
-def stack_levels(maps: list[Tensor], size: Size) -> Tensor:
-    """All levels, resized, as one map (B, sum of C, h, w).
+def stack_levels(maps: list[Tensor], size: Size, remove_mean: bool = False) -> Tensor:
+    """All levels, resized, as one map (B, sum of C, h, w). `remove_mean` subtracts each map's mean over the image.
 
     Two levels or more are normalised in every cell, so that they weigh the same whatever their scale; after the
     resizing, as the mean of two unit vectors is shorter than one.
     """
+    if remove_mean:
+        maps = [level - level.mean((2, 3), keepdim=True) for level in maps]
     maps = [resize(level, size) for level in maps]
     return torch.cat([F.normalize(level, dim=1) for level in maps], dim=1) if len(maps) > 1 else maps[0]
 

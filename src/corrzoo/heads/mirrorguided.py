@@ -14,9 +14,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from corrzoo import ops
+from corrzoo.errors import check_above_zero
 from corrzoo.geometry import Size, cell_centres, cells_to_pixels, pixels_to_cells, points_to_flow, sample, size_of
-from corrzoo.heads.guidance import confident_field, modulate, neighbour_consensus
-from corrzoo.heads.levels import stack_levels, stride_grid
+from corrzoo.heads.guidance import EPS, confident_field, modulate, neighbour_consensus
+from corrzoo.heads.levels import rows_of, stack_levels, stride_grid
 from corrzoo.heads.update import FeatureUpdate, mirror_image, row_cross_entropy
 from corrzoo.losses import weighted_means
 from corrzoo.matcher import HEADS, Matcher
@@ -25,8 +26,6 @@ from corrzoo.types import Features, Match, Pair, ZooError
 
 CHOICE = 0.05
 """our choice: temperature of eq. 10's choice; supports of good pairs differ by a few percent."""
-EPS = 1e-5
-"""Lower bound of a support that divides: features without any agreement."""
 
 
 class Guided(NamedTuple):
@@ -63,11 +62,12 @@ class MirrorGuided(Matcher):
         learn_guidance: With layers and eq. 9: learn the share of consensus, `floor` and `margin` (eqs. 3, 6 and 8).
         epe_weight: Weight of the EPE in the loss.
         row_weight: Weight of the cross-entropies of eqs. 9 and 10 in the loss.
+        strength: How much of what was learned counts (eq. 11). Below 1 for objects unlike those of the training data.
         **options: Options of `Matcher`.
     """
 
     evaluation_options: ClassVar[frozenset[str]] = Matcher.evaluation_options | {
-        *("margin", "consensus", "rho", "c_p", "c_m", "floor", "rounds", "temperature", "radius"),
+        *("margin", "consensus", "rho", "c_p", "c_m", "floor", "rounds", "temperature", "radius", "strength"),
     }
 
     def __init__(
@@ -89,21 +89,19 @@ class MirrorGuided(Matcher):
         learn_guidance: bool = True,
         epe_weight: float = 1.0,
         row_weight: float = 0.0,
+        strength: float = 1.0,
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        above: dict[str, float] = dict(stride=stride, margin=margin, c_p=c_p, c_m=c_m, rounds=rounds)
-        for name, value in (above | {"temperature": temperature}).items():
-            if value <= 0:
-                raise ZooError(f"{name} {value}: expected a number above 0")
-        if not 0 <= floor <= 1 or consensus < 0:
-            raise ZooError(f"floor {floor}, consensus {consensus}: expected 0 to 1, and 0 or more")
+        check_above_zero(stride=stride, margin=margin, c_p=c_p, c_m=c_m, rounds=rounds, temperature=temperature)
+        if not (0 <= floor <= 1 and 0 <= strength <= 1) or consensus < 0:
+            raise ZooError(f"floor {floor}, strength {strength}: expected 0 to 1; consensus {consensus}: 0 or more")
         if min(epe_weight, row_weight) < 0 or not epe_weight + row_weight:
             raise ZooError(f"epe_weight {epe_weight}, row_weight {row_weight}: expected 0 or more, and one above 0")
         self.stride, self.remove_mean, self.mirror = stride, remove_mean, mirror
         self.consensus, self.rho, self.c_p, self.c_m = consensus, rho, c_p, c_m
         self.rounds, self.temperature, self.radius = rounds, temperature, radius
-        self.epe_weight, self.row_weight = epe_weight, row_weight
+        self.epe_weight, self.row_weight, self.strength = epe_weight, row_weight, strength
         self.share: float | nn.Parameter = 1.0
         self.floor: float | nn.Parameter = floor
         self.margin: float | nn.Parameter = margin
@@ -137,14 +135,11 @@ class MirrorGuided(Matcher):
         if self.mirror:
             mirrored = self.unit_map(self.backbone(features.image.flip(-1)).maps, grid)
             maps = torch.cat([maps, mirrored.flip(-1)], 1)
-        return features._replace(maps=[maps if self.update is None else self.update(maps)])  # eq. 1
+        return features._replace(maps=[maps if self.update is None else self.update(maps, self.strength)])  # eq. 1
 
     def unit_map(self, levels: list[Tensor], grid: Size) -> Tensor:
         """Levels (B, C_i, h_i, w_i) as one map (B, C, h, w) of unit length in every cell."""
-        levels = [full(level) for level in levels]
-        if self.remove_mean:
-            levels = [level - level.mean((2, 3), keepdim=True) for level in levels]
-        return F.normalize(stack_levels(levels, grid), dim=1)
+        return F.normalize(stack_levels([full(level) for level in levels], grid, self.remove_mean), dim=1)
 
     def match(self, src: Features, trg: Features) -> Match:
         """The match of every cell's centre; `correlation` has the scores (B, N, M) they were read from.
@@ -156,8 +151,7 @@ class MirrorGuided(Matcher):
         points = cell_centres(grid, image, src.image.device, src.maps[0].dtype).expand(len(src.image), -1, -1)
         extras = {}
         if self.row_weight and torch.is_grad_enabled():
-            rows, columns = (rearrange(x.maps[0], "b c h w -> b (h w) c") for x in (src, trg))
-            extras["cosines"] = ops.correlation(rows, columns)
+            extras["cosines"] = ops.correlation(rows_of(src), rows_of(trg))
             if not self.epe_weight:
                 src, trg = (x._replace(maps=[x.maps[0].detach()]) for x in (src, trg))
         found = self.hypotheses(src, trg, points)
@@ -174,7 +168,7 @@ class MirrorGuided(Matcher):
         rows = {name: row_cross_entropy(x / self.row_temperature, pair, grid) for name, x in volumes.items()}
         terms |= {name: (rows[name], mask) for name in ("cosines", "plain") if name in rows}  # eq. 9
         if ratio is not None:
-            logit = (ratio.detach().clamp(min=EPS).log() - torch.as_tensor(self.margin).log()) / CHOICE
+            logit = (ratio.detach().clamp(min=EPS).log() - torch.as_tensor(self.learned("margin")).log()) / CHOICE
             count = mask.sum(1).clamp(min=1)
             plain, mirrored = ((rows[x].detach() * mask).sum(1) / count for x in ("plain", "mirrored"))
             terms["choice"] = torch.lerp(plain, mirrored, logit.sigmoid()), mask.any(1)  # eq. 10
@@ -203,7 +197,7 @@ class MirrorGuided(Matcher):
         if not mirrored_and_ratio:
             return plain
         mirrored, ratio = mirrored_and_ratio
-        return torch.where((ratio > self.margin).view(-1, 1, 1), mirrored, plain)
+        return torch.where((ratio > self.learned("margin")).view(-1, 1, 1), mirrored, plain)
 
     def hypotheses(self, src: Features, trg: Features, points: Tensor) -> tuple[Tensor, ...]:
         """Modulated scores (B, n, M) for the source; with `mirror`, also for its mirror image, and a ratio (B,).
@@ -228,7 +222,7 @@ class MirrorGuided(Matcher):
         rows, columns = (rearrange(x, "b c h w -> b (h w) c") for x in (source, target))
         cosines = ops.correlation(rows, columns)  # eq. 2
         agreed = neighbour_consensus(cosines, grid, grid_trg, self.consensus)
-        scores = torch.lerp(cosines, agreed, self.share)  # eq. 3
+        scores = torch.lerp(cosines, agreed, self.learned("share"))  # eq. 3
         likely = scores
         for _ in range(self.rounds):
             field = confident_field(likely.relu(), cells, cells_trg, self.rho, self.c_p)  # eqs. 4 and 5, (B, N, 2)
@@ -238,7 +232,13 @@ class MirrorGuided(Matcher):
 
     def modulated(self, scores: Tensor, centre: Tensor, cells: Tensor) -> Tensor:
         """Eq. 6: (floor + (1 - floor) exp(-|j - centre_i|^2 / 2 c_m^2)) C_ij of scores (B, n, M)."""
-        return self.floor * scores + (1 - self.floor) * modulate(scores, centre, cells, self.c_m)
+        floor = self.learned("floor")
+        return floor * scores + (1 - floor) * modulate(scores, centre, cells, self.c_m)
+
+    def learned(self, name: str) -> float | Tensor:
+        """Eq. 11 for `share`, `floor` or `margin`: start + strength (learned - start)."""
+        value, start = getattr(self, name), 1.0 if name == "share" else self.hparams[name]
+        return torch.lerp(torch.full_like(value, start), value, self.strength) if self.learns else value
 
     def modulated_at(self, guided: Guided, points: Tensor, image: Size) -> Tensor:
         """Modulated scores (B, n, M) of points (B, n, 2) in pixels: scores and field interpolated between cells."""

@@ -35,12 +35,12 @@ class FeatureUpdate(nn.Module):
             assert parameter is not None
             nn.init.zeros_(parameter)
 
-    def forward(self, maps: Tensor) -> Tensor:
-        """Maps (B, C, h, w), or (B, 2C, h, w) with `mirror` -> the same."""
+    def forward(self, maps: Tensor, strength: float = 1.0) -> Tensor:
+        """Maps (B, C, h, w), or (B, 2C, h, w) with `mirror` -> the same: x + strength U(x)."""
         update = self.updates(maps)
         if self.mirror:
             update = torch.cat([update, self.updates(mirror_image(maps)).flip(-1)], 1)
-        return maps + update
+        return torch.add(maps, update, alpha=strength)
 
     def updates(self, maps: Tensor) -> Tensor:
         """U (B, C, h, w)."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from corrzoo import ops
 from corrzoo.backbones import Backbone, BackboneSpec
+from corrzoo.errors import check_above_zero
 from corrzoo.geometry import (
     Size,
     cell_centres,
@@ -84,9 +85,7 @@ class ViTSC(Matcher):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        for name, value in {"temperature": temperature, "sigma": sigma, "head_resolution": head_resolution}.items():
-            if value is not None and value <= 0:
-                raise ZooError(f"{name} {value}: expected a number above 0")
+        check_above_zero(temperature=temperature, sigma=sigma, head_resolution=head_resolution)
         self.attend_at, self.sigma = attend_at, sigma
         self.epe_weight, self.triplet_weight, self.margin = epe_weight, triplet_weight, margin
         perceive = enhancement != "none" and layers > 0
