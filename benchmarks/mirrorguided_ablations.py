@@ -31,7 +31,7 @@ if __name__ == "__main__":
         if ablation not in done:
             run = replace(whole, ablation=ablation)
             folder = RUNS / "ablations" / run.name if ablation else RUNS / run.study / f"{run.head}_lr{run.lr:g}"
-            curve = train(run, args, folder)
+            curve = train(run, args, folder, scored=())
             with OUT.open("a", newline="") as file:
                 writer = csv.writer(file, lineterminator="\n")
                 if not file.tell():

@@ -163,7 +163,7 @@ def _lightning(folder: Path, words: list[str]) -> None:
         run_command(words)
 
 
-def train(run: Run, args: argparse.Namespace, folder: Path, scored: Sequence[int] = MARKS) -> dict[str, Any]:
+def train(run: Run, args: argparse.Namespace, folder: Path, scored: Sequence[int]) -> dict[str, Any]:
     """Train in `folder`, from the last checkpoint if there is one. Returns the curve: PCK by number of pairs seen.
 
     Validation pairs are scored after `scored` pairs and at the end.
@@ -193,7 +193,7 @@ def execute(run: Run, args: argparse.Namespace) -> None:
 def train_and_test(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     """Train a run, unless it has no pairs, and test it. Returns the results by dataset."""
     folder = RUNS / run.study / (f"{run.name}_lr{run.lr:g}" if run.pairs else run.name)
-    curve = train(run, args, folder) if run.pairs else {}
+    curve = train(run, args, folder, MARKS) if run.pairs else {}
     label = run.ablation if run.pairs else "untrained"
     checkpoint = [f"--ckpt_path={folder / 'last.ckpt'}"] if run.pairs else []
     results = test(folder, label, run.stack(), [*run.options(args), *checkpoint, "--trainer.precision=32-true"])

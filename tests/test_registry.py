@@ -66,3 +66,16 @@ def test_create_refuses_unknown_options_and_wrong_values(options, message):
     with pytest.raises(ZooError, match=message) as error:
         things.create("Thing", "here", **options)
     assert "\n" not in str(error.value)
+
+
+def test_an_option_may_be_required():
+    class Needing(Base):
+        def __init__(self, where: str, *, kinds: dict[str, list[str]], **options: Any) -> None:
+            super().__init__(**options)
+            self.kinds = kinds
+
+    things = Registry("thing")
+    things.add("needing", Needing)
+    assert things.create("needing", "here", kinds={"trn": ["car"]}, lr=2.0).kinds == {"trn": ["car"]}
+    with pytest.raises(ZooError, match="thing 'needing': the following arguments are required: kinds"):
+        things.create("needing", "here")

@@ -87,12 +87,13 @@ def import_plugins(names: str | list[str]) -> list[str]:
 
 
 def _parser(cls: Any) -> Any:
-    """A parser of the optional arguments of a class, read from its signature and those of its bases."""
+    """A parser of a class's options, read from its signature and those of its bases: not of the `args` of `create`."""
     from jsonargparse import ArgumentParser  # here, as `import corrzoo.ops` needs torch alone
 
-    required = {p.name for p in inspect.signature(cls).parameters.values() if p.default is p.empty}
+    parameters = inspect.signature(cls).parameters.values()
+    given = {p.name for p in parameters if p.default is p.empty and p.kind is not p.KEYWORD_ONLY}
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, skip=required, fail_untyped=False)
+    parser.add_class_arguments(cls, skip=given, fail_untyped=False)
     return parser
 
 

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import study  # noqa: E402
 import study_tables  # noqa: E402
 from corrzoo.cli import main  # noqa: E402
+from corrzoo.data import create_dataset  # noqa: E402
 from corrzoo.data.pairs import DATASETS  # noqa: E402
 from corrzoo.data.readers.pfwillow import CATEGORIES  # noqa: E402
 from corrzoo.heads import create_matcher  # noqa: E402
@@ -79,8 +80,10 @@ def test_a_split_has_the_pairs_of_its_kinds_alone(willow, kinds, tmp_path, monke
     assert {split: shown(dataset) for split, dataset in splits.items()} == {k: set(v) for k, v in which.items()}
     assert {split: len(dataset) for split, dataset in splits.items()} == {"trn": 4 * 6, "val": 3 * 6, "test": 3 * 6}
     assert len(splits["val"].order()) == 3 and sorted(splits["trn"].order()) == list(range(24))
-    other = kinds.PFWillowKinds(willow, "trn", 16, kinds={"trn": ["winebottle"]})  # not what the cache has of the first
-    assert shown(other) == {"winebottle"}
+    other = create_dataset(
+        "pfwillow_kinds", willow, "trn", 16, kinds={"trn": ["winebottle"]}
+    )  # not what the cache has of the first
+    assert shown(other) == {"winebottle"}  # not what the cache has of the first
     for wrong in ({}, {"trn": ["boat"]}):
         with pytest.raises(ZooError, match="choose from"):
             kinds.PFWillowKinds(willow, "trn", 16, kinds=wrong)
