@@ -193,7 +193,7 @@ def execute(run: Run, args: argparse.Namespace) -> None:
 def train_and_test(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     """Train a run, unless it has no pairs, and test it. Returns the results by dataset."""
     folder = RUNS / run.study / (f"{run.name}_lr{run.lr:g}" if run.pairs else run.name)
-    curve = train(run, args, folder, MARKS) if run.pairs else {}
+    curve = train(run, args, folder, () if run.left_out else MARKS) if run.pairs else {}
     label = run.ablation if run.pairs else "untrained"
     checkpoint = [f"--ckpt_path={folder / 'last.ckpt'}"] if run.pairs else []
     results = test(folder, label, run.stack(), [*run.options(args), *checkpoint, "--trainer.precision=32-true"])

@@ -80,9 +80,7 @@ def test_a_split_has_the_pairs_of_its_kinds_alone(willow, kinds, tmp_path, monke
     assert {split: shown(dataset) for split, dataset in splits.items()} == {k: set(v) for k, v in which.items()}
     assert {split: len(dataset) for split, dataset in splits.items()} == {"trn": 4 * 6, "val": 3 * 6, "test": 3 * 6}
     assert len(splits["val"].order()) == 3 and sorted(splits["trn"].order()) == list(range(24))
-    other = create_dataset(
-        "pfwillow_kinds", willow, "trn", 16, kinds={"trn": ["winebottle"]}
-    )  # not what the cache has of the first
+    other = create_dataset("pfwillow_kinds", willow, "trn", 16, kinds={"trn": ["winebottle"]})
     assert shown(other) == {"winebottle"}  # not what the cache has of the first
     for wrong in ({}, {"trn": ["boat"]}):
         with pytest.raises(ZooError, match="choose from"):

@@ -238,7 +238,8 @@ class MirrorGuided(Matcher):
     def learned(self, name: str) -> float | Tensor:
         """Eq. 11 for `share`, `floor` or `margin`: start + strength (learned - start)."""
         value, start = getattr(self, name), 1.0 if name == "share" else self.hparams[name]
-        return torch.lerp(torch.full_like(value, start), value, self.strength) if self.learns else value
+        changed = self.learns and self.strength < 1
+        return torch.lerp(torch.full_like(value, start), value, self.strength) if changed else value
 
     def modulated_at(self, guided: Guided, points: Tensor, image: Size) -> Tensor:
         """Modulated scores (B, n, M) of points (B, n, 2) in pixels: scores and field interpolated between cells."""

@@ -77,8 +77,9 @@ def checked(result: Any) -> dict[str, Any]:
             raise ValueError(f"no text field {name!r}")
     if type(result.get("seed")) not in (int, type(None)):
         raise ValueError(f"seed {result['seed']!r} is not an integer")
-    if result["dataset"] == "pfwillow_kinds":  # leave-one-category-out in 0.1.0
-        result |= {"dataset": "pfwillow", "dataset_options": {"leave-one-category-out": True}}
+    if result["dataset"] == "pfwillow_kinds":  # of benchmarks/study.py leave_one_out
+        options = {"leave-one-category-out": True}
+        result |= {"dataset": "pfwillow", "dataset_title": "pfwillow", "dataset_options": options}
         result["trained"] = result.get("trained") and result["trained"] | {"dataset": "pfwillow"}
     trained = result.get("trained") or result.get("checkpoint")
     supervision = ("weak" if result["head"] in WEAK else "keypoints") if trained else "none"

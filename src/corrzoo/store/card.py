@@ -130,11 +130,11 @@ def _eval_results(row: dict[str, Any]) -> list[EvalResult]:
     """Entries of the hub's model index, one per measure."""
     same: dict[str, Any] = {"task_type": "keypoint-detection", "task_name": "semantic correspondence"}
     same |= {"dataset_type": row["dataset"], "dataset_name": row["dataset"]}
-    found = {(measure, f"{measure} ({row['protocol']})"): round(value, 2) for measure, value in scores(row).items()}
-    return [
-        EvalResult(metric_type=measure.split()[0].lower(), metric_name=name, metric_value=value, **same)
-        for (measure, name), value in found.items()
-    ]
+    out = []
+    for measure, value in scores(row).items():
+        kind, name = measure.split()[0].lower(), f"{measure} ({row['protocol']})"
+        out.append(EvalResult(metric_type=kind, metric_name=name, metric_value=round(value, 2), **same))
+    return out
 
 
 def _training(trained: dict[str, Any] | None) -> str:
