@@ -4,7 +4,8 @@ The plain implementation follows the papers line by line, with the same paramete
 weights written out, all of q, k and v for both sides of a cross-attention, one path after the other, one replaced token
 after the other. Flow and gradients are checked to be equal first. `speed` is the plain step's processor time divided by
 the head's, measured in turns (above 1: the head is faster). `memory` is the head's peak in a step divided by the plain
-step's, weights excluded, gradients included. Float32, without dropout; the input is tokens of iBOT's shape.
+step's, weights excluded, gradients included. The head runs in the ways of `WAYS`. In float32, but for `bf16`;
+without dropout. The input is tokens of iBOT's shape.
 
     python benchmarks/rendering.py --batch 1        # writes results/rendering_cpu.csv
 """
@@ -25,12 +26,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import corrzoo
+from corrzoo.callbacks.compiling import compile_matcher
 from corrzoo.geometry import size_of
 from corrzoo.heads import ACTR, LPMFlow, actr, lpmflow, tokens
 from corrzoo.matcher import Matcher
 from corrzoo.types import Features, Match
 
 HEADS = tokens.ATTENTION_HEADS
+PLAIN_WAY = "plain"
+WAYS = ("", "compile", "bf16", "checkpointing", "checkpointing bf16")
+"""How the head runs, in words: `compile` as `--model.compile true`, `bf16` as `--trainer.precision bf16-mixed`."""
 
 
 def split_heads(x: Tensor) -> Tensor:
@@ -150,35 +155,39 @@ def plain(model: Matcher) -> Matcher:
     return model
 
 
-def build(head: str, rendering: bool, **options: Any) -> Matcher:
+def build(head: str, way: str) -> Matcher:
     torch.manual_seed(0)
-    options = options | ({"dropout": 0.0} if head == "LPMFlow" else {})
+    options: dict[str, Any] = {"dropout": 0.0} if head == "LPMFlow" else {}
+    options["checkpointing"] = "checkpointing" in way
     model = corrzoo.create_matcher(head, "ibot_b16", "random", backbone_size=256, **options).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout | nn.Dropout2d):
             module.p = 0.0
-    return plain(model) if rendering else model
+    if "compile" in way:
+        compile_matcher(model)
+    return plain(model) if way == PLAIN_WAY else model
 
 
-def step(model: Matcher, src: Features, trg: Features, rendering: bool) -> tuple[Tensor, Tensor]:
+def step(model: Matcher, src: Features, trg: Features, way: str) -> tuple[Tensor, Tensor]:
     """Flow and the gradient of one loss, back to the source's features."""
     torch.manual_seed(1)  # the same tokens are masked
     model.zero_grad()
     maps = src.maps[0].detach().requires_grad_()
-    match = model.match(src._replace(maps=[maps]), trg)
-    loss = match.flow.square().mean().sqrt()
-    if "masked" in match.extras:
-        contrast = self_contrast if rendering else lpmflow.self_contrast
-        loss = loss + contrast(match.extras["tokens"], match.extras["masked"], model.neighbours).mean()
+    with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in way):
+        match = model.match(src._replace(maps=[maps]), trg)
+        loss = match.flow.square().mean().sqrt()
+        if "masked" in match.extras:
+            contrast = self_contrast if way == PLAIN_WAY else lpmflow.self_contrast
+            loss = loss + contrast(match.extras["tokens"], match.extras["masked"], model.neighbours).mean()
     loss.backward()
     return match.flow.detach(), maps.grad
 
 
-def peak_mib(model: Matcher, src: Features, trg: Features, rendering: bool) -> float:
+def peak_mib(model: Matcher, src: Features, trg: Features, way: str) -> float:
     """Most memory of tensors that a step allocates, at any time, in MiB."""
     model.zero_grad()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step(model, src, trg, rendering)
+        step(model, src, trg, way)
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
     return max(held) / 2**20
@@ -193,38 +202,42 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    torch._inductor.config.fallback_random = True  # LPMFlow hides the same tokens when compiled
     rows = []
     for head in args.heads:
-        models = [build(head, rendering=True), build(head, False), build(head, False, checkpointing=True)]
+        models = {way: build(head, way) for way in (PLAIN_WAY, *WAYS)}
         image = torch.zeros(args.batch, 3, 256, 256)
         maps = [torch.randn(args.batch, 768, 16, 16) for _ in range(2)]
         src, trg = (Features(image, [x], x.mean((2, 3))) for x in maps)
-        (flow, grad), *ours = (step(m, src, trg, k == 0) for k, m in enumerate(models))
-        for flow2, grad2 in ours:
-            torch.testing.assert_close(flow2, flow, rtol=1e-3, atol=1e-2)  # pixels of 256
-            torch.testing.assert_close(grad2, grad, rtol=1e-2, atol=1e-3 * grad.abs().max().item())
-        rounds = [[seconds(m, src, trg, k == 0) for k, m in enumerate(models)] for _ in range(args.rounds)]
-        for model in models:
+        found = {way: step(model, src, trg, way) for way, model in models.items()}
+        flow, grad = found[PLAIN_WAY]
+        for way, (flow2, grad2) in found.items():
+            if "bf16" not in way:
+                torch.testing.assert_close(flow2, flow, rtol=1e-3, atol=1e-2)  # pixels of 256
+                torch.testing.assert_close(grad2, grad, rtol=1e-2, atol=1e-3 * grad.abs().max().item())
+        rounds = [{way: seconds(m, src, trg, way) for way, m in models.items()} for _ in range(args.rounds)]
+        for model in models.values():
             model.zero_grad()
-        memory = [peak_mib(m, src, trg, k == 0) for k, m in enumerate(models)]
-        for k, checkpointing in ((1, False), (2, True)):
-            ratios = [times[0] / times[k] for times in rounds]
-            row = {"head": head, "checkpointing": checkpointing, "batch": args.batch}
+        memory = {way: peak_mib(model, src, trg, way) for way, model in models.items()}
+        for way in WAYS:
+            ratios = [times[PLAIN_WAY] / times[way] for times in rounds]
+            row = {"head": head, "options": way, "batch": args.batch}
             row |= {"speed": f"{statistics.median(ratios):.3f}", "low": f"{min(ratios):.3f}"}
-            row |= {"high": f"{max(ratios):.3f}", "rounds": args.rounds, "memory": f"{memory[k] / memory[0]:.3f}"}
-            row |= {"memory_mib": round(memory[k]), "rendering_mib": round(memory[0])}
-            rows.append(row | {"threads": args.threads, "torch": torch.__version__})
-            print(rows[-1], flush=True)
+            row |= {"high": f"{max(ratios):.3f}", "rounds": args.rounds}
+            row |= {"memory": f"{memory[way] / memory[PLAIN_WAY]:.3f}", "memory_mib": round(memory[way])}
+            row |= {"rendering_mib": round(memory[PLAIN_WAY]), "threads": args.threads, "torch": torch.__version__}
+            rows.append(row)
+            print(row, flush=True)
     with (args.out / "rendering_cpu.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, fieldnames=rows[0], lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
 
 
-def seconds(model: Matcher, src: Features, trg: Features, rendering: bool) -> float:
+def seconds(model: Matcher, src: Features, trg: Features, way: str) -> float:
     """CPU seconds of a step, which do not depend on other processes."""
     start = time.process_time()
-    step(model, src, trg, rendering)
+    step(model, src, trg, way)
     return time.process_time() - start
 
 

@@ -4,7 +4,7 @@
     python benchmarks/study.py cub_finetuned    photographs of birds, each head fine-tunes the backbone
     python benchmarks/study.py synthetic        synthetic pairs, each head fine-tunes the backbone
     python benchmarks/study.py leave_one_out    PF-WILLOW, trained on three kinds of objects, tested on the fourth
-    python benchmarks/study.py zero_shot        PF-WILLOW without training, by backbone
+    python benchmarks/study.py zero_shot        PF-WILLOW and CUB without training, at 320 px
 
 A run is one `lightning fit` and one `lightning test` with the YAMLs that are printed, in a folder under runs/study/.
 Its result is one file, benchmarks/results/<study>/<run>.json, whose `curve` has the PCK of validation pairs by the
@@ -67,18 +67,31 @@ BATCH = 16
 LOCK = multiprocessing.Lock()
 KINDS = ("car", "duck", "motorbike", "winebottle")
 """Of PF-WILLOW: `leave_one_out` tests each in turn."""
-LITE0 = ("baseline.yaml", "backbone/efficientnet_lite0.yaml", "data/pfwillow.yaml")
-ZERO_SHOT: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
-    "same-position": ("same position, no features", LITE0, ("--model.readout=identity",)),
-    "gsf-lite0": ("", ("gsf.yaml", "ablation/gsf/zero_shot.yaml", "data/pfwillow.yaml"), ()),
+LITE0 = ("baseline.yaml", "backbone/efficientnet_lite0.yaml")
+UNTRAINED = {
+    "baseline": LITE0,
+    "gsf": ("gsf.yaml", "ablation/gsf/zero_shot.yaml"),
+    "mirrorguided": ("mirrorguided.yaml", "ablation/mirrorguided/zero_shot.yaml"),
 }
-"""Runs of `zero_shot` by name: label, files of zoo_configs, and options."""
+"""By head, the files of zoo_configs for matching without training."""
+ZERO_SHOT: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "pfwillow/same-position": (
+        "same position, no features",
+        (*LITE0, "data/pfwillow.yaml"),
+        ("--model.readout=identity",),
+    ),
+    "pfwillow/gsf-lite0": ("", (*UNTRAINED["gsf"], "data/pfwillow.yaml"), ()),
+    "pfwillow/mirrorguided-lite0": ("", (*UNTRAINED["mirrorguided"], "data/pfwillow.yaml"), ()),
+}
+"""Runs of `zero_shot` by result file: label, files of zoo_configs, and options."""
+for _head, _files in UNTRAINED.items():
+    ZERO_SHOT[f"cub/{_head}-lite0"] = ("", (*_files, "data/cub.yaml"), ())
 for _n in range(3):
-    _stack = (*LITE0, f"backbone/efficientnet_lite{_n}.yaml")
+    _stack = (*LITE0, "data/pfwillow.yaml", f"backbone/efficientnet_lite{_n}.yaml")
     ZERO_SHOT |= {
-        f"random-weights-lite{_n}": ("random weights", _stack, ("--model.weights=random",)),
-        f"zero-shot-lite{_n}": ("", _stack, ()),
-        f"mutual-lite{_n}": ("mutual nearest neighbours", _stack, ("--model.mutual=true",)),
+        f"pfwillow/random-weights-lite{_n}": ("random weights", _stack, ("--model.weights=random",)),
+        f"pfwillow/zero-shot-lite{_n}": ("", _stack, ()),
+        f"pfwillow/mutual-lite{_n}": ("mutual nearest neighbours", _stack, ("--model.mutual=true",)),
     }
 
 
@@ -230,9 +243,9 @@ def merged(folds: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def zero_shot(args: argparse.Namespace) -> None:
-    """Score PF-WILLOW without training: one run for each row of `ZERO_SHOT`."""
+    """Match without training: one run for each row of `ZERO_SHOT`."""
     for name, (label, stack, options) in ZERO_SHOT.items():
-        path = RESULTS / "pfwillow" / f"{name}.json"
+        path = RESULTS / f"{name}.json"
         if not path.exists():
             common = ["--seed_everything=0", "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
             common += [f"--data.root={args.data_root}", f"--trainer.accelerator={args.device}"]

@@ -184,7 +184,7 @@ def test_zero_shot_runs_what_has_no_result(folders, monkeypatch):
     ran = []
 
     def test(folder, label, stack, options):
-        ran.append((folder.name, label))
+        ran.append((f"{folder.parent.name}/{folder.name}", label))
         yield "pfwillow", {"pck": dict.fromkeys(("pck@0.05", "pck@0.1", "pck@0.15"), 1.0), "label": label}
 
     monkeypatch.setattr(study, "test", test)
@@ -192,8 +192,9 @@ def test_zero_shot_runs_what_has_no_result(folders, monkeypatch):
     path.parent.mkdir()
     path.write_text("{}")
     study.zero_shot(arguments("zero_shot"))
-    assert path.read_text() == "{}" and "same-position" not in dict(ran)
-    assert len(ran) == len(study.ZERO_SHOT) - 1 and ("mutual-lite2", "mutual nearest neighbours") in ran
+    assert path.read_text() == "{}" and "pfwillow/same-position" not in dict(ran)
+    assert len(ran) == len(study.ZERO_SHOT) - 1 and ("pfwillow/mutual-lite2", "mutual nearest neighbours") in ran
+    assert (folders / "results" / "cub" / "mirrorguided-lite0.json").exists()
     study.zero_shot(arguments("zero_shot"))
     assert len(ran) == len(study.ZERO_SHOT) - 1
 
