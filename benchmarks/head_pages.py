@@ -208,7 +208,7 @@ def page(head: str, measured: list[Ranking], published: list[Ranking]) -> str:
         inspect.cleandoc(module.__doc__ or ""),
         f"## What is implemented\n\n[`{source}`](../../{source})",
         *split_docstring(cls.__doc__)[0],
-        "## Our choice\n\nWhat the paper leaves open, as the code says it.\n",
+        "## Our choice\n\nWhat no paper gives, as the code says it.\n",
         "\n".join(choices(cls)) or "Nothing.",
         f"## Options\n\nAnd [those of every head](README.md#options-of-every-head).\n\n{options(cls)}",
         *bases,
@@ -232,7 +232,10 @@ def page(head: str, measured: list[Ranking], published: list[Ranking]) -> str:
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
-WRITTEN = "*Written by `python benchmarks/head_pages.py` from docstrings, configurations and result files.*"
+WRITTEN = (
+    "*Written by `python benchmarks/head_pages.py` from docstrings, configurations and result files. "
+    "Sections between the ablations and `Measured` are written by hand.*"
+)
 
 
 def source_of(cls: type) -> Path:

@@ -9,7 +9,8 @@
 A run is one `lightning fit` and one `lightning test` with the YAMLs that are printed, in a folder under runs/study/.
 Its result is one file, benchmarks/results/<study>/<run>.json, whose `curve` has the PCK of validation pairs by the
 number of pairs seen. The learning rate of each head and study is the best on validation pairs, each tried for 12 % of
-the pairs: benchmarks/results/learning_rates.csv. Rates are tried until the best lies between two others.
+the pairs: benchmarks/results/learning_rates.csv. Rates are tried until the best lies between two others, or at the
+end of `LEARNING_RATES`.
 `leave_one_out` takes the rates of `cub_frozen`, so that no pair of PF-WILLOW chooses them. Runs that have a result with
 the best rate are skipped, and runs that were interrupted are resumed.
 """

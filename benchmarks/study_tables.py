@@ -26,7 +26,7 @@ NAMES = {
 }
 """Heads in the order of the rows: the zoo's own, those with published SPair-71k scores, and last those
 that need no keypoints."""
-LEARNS = dict.fromkeys(NAMES, "keypoints") | dict.fromkeys(("gsf", "ncnet"), "images")
+LEARNS = dict.fromkeys(NAMES, "keypoints") | {"gsf": "images, boxes or masks", "ncnet": "images"}
 SEEDS = {"cub_frozen": (0, 1, 2), "cub_finetuned": (0,), "synthetic": (0,), "leave_one_out": (0,)}
 """Seeds that a complete study has."""
 TITLES = {

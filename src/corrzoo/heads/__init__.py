@@ -1,4 +1,4 @@
-"""Matching heads, one paper a file."""
+"""Matching heads, one a file."""
 
 from typing import Any
 
