@@ -131,3 +131,11 @@ def test_no_host_device_synchronisation():
         loss.backward()
         geometry.pixels_to_cells(points, grid, image), geometry.cell_centres(grid, image, points.device)
     assert cells.shape == (2, 24, 4)
+
+
+def test_points_are_not_rounded_to_the_precision_of_the_maps():
+    """A map of x coordinates; bfloat16 would round the points by up to half a pixel."""
+    x = torch.arange(8.0) * 40 + 20
+    points = torch.rand(1, 50, 2, generator=torch.Generator().manual_seed(0)) * 240 + 40
+    found = geometry.sample(x.expand(1, 1, 8, 8).bfloat16(), points, (320, 320))
+    assert torch.equal(found[..., 0], points[..., 0].bfloat16())

@@ -1,6 +1,8 @@
 """Learning rates by step, as training applies them, and after a resume."""
 
 import math
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -80,6 +82,27 @@ def test_warmup_longer_than_training_stays_below_the_full_rate():
 
 def test_optimiser_is_not_fused_on_a_cpu():
     parameter = torch.nn.Parameter(torch.zeros(2))
-    optimizer = create_optimizer("adamw", [{"params": [parameter], "lr": 0.1}], 0.01)
+    optimizer = create_optimizer("adamw", [{"params": [parameter], "lr": 0.1}], 0.01, clips=False)
     assert isinstance(optimizer, torch.optim.AdamW) and not optimizer.defaults["fused"]
     assert optimizer.defaults["weight_decay"] == 0.01
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_optimiser_is_fused_on_a_gpu_unless_gradients_are_clipped(clips):
+    """In mixed precision, Lightning refuses to clip gradients for a fused optimiser."""
+    parameter = SimpleNamespace(is_cuda=True)
+    with patch("corrzoo.optimizers.AdamW") as kind:
+        create_optimizer("adamw", [{"params": [parameter], "lr": 0.1}], 0.01, clips)
+    assert kind.call_args.kwargs["fused"] is (None if clips else True)
+
+
+def test_a_training_that_clips_gradients_says_so(tmp_path):
+    """A step in bfloat16 with clipped gradients, with the optimiser that a GPU gets."""
+
+    def on_gpu(name, groups, weight_decay, clips):
+        return torch.optim.Adam(groups, weight_decay=weight_decay, fused=None if clips else True)
+
+    with patch("corrzoo.matcher.create_optimizer", on_gpu):
+        run = trainer(tmp_path, precision="bf16-mixed", gradient_clip_val=1.0, max_steps=1, limit_val_batches=0)
+        run.fit(corrzoo.create_matcher("Baseline", **TINY), data())
+    assert run.global_step == 1

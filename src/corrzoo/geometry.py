@@ -61,9 +61,11 @@ def sample(maps: Tensor, points: Tensor, image: Size) -> Tensor:
     Outside the outermost cell centres the border's value holds: a flow has no reason to fall to zero there.
     """
     x, y = points.unbind(-1)
-    grid = torch.stack([2 * x / image[1] - 1, 2 * y / image[0] - 1], dim=-1).to(maps.dtype)  # (B, n, 2) in [-1, 1]
-    out = F.grid_sample(maps, grid.unsqueeze(1), mode="bilinear", padding_mode="border", align_corners=False)
-    return out.squeeze(2).transpose(1, 2)
+    grid = torch.stack([2 * x / image[1] - 1, 2 * y / image[0] - 1], dim=-1)  # (B, n, 2) in [-1, 1]
+    kind = torch.promote_types(maps.dtype, torch.float32)  # bfloat16 would round the points by up to 0.3 px of 320
+    grid = grid.unsqueeze(1).to(kind)
+    out = F.grid_sample(maps.to(kind), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return out.to(maps.dtype).squeeze(2).transpose(1, 2)
 
 
 def cosine_maps(src: Tensor, trg: Tensor, points: Tensor, image: Size) -> Tensor:
@@ -90,8 +92,8 @@ def pseudo_flow(
 
     A keypoint covers the cells whose centre (rounded down, as on CATs' integer grid) lies within `radius` pixels on
     both axes. Where several keypoints cover a cell, its flow is the last one's target minus the mean of their
-    sources. CATs, ACTR and LPMFlow train on this flow: their receptive field of 35 at 512 px is `radius=17`. With one
-    covering keypoint it is ViTSC's eq. 5, F = q - p.
+    sources. CATs, ACTR and LPMFlow train on this flow: their receptive field of 35 is `radius=17`, in images of 256 px
+    (CATs) or 512 px. With one covering keypoint it is ViTSC's eq. 5, F = q - p.
 
     Args:
         src_kps: (B, K, 2) in pixels of the network image, as `trg_kps`.
@@ -104,8 +106,7 @@ def pseudo_flow(
     Raises:
         ZooError: if K = 0, as in warps of one image.
     """
-    if not src_kps.shape[1]:
-        raise ZooError("the training pairs have no keypoints, which the loss needs: choose another data.train")
+    check_keypoints(src_kps)
     centres = cell_centres(grid, image, src_kps.device, src_kps.dtype).floor()
     near = (src_kps.unsqueeze(2) - centres).abs().amax(-1) <= radius  # (B, K, h*w)
     near = near & mask.unsqueeze(-1)
@@ -117,6 +118,12 @@ def pseudo_flow(
     flow = torch.gather(trg_kps, 1, last.unsqueeze(-1).expand(-1, -1, 2)) - mean_src
     flow = flow.masked_fill(~covered.unsqueeze(-1), 0)
     return flow.transpose(1, 2).unflatten(2, grid), covered.unflatten(1, grid)
+
+
+def check_keypoints(kps: Tensor) -> None:
+    """Refuse keypoints (B, K, 2) with K = 0, for a loss that needs them."""
+    if not kps.shape[1]:
+        raise ZooError("the training pairs have no keypoints, which the loss needs: choose another data.train")
 
 
 def bilinear_cells(points: Tensor, grid: Size, image: Size) -> tuple[Tensor, Tensor]:

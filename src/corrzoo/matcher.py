@@ -26,8 +26,8 @@ from corrzoo.scoring.evaluation import Evaluation
 from corrzoo.scoring.protocols import check_protocol
 from corrzoo.types import Features, Match, Pair, ZooError
 
-CATS_RADIUS = 17
-"""Half the side of the square that a keypoint supervises: CATs' receptive field of 35, in images of 512 px."""
+RADIUS = 17
+"""Half the side of the square that a keypoint supervises: 35 px in images of 512 px, as ACTR and LPMFlow."""
 
 
 class Matcher(LightningModule, ABC):
@@ -52,10 +52,12 @@ class Matcher(LightningModule, ABC):
         gamma: The factor of `step`.
         protocol: PCK protocol, a name of `list_protocols()`; without a threshold kind, the dataset's own is added.
         alphas: PCK thresholds as shares of the reference length.
-        backend: Which implementation of the correlation runs: `auto`, `torch` or `triton`.
+        backend: Which implementation of the correlation's read-out runs: `auto`, `torch` or `triton`. It concerns
+            Baseline, ViTSC and GeoAware with `outside: excluded`; others read out a volume that they have in memory.
         compile: Compile backbones and head by `torch.compile`. The first steps take minutes.
         feature_cache_mb: Memory for features that are computed once an image: in evaluation, and as much again in
-            training with a frozen backbone (`finetune: none`) and without augmentation; 0 turns reuse off.
+            training with a frozen backbone (`finetune: none`) and without augmentation; 0 turns reuse off. In training,
+            MirrorGuided's mirror images and TransforMatcher's second backbone are not among them.
     """
 
     hparams: Any
@@ -123,12 +125,12 @@ class Matcher(LightningModule, ABC):
         """Distance of the flow (B, h, w) from the pseudo-flow, in cells, and which cells a keypoint supervises.
 
         A keypoint supervises a square; `radius` is half its side in cells. our choice, as the paper gives no radius:
-        CATs' share of the image, and at least CATs' share of a cell (17 px of its coarsest grid's 32), so that every
-        keypoint supervises the cell it lies in.
+        ACTR's and LPMFlow's share of the image (CATs has twice as much), and at least 17 of 32 of a cell, so that
+        every keypoint supervises the cell it lies in.
         """
         image, grid = size_of(pair.src_img), size_of(match.flow)
         stride = max(image) / max(grid)
-        pixels = stride * radius if radius else CATS_RADIUS * max(max(image) / 512, stride / 32)
+        pixels = stride * radius if radius else RADIUS * max(max(image) / 512, stride / 32)
         target, mask = pseudo_flow(pair.src_kps, pair.trg_kps, pair.kps_mask, grid, image, pixels)
         return endpoint_errors(match.flow / stride, target / stride, mask)
 
@@ -242,7 +244,7 @@ class Matcher(LightningModule, ABC):
         if not (groups := self.param_groups()):
             raise ZooError("nothing to train: every parameter is frozen; set --model.finetune to `all` or a number")
         h = self.hparams
-        optimizer = create_optimizer(h.optimizer, groups, h.weight_decay)
+        optimizer = create_optimizer(h.optimizer, groups, h.weight_decay, bool(self.trainer.gradient_clip_val))
         schedule = create_schedule(h, optimizer, self.trainer)
         return {"optimizer": optimizer, "lr_scheduler": schedule} if schedule else optimizer
 

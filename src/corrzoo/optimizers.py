@@ -13,11 +13,14 @@ from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, OneCycleLR
 from corrzoo.errors import ZooError
 
 
-def create_optimizer(name: str, groups: list[dict[str, Any]], weight_decay: float) -> Optimizer:
-    """Adam or AdamW; the fused kernel where all parameters are on a GPU."""
+def create_optimizer(name: str, groups: list[dict[str, Any]], weight_decay: float, clips: bool) -> Optimizer:
+    """Adam or AdamW; the fused kernel where all parameters are on a GPU.
+
+    Not where gradients are clipped (`clips`): in mixed precision, Lightning refuses it there.
+    """
     on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])
     kind = {"adam": Adam, "adamw": AdamW}[name]
-    return kind(groups, weight_decay=weight_decay, fused=True if on_gpu else None)
+    return kind(groups, weight_decay=weight_decay, fused=True if on_gpu and not clips else None)
 
 
 def create_schedule(options: Any, optimizer: Optimizer, trainer: Trainer) -> LRSchedulerConfigType | None:

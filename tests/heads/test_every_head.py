@@ -1,7 +1,10 @@
 """What holds for every head, on tiny backbones."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 
 import corrzoo
 from corrzoo.data import PairDataset
@@ -125,6 +128,36 @@ def test_a_pair_without_keypoints_contributes_nothing(head):
     loss = step(model, empty)
     loss.backward()
     assert loss == 0
+
+
+@pytest.mark.parametrize("head", SUPERVISED)
+def test_training_pairs_without_keypoints_are_an_error(head):
+    options = {"MirrorGuided": {"layers": 1, "width": 32, "row_weight": 1.0, "epe_weight": 0.0}}.get(head, {})
+    model, pair = build(head, **options), batch(count=1)
+    none = {name: getattr(pair, name)[:, :0] for name in ("src_kps", "trg_kps", "kps_mask", "kps_ids", "mirror_ids")}
+    with pytest.raises(ZooError, match="no keypoints, which the loss needs"):
+        step(model, pair._replace(**none))
+
+
+ABLATIONS = {
+    f"{path.parent.name} {path.stem}": (path.parent.name, yaml.safe_load(path.read_text()).get("model", {}))
+    for path in sorted((Path(corrzoo.__file__).parent / "zoo_configs").glob("ablation/*/*.yaml"))
+}
+SIZES = set("backbone levels finetune backbone_size alphas lr backbone_lr weight_decay optimizer schedule".split())
+SIZES |= set("kernel_sizes channels windows grid stride width depth layers relocalization".split())
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_parameter_of_an_ablation_gets_a_gradient(name):
+    """Distributed training waits for them all."""
+    stem, config = ABLATIONS[name]
+    head = next(head for head in HEADS if head.lower() == stem)
+    options = {k: v for k, v in config.get("init_args", {}).items() if k not in SIZES}
+    if head == "MirrorGuided":
+        options = {"row_weight": 1.0, "epe_weight": 0.0, "layers": 1, "width": 32} | options
+    model = build(head, **options).train()
+    step(model, batch()).backward()
+    assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 
 @pytest.mark.parametrize("head", HEADS)

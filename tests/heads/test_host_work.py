@@ -20,6 +20,8 @@ VARIANTS = {
     "ACTR": [{}, {"checkpointing": True}, {"read": "pixel"}],
     "TransforMatcher": [{}, {"rotary": "parity"}],
     "LPMFlow": [{}, {"checkpointing": True}, {"read": "pixel"}, {"larl": "cross"}, {"region_pe": False}],
+    "MirrorGuided": [{}, {"layers": 1, "row_weight": 1.0, "epe_weight": 0.0}],
+    "GSF": [{}, {"fusion": "product"}],
 }
 CASES = [
     pytest.param(head, options, id=f"{head} {options or ''}".strip())

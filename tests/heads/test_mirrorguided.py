@@ -301,7 +301,7 @@ def test_margin_learns_which_hypothesis_is_right(mirrored):
     found = model.loss(match, pair)
     chance = 1 / (1 + exp(-(log(match.extras["ratio"].item()) - log(1.08)) / CHOICE))
     volumes = (match.extras[name] / model.row_temperature for name in ("plain", "mirrored"))
-    plain, other = (row_cross_entropy(x, pair, GRID).mean().item() for x in volumes)
+    plain, other = (row_cross_entropy(x, 1.0, pair, GRID).mean().item() for x in volumes)
     assert found["choice"].item() == pytest.approx((1 - chance) * plain + chance * other, rel=1e-5)
     assert (other < plain) == mirrored
     found["choice"].backward()
@@ -323,7 +323,9 @@ def test_cross_entropy_of_rows_in_loops():
     scale = torch.tensor([IMAGE[1] / 96, IMAGE[0] / 96], dtype=torch.float64)
     pair = pair._replace(src_kps=pair.src_kps * scale, trg_kps=pair.trg_kps * scale)
     logits = torch.randn(2, h * w, h * w, dtype=torch.float64)
-    found = row_cross_entropy(logits, pair, GRID)
+    found = row_cross_entropy(0.2 * logits, 0.2, pair, GRID)
+    below = row_cross_entropy(1e-3 * logits, torch.tensor(-1.0), pair, GRID)  # counts as 0.001
+    torch.testing.assert_close(below, found)
 
     def around(point):
         """{cell: weight} of the bilinear interpolation at a point in pixels."""

@@ -74,6 +74,8 @@ class ACTR(TokenMatcher):
         if super_resolution:
             check_windows(windows, UPSCALE * self.grid, self.grid)
             self.super_resolution = FlowSuperResolution(self.width, self.grid, windows)
+        else:
+            self.blocks[-1].cross_attention.freeze_update()
         self.apply_options()
 
     def match(self, src: Features, trg: Features) -> Match:

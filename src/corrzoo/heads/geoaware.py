@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from corrzoo import ops
-from corrzoo.geometry import Size, cells_to_pixels, pixels_to_cells, points_to_flow, size_of
+from corrzoo.geometry import Size, cells_to_pixels, check_keypoints, pixels_to_cells, points_to_flow, size_of
 from corrzoo.heads.levels import centres_of, resize, rows_of, stack_levels
 from corrzoo.losses import Term, mean_where
 from corrzoo.matcher import HEADS, Matcher
@@ -188,6 +188,7 @@ class GeoAware(Matcher):
 
     def points(self, pair: Pair) -> Points:
         """The pair's keypoints."""
+        check_keypoints(pair.src_kps)
         image = size_of(pair.src_img)
         src, trg = (pixels_to_cells(kps, self.grid, image) for kps in (pair.src_kps, pair.trg_kps))
         return Points(src, trg, pair.kps_mask, self.length(pair.trg_box, pair.trg_size))

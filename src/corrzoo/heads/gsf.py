@@ -8,6 +8,7 @@ docs/heads/gsf.md explains where the code deviates from a printed equation: eq. 
 eq. 8 (the Gaussian is at i + G'_i), eq. 9 (`start`) and eq. 11 (weighted by the confidence).
 """
 
+from functools import reduce
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -174,8 +175,8 @@ class GSF(Matcher):
         if self.fusion == "concat":
             return ops.correlation(f, g).relu()
         parts = zip(f.split(levels, 2), g.split(levels, 2), strict=True)
-        product = torch.stack([ops.correlation(a, b).relu() for a, b in parts]).prod(0)
-        return F.normalize(product, dim=2)
+        # Not `prod`, whose gradient waits for the device to count zeros.
+        return F.normalize(reduce(torch.mul, [ops.correlation(a, b).relu() for a, b in parts]), dim=2)
 
     def refine(self, guidance: Guidance) -> Tensor:
         """Eqs. 8 and 9: tau (B, N, 2) in cells."""

@@ -114,6 +114,8 @@ class LPMFlow(TokenMatcher):
             raise ZooError(f"flows {flows}: expected some of {', '.join(self.pyramid.scales)} (scales of both images)")
         self.soft_argmax = SoftArgmax(FINE * g)
         self.integration = FlowIntegration(C, FINE * g, len(self.flows), windows) if mmfi else None
+        if not mmfi:  # which alone reads the tokens of the last decoder
+            self.pyramid.last.cross_attention.freeze_update()
         self.apply_options()
 
     def match(self, src: Features, trg: Features) -> Match:
@@ -254,6 +256,11 @@ class FeatureSuperResolution(nn.Module):
             self.decoder3 = MatchingDecoder(dim, fine, dropout)
         if self.interactive:
             self.decoder2 = MatchingDecoder(dim, coarse | fine, dropout)
+
+    @property
+    def last(self) -> "MatchingDecoder":
+        """The decoder at the finest scale."""
+        return self.decoder1 if self.scales == ["11"] else self.decoder3
 
     def forward(self, s: Tensor, t: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Coarse tokens -> correlations by their scales, and source tokens at the finest one."""

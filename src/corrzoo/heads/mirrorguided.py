@@ -67,7 +67,7 @@ class MirrorGuided(Matcher):
     """
 
     evaluation_options: ClassVar[frozenset[str]] = Matcher.evaluation_options | {
-        *("margin", "consensus", "rho", "c_p", "c_m", "floor", "rounds", "temperature", "radius", "strength"),
+        *("consensus", "rho", "c_p", "c_m", "rounds", "temperature", "radius", "strength"),
     }
 
     def __init__(
@@ -165,10 +165,10 @@ class MirrorGuided(Matcher):
         terms = {"epe": self.keypoint_errors(match, pair)} if self.epe_weight else {}
         grid, mask, ratio = size_of(match.flow), pair.kps_mask, match.extras.get("ratio")
         volumes = {name: scores for name, scores in match.extras.items() if name != "ratio"}
-        rows = {name: row_cross_entropy(x / self.row_temperature, pair, grid) for name, x in volumes.items()}
+        rows = {name: row_cross_entropy(x, self.row_temperature, pair, grid) for name, x in volumes.items()}
         terms |= {name: (rows[name], mask) for name in ("cosines", "plain") if name in rows}  # eq. 9
         if ratio is not None:
-            logit = (ratio.detach().clamp(min=EPS).log() - torch.as_tensor(self.learned("margin")).log()) / CHOICE
+            logit = (ratio.detach().clamp(min=EPS) / self.learned("margin")).log() / CHOICE
             count = mask.sum(1).clamp(min=1)
             plain, mirrored = ((rows[x].detach() * mask).sum(1) / count for x in ("plain", "mirrored"))
             terms["choice"] = torch.lerp(plain, mirrored, logit.sigmoid()), mask.any(1)  # eq. 10

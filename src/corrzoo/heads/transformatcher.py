@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from corrzoo import ops
-from corrzoo.geometry import Size, cell_centres, cells_to_pixels, pixels_to_cells, size_of
+from corrzoo.geometry import Size, cell_centres, cells_to_pixels, check_keypoints, pixels_to_cells, size_of
 from corrzoo.heads.levels import resize
 from corrzoo.losses import mean_where
 from corrzoo.matcher import HEADS, Matcher
@@ -117,6 +117,7 @@ class TransforMatcher(Matcher):
 
     def loss(self, match: Match, pair: Pair) -> Tensor:
         """Mean over an image's keypoints of the squared distance from -1 to 1, then over the images that have any."""
+        check_keypoints(pair.src_kps)
         found = read_points(to_unit(pair.src_kps, size_of(pair.src_img)), match.extras["matched"], REACH_IN_TRAINING)
         error = (found - to_unit(pair.trg_kps, size_of(pair.trg_img))).square().sum(-1)  # (B, K)
         counts = pair.kps_mask.sum(1)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from corrzoo.geometry import Size, bilinear_cells, sample, size_of
+from corrzoo.geometry import Size, bilinear_cells, check_keypoints, sample, size_of
 from corrzoo.precision import full
 from corrzoo.types import Pair
 
@@ -68,16 +68,19 @@ class Bottleneck(nn.Sequential):
         return x + super().forward(x)
 
 
-def row_cross_entropy(logits: Tensor, pair: Pair, grid: Size) -> Tensor:
+def row_cross_entropy(scores: Tensor, temperature: float | Tensor, pair: Pair, grid: Size) -> Tensor:
     """Cross-entropy (B, K) of each keypoint's row against the cells around its match, the mean of both ways.
 
     A keypoint's row is interpolated between cells. The probability of its match is spread bilinearly over four cells.
 
     Args:
-        logits: (B, N, N) of every source cell against every target cell.
+        scores: (B, N, N) of every source cell against every target cell.
+        temperature: Of the softmax; a learned one of less than 0.001 counts as 0.001, as in `Baseline`.
         pair: Keypoints in pixels of network images of one size.
         grid: (h, w) of both images, h * w = N.
     """
+    check_keypoints(pair.src_kps)
+    logits = scores / (temperature.clamp(min=1e-3) if isinstance(temperature, Tensor) else temperature)
     image, found = size_of(pair.src_img), []
     for volume, kps, truth in (logits.mT, pair.src_kps, pair.trg_kps), (logits, pair.trg_kps, pair.src_kps):
         rows = sample(volume.unflatten(2, grid), kps, image)  # (B, K, N)
