@@ -340,6 +340,28 @@ def test_last_is_the_newest_checkpoint(tmp_path, capsys):
     assert [torch.load(p, weights_only=True)["global_step"] for p in paths] == [2, 4]
 
 
+def test_a_training_begins_with_the_weights_of_another(tmp_path, capsys):
+    """A second stage: other options, a new optimiser, and epochs from 0."""
+    args = ["fit", *BASELINE, *DEMO, *TINY, *FEW, "--trainer.callbacks=null"]
+    main(args)
+    (first,) = tmp_path.glob("runs/*/*/checkpoints/last.ckpt")
+    still = ["--model.lr=0", "--model.backbone_lr=0", "--model.schedule=cosine"]
+    main([*args, *still, f"--init_from={first}"])
+    (second,) = set(tmp_path.glob("runs/*/*/checkpoints/last.ckpt")) - {first}
+    old, new = (torch.load(path, weights_only=True) for path in (first, second))
+    assert all(torch.equal(value, new["state_dict"][name]) for name, value in old["state_dict"].items())
+    assert new["global_step"] == old["global_step"] == 2
+    assert new["trained"]["before"] == "synthetic" and "before" not in old["trained"]
+    said = failing(
+        capsys, *args, f"--init_from={first}", "--model.learn_temperature=false", "--model.levels=[1]", "--model=ACTR"
+    )
+    assert f"{first}, Baseline on {VIT}, does not fit this model" in said
+    assert "--init_from is for fit" in failing(capsys, "test", *args[1:], f"--init_from={first}")
+    main([*args, *still, f"--ckpt_path={second}", "--trainer.max_epochs=2"])
+    (third,) = set(tmp_path.glob("runs/*/*/checkpoints/last.ckpt")) - {first, second}
+    assert torch.load(third, weights_only=True)["trained"]["before"] == "synthetic"
+
+
 def test_resuming_a_finished_run_says_so(tmp_path, capsys):
     args = ["fit", *BASELINE, *DEMO, *TINY, *FEW, "--trainer.callbacks=null"]
     main(args)

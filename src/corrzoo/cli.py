@@ -24,7 +24,7 @@ from corrzoo.errors import ZooError, one_line
 from corrzoo.heads import HEADS
 from corrzoo.matcher import Matcher
 from corrzoo.parser import Modules, ZooParser, message_of
-from corrzoo.store.checkpoints import newest_checkpoint, read_checkpoint
+from corrzoo.store.checkpoints import init_from, newest_checkpoint, read_checkpoint
 
 RUNS = "runs"
 """Folder of all runs, unless `--trainer.default_root_dir` is given."""
@@ -66,7 +66,9 @@ class ZooCLI(LightningCLI):
         super().add_default_arguments_to_parser(parser)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add `--checkpoint.*`, by default the best checkpoint by validation PCK, and the last."""
+        """Add `--init_from`, and `--checkpoint.*`, by default the best checkpoint by validation PCK, and the last."""
+        text = "of fit: begin with the weights of this checkpoint, folder or hf:// model, and otherwise anew"
+        parser.add_argument("--init_from", type=str | None, help=text)
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         best = {"monitor": "val/pck@0.1", "mode": "max", "filename": "best", "enable_version_counter": False}
         parser.set_defaults({f"checkpoint.{name}": value for name, value in best.items()})
@@ -83,6 +85,8 @@ class ZooCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Find and check the checkpoint, and name the run's folder."""
         config = self.config[self.config.subcommand]
+        if config.init_from and self.config.subcommand != "fit":
+            raise ZooError("--init_from is for fit: give --ckpt_path")
         if self.config.subcommand == "fit" and config.trainer.default_root_dir and SLURMEnvironment.detect():
             self._resume_slurm_job(config)
         if self.checkpoint in ("best", "last"):
@@ -136,7 +140,9 @@ class ZooCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """Print the model and its number of parameters."""
+        """Copy the weights of `--init_from`, and print the model and its number of parameters."""
+        if self.config.fit.init_from:
+            init_from(self.model, self.config.fit.init_from)
         total = sum(p.numel() for p in self.model.parameters())
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         model = f"{type(self.model).__name__} on {self.model.hparams.backbone}"

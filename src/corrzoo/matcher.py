@@ -67,6 +67,8 @@ class Matcher(LightningModule, ABC):
     """Network image for inference: its side or (H, W)."""
     trained: dict[str, Any] | None = None
     """What the weights were trained on; None when they were not."""
+    before: str | None = None
+    """Dataset of an earlier training, whose weights the training began with."""
 
     def __init__(
         self,

@@ -51,8 +51,9 @@ class ResultsWriter(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["trained"] = describe_training(trainer)
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self._trained = checkpoint.get("trained")
+        pl_module.before = (self._trained or {}).get("before")
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         pl_module.trained = describe_training(trainer) or pl_module.trained
@@ -211,6 +212,7 @@ def describe_training(trainer: Trainer) -> dict[str, Any] | None:
         "steps": trainer.global_step,
         "pairs_seen": batch and trainer.global_step * trainer.accumulate_grad_batches * batch,  # repetitions included
         "seed": _seed(),
+        **({"before": before} if (before := trainer.lightning_module.before) else {}),
     }
 
 

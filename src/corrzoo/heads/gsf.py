@@ -339,7 +339,10 @@ def warp(features: Tensor, flow: Tensor, cells: Tensor, grid: Size) -> Tensor:
 
 
 def on_object(pair: Pair, grid: Size) -> Tensor:
-    """Source cells (B, N) bool that the mask covers and whose centres lie in the box; NaN boxes are ignored."""
+    """Source cells (B, N) bool that the mask covers and whose centres lie in the box; NaN boxes are ignored.
+
+    our choice: the source's mask alone, as the losses are sums over source cells. Section 4.2 names both masks.
+    """
     covered = F.interpolate(pair.src_mask.float().unsqueeze(1), grid, mode="area").flatten(1) > OBJECT
     at = cell_centres(grid, (1, 1), pair.src_box.device, pair.src_box.dtype)  # (N, 2)
     low, high = (pair.src_box.unflatten(1, (2, 2)) / pair.src_size.unsqueeze(1)).unsqueeze(2).unbind(1)  # (B, 1, 2)

@@ -114,8 +114,8 @@ class LPMFlow(TokenMatcher):
             raise ZooError(f"flows {flows}: expected some of {', '.join(self.pyramid.scales)} (scales of both images)")
         self.soft_argmax = SoftArgmax(FINE * g)
         self.integration = FlowIntegration(C, FINE * g, len(self.flows), windows) if mmfi else None
-        if not mmfi:  # which alone reads the tokens of the last decoder
-            self.pyramid.last.cross_attention.freeze_update()
+        if not mmfi:  # nothing reads the last decoder's tokens, and distributed training waits for all that trains
+            self.pyramid.last.cross_attention.proj.requires_grad_(False)
         self.apply_options()
 
     def match(self, src: Features, trg: Features) -> Match:

@@ -144,7 +144,7 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Cross-attention from source to target; its weights are the correlation.
 
-    Without `update` there are no values and no projection; `freeze_update` is for where nothing reads the update.
+    Without `update` there are no values and no projection.
     """
 
     def __init__(self, dim: int, drop: float = 0.0, update: bool = True) -> None:
@@ -169,10 +169,6 @@ class CrossAttention(nn.Module):
             return None, correlation
         x = rearrange(weights.to(q.dtype) @ v[0], "b h n d -> b n (h d)")
         return self.drop(self.proj(x)), correlation
-
-    def freeze_update(self) -> None:
-        """Keep the projection from training: distributed training waits for a gradient of every parameter."""
-        self.proj.requires_grad_(False)
 
     @torch.no_grad()
     def align(self) -> None:

@@ -216,7 +216,7 @@ def _row(seeds: Sequence[dict[str, Any]], variant: str, papers: Sequence[dict[st
         backbone=first["backbone"],
         variant=variant,
         supervision=first["supervision"],
-        trained=str(trained.get("dataset") or ""),
+        trained=str(trained.get("dataset") or "") + (f" (after {before})" if (before := trained.get("before")) else ""),
         resolution="" if size is None else str(height) if height == width else f"{height}x{width}",
         pairs_seen=trained.get("pairs_seen"),
         runs=len(seeds),

@@ -90,6 +90,24 @@ def load(path: str | Path) -> Matcher:
     return matcher.eval()
 
 
+def init_from(matcher: Matcher, path: str | Path) -> None:
+    """Give a matcher the weights of a trained one, for a training that begins with them.
+
+    Args:
+        matcher: The model. Its options may differ from those of the file where the weights are the same.
+        path: As in `load`.
+
+    Raises:
+        ZooError: as in `load`, and if the weights do not fit the matcher.
+    """
+    other = load(path)
+    weights = other.state_dict()
+    if faults := key_faults(weights, matcher.state_dict()):
+        raise ZooError(f"{path}, {type(other).__name__} on {other.hparams.backbone}, does not fit this model: {faults}")
+    matcher.load_state_dict(weights)
+    matcher.before = (other.trained or {}).get("dataset")
+
+
 class Stored(NamedTuple):
     """A checkpoint without its weights: head, options of the model, completed epochs and optimiser steps."""
 
