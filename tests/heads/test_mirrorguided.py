@@ -215,7 +215,10 @@ def test_floor_one_without_consensus_is_the_baseline():
     torch.testing.assert_close(*flows, atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("wrong", [{"rounds": 0}, {"margin": -1.0}, {"floor": 1.5}, {"consensus": -1.0}, {"c_m": 0.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"rounds": 0}, {"width": 100, "layers": 1}, {"margin": -1.0}, {"floor": 1.5}, {"consensus": -1.0}, {"c_m": 0.0}],
+)
 def test_impossible_options_are_refused(wrong):
     with pytest.raises(ZooError, match=next(iter(wrong))):
         build(**wrong)

@@ -74,7 +74,7 @@ class ACTR(TokenMatcher):
         if super_resolution:
             check_windows(windows, UPSCALE * self.grid, self.grid)
             self.super_resolution = FlowSuperResolution(self.width, self.grid, windows)
-        else:  # nothing reads the source's last update, and distributed training waits for a gradient of all that trains
+        else:  # nothing reads the source's last update, and distributed training waits for all that trains
             self.blocks[-1].get_submodule("cross_attention.proj").requires_grad_(False)
         self.apply_options()
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from corrzoo.geometry import Size, bilinear_cells, check_keypoints, sample, size_of
 from corrzoo.precision import full
-from corrzoo.types import Pair
+from corrzoo.types import Pair, ZooError
 
 
 class FeatureUpdate(nn.Module):
@@ -26,6 +26,8 @@ class FeatureUpdate(nn.Module):
 
     def __init__(self, channels: int, mirror: bool, width: int, layers: int) -> None:
         super().__init__()
+        if width % 16:  # groups of the normalisation
+            raise ZooError(f"width {width}: expected a multiple of 16")
         self.mirror = mirror
         self.project = nn.Conv2d(channels * (1 + mirror), width, 1)
         self.blocks = nn.Sequential(LayerNorm2d(width), *(Bottleneck(width) for _ in range(layers)), LayerNorm2d(width))
