@@ -289,6 +289,19 @@ def test_a_trained_matcher_knows_its_training_data(tmp_path):
         assert result["trained"] == model.trained and result["trained"]["size"] == 64
 
 
+def test_a_model_in_eval_mode_trains_in_training_mode(tmp_path):
+    """Matching and `load` set eval mode; frozen parts of the backbone stay in it."""
+    model, modes = Baseline(**TINY, finetune="none").eval(), []
+    model.head = torch.nn.Dropout()
+
+    class Modes(Callback):
+        def on_train_batch_start(self, trainer, pl_module, *_):
+            modes.append((pl_module.training, pl_module.head.training, pl_module.backbone.trunk.training))
+
+    trainer(tmp_path, max_steps=1, limit_val_batches=1, callbacks=[Modes()]).fit(model, data())
+    assert modes == [(True, True, False)]
+
+
 class MeanOverPairs(Baseline):
     """A head whose loss gives every pair the same weight."""
 

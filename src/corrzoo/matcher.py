@@ -225,6 +225,8 @@ class Matcher(LightningModule, ABC):
         return [c for c in default_callbacks() if not any(isinstance(other, type(c)) for other in given)]
 
     def on_fit_start(self) -> None:
+        if not self.training:  # `load` and matching set eval mode, which Lightning would keep
+            self.train()
         # Frozen parts of a backbone and its BatchNorm stay in eval mode: not the oversight that Lightning warns of.
         warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
         self.load_weights()  # after a checkpoint is restored, so that only missing weights are fetched
