@@ -302,6 +302,15 @@ def test_a_model_in_eval_mode_trains_in_training_mode(tmp_path):
     assert modes == [(True, True, False)]
 
 
+def test_a_fit_without_validation_draws_no_pictures(tmp_path):
+    model, drawn = corrzoo.create_matcher("Baseline", **TINY), []
+    for options in (dict(num_sanity_val_steps=0, max_steps=1), dict(max_epochs=1, limit_train_batches=1)):
+        pictures = MatchImages(pairs=1)
+        trainer(tmp_path, callbacks=[pictures], enable_checkpointing=False, **options).fit(model, data())
+        drawn.append([path.name for path in tmp_path.glob("*.png")])
+    assert drawn == [[], ["matches-fit.png"]]
+
+
 class MeanOverPairs(Baseline):
     """A head whose loss gives every pair the same weight."""
 

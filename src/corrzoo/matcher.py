@@ -63,6 +63,8 @@ class Matcher(LightningModule, ABC):
     """Options that may differ between a checkpoint's training and its evaluation."""
     image_size: int | Size = 224
     """Network image for inference: its side or (H, W)."""
+    evaluation: Any
+    """The `Evaluation` of the last pass over datasets; None in a training run before its first validation."""
     trained: dict[str, Any] | None = None
     """What the weights were trained on; None when they were not."""
 
@@ -225,6 +227,7 @@ class Matcher(LightningModule, ABC):
         return [c for c in default_callbacks() if not any(isinstance(other, type(c)) for other in given)]
 
     def on_fit_start(self) -> None:
+        self.evaluation = None
         if not self.training:  # `load` and matching set eval mode, which Lightning would keep
             self.train()
         # Frozen parts of a backbone and its BatchNorm stay in eval mode: not the oversight that Lightning warns of.
