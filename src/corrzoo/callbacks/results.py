@@ -59,7 +59,9 @@ class ResultsWriter(Callback):
         pl_module.image_size = (pl_module.trained or {}).get("size") or pl_module.image_size
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        writable(self._folder(trainer))  # fail before an hour of evaluation, not after it
+        folder = self._folder(trainer)  # a collective call
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            writable(folder)  # fail before an hour of evaluation, not after it
         self._seconds: dict[int, float] = defaultdict(float)
         self._pairs: dict[int, int] = defaultdict(int)
         if torch.cuda.is_available():
@@ -89,10 +91,13 @@ class ResultsWriter(Callback):
                 "ms_per_pair": 1000 * self._seconds[which] / max(self._pairs[which], 1),  # features are cached
                 "peak_memory_mb": _peak_memory_mb(),
             }
+            if self.table:
+                Console().print(breakdown_table(name, metric, scores))
+            if trainer.fast_dev_run:  # type: ignore[attr-defined]  # scores of one batch are no results
+                continue
             write_json(folder / f"{name}.json", result | scores)
             write_csv(folder / f"{name}.csv", rows)
             if self.table:
-                Console().print(breakdown_table(name, metric, scores))
                 print(f"results: {folder / name}.json and .csv")
 
     def on_predict_batch_end(
@@ -109,7 +114,7 @@ class ResultsWriter(Callback):
             if trainer.world_size > 1:
                 parts = [None] * trainer.world_size
                 torch.distributed.all_gather_object(parts, self._predictions.get(which, []))
-            if trainer.is_global_zero:
+            if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 image = metric.evaluated
                 points = sorted({(index, k): (x, y) for part in parts for index, k, x, y in part}.items())
                 rows = [{"index": i, "keypoint": k, "image": image, "x": x, "y": y} for (i, k), (x, y) in points]
