@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from fixtures import write_synthetic_spair
+from fixtures import write_caltech, write_synthetic_spair
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 import corrzoo
@@ -309,6 +309,14 @@ def test_a_fit_without_validation_draws_no_pictures(tmp_path):
         trainer(tmp_path, callbacks=[pictures], enable_checkpointing=False, **options).fit(model, data())
         drawn.append([path.name for path in tmp_path.glob("*.png")])
     assert drawn == [[], ["matches-fit.png"]]
+
+
+def test_a_dataset_without_keypoints_is_refused_before_predicting(tmp_path, monkeypatch):
+    write_caltech(tmp_path)
+    pairs = PairsDataModule(root=str(tmp_path), test=["synthetic", "caltech101"], image_size=64, num_workers=0)
+    monkeypatch.setattr(Straight, "predict_step", lambda *_: pytest.fail("predicted"))
+    with pytest.raises(ZooError, match="caltech101 has no keypoints to predict"):
+        trainer(tmp_path).predict(Straight(**TINY), pairs)
 
 
 class MeanOverPairs(Baseline):

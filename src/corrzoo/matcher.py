@@ -268,6 +268,7 @@ class Matcher(LightningModule, ABC):
 
     def on_predict_start(self) -> None:
         self._evaluate(self.trainer.predict_dataloaders)
+        self.evaluation.check_keypoints()  # before predicting: an error later would lose the other datasets' points
 
     def validation_step(self, pair: Pair, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.evaluation.score(pair, dataloader_idx)
