@@ -400,10 +400,24 @@ def test_best_is_the_newest_of_the_same_head_and_backbone(tmp_path, capsys):
     assert f"no best.ckpt of ViTSC on {VIT} found under runs ({others}): give --ckpt_path a file" in said
 
 
-def test_runs_without_a_logger_share_a_folder():
+def test_runs_without_a_logger_write_into_runs(tmp_path):
+    Path("config.yaml").write_text("mine")
+    few = [*BASELINE, *DEMO, *TINY, *FEW, "--trainer.callbacks=null", "--trainer.limit_train_batches=1"]
+    main(["fit", *few, "--trainer.logger=false"])
     for _ in range(2):
-        main(["test", *BASELINE, *DEMO, *TINY, *FEW, "--trainer.callbacks=null", "--trainer.logger=false"])
-    assert Path("results/synthetic.json").is_file()
+        main(["test", *few, "--trainer.logger=false", "--ckpt_path=last"])
+    assert Path("config.yaml").read_text() == "mine" and {p.name for p in tmp_path.iterdir()} <= {"config.yaml", "runs"}
+    (runs,) = tmp_path.glob("runs/*")
+    assert {p.name for p in runs.iterdir()} == {"fit", "fit-test", "fit-test-2"}
+    assert {p.name for p in (runs / "fit-test").iterdir()} >= {"config.yaml", "results"}
+    assert (runs / "fit" / "checkpoints" / "best.ckpt").is_file()
+
+
+def test_a_run_of_one_batch_writes_no_results(tmp_path, capsys):
+    for command in ("test", "predict"):
+        main([command, *BASELINE, *DEMO, *TINY, *FEW, "--trainer.fast_dev_run=1"])
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"] and "PCK on synthetic" in capsys.readouterr().out
+    assert not [p for p in tmp_path.rglob("*") if p.suffix in (".json", ".csv", ".yaml")]
 
 
 def test_two_processes_write_the_same_results_as_one(tmp_path):

@@ -151,6 +151,34 @@ def test_a_batch_equals_its_pairs(images, head):
     assert [len(m.trg_points) for m in imagepair.match_batch(model, stacked, stacked, points[1:], size=64)] == [1, 0]
 
 
+def test_no_points_have_no_matches(images):
+    """Not a grid's, which are those of None."""
+    for none in ([], torch.zeros(0, 2), np.zeros((0, 2))):
+        found = imagepair.match_images(matcher(), *images, none, size=64)
+        assert found.src_points.shape == found.trg_points.shape == (0, 2) and found.cycle_error.shape == (0,)
+
+
+class OnAGpu(torch.Tensor):
+    """A tensor of another device: `cpu()` gives a plain tensor, and nothing else may be done with it."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            if function is torch.Tensor.cpu:
+                return args[0].as_subclass(torch.Tensor)
+            if function in (torch.Tensor.to, torch.Tensor.double, torch.as_tensor):
+                return function(*args, **(kwargs or {})).as_subclass(OnAGpu)
+        raise RuntimeError("Expected all tensors to be on the same device")
+
+
+def test_points_may_be_on_another_device(images):
+    pair = imagepair.open_pair(matcher(), *images, size=64)
+    points = torch.tensor([[30.0, 40.0]], dtype=torch.float64)
+    there = points.as_subclass(OnAGpu)
+    assert torch.equal(pair.match(there), pair.match(points))
+    assert torch.equal(pair.match_both_ways(there).cycle_error, pair.match_both_ways(points).cycle_error)
+
+
 def test_a_batch_of_unequal_parts_is_an_error(images):
     with pytest.raises(ZooError, match="1 source images, 2 target images, 1 sets of points"):
         imagepair.match_batch(matcher(), images[:1], images, [[[1, 2]]])

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from fixtures import write_synthetic_spair
+from fixtures import write_caltech, write_synthetic_spair
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 import corrzoo
@@ -287,6 +287,36 @@ def test_a_trained_matcher_knows_its_training_data(tmp_path):
         loop.test(one, data(), verbose=False)
         result = json.loads((tmp_path / str(k) / "synthetic.json").read_text())
         assert result["trained"] == model.trained and result["trained"]["size"] == 64
+
+
+def test_a_model_in_eval_mode_trains_in_training_mode(tmp_path):
+    """Matching and `load` set eval mode; frozen parts of the backbone stay in it."""
+    model, modes = Baseline(**TINY, finetune="none").eval(), []
+    model.head = torch.nn.Dropout()
+
+    class Modes(Callback):
+        def on_train_batch_start(self, trainer, pl_module, *_):
+            modes.append((pl_module.training, pl_module.head.training, pl_module.backbone.trunk.training))
+
+    trainer(tmp_path, max_steps=1, limit_val_batches=1, callbacks=[Modes()]).fit(model, data())
+    assert modes == [(True, True, False)]
+
+
+def test_a_fit_without_validation_draws_no_pictures(tmp_path):
+    model, drawn = corrzoo.create_matcher("Baseline", **TINY), []
+    for options in (dict(num_sanity_val_steps=0, max_steps=1), dict(max_epochs=1, limit_train_batches=1)):
+        pictures = MatchImages(pairs=1)
+        trainer(tmp_path, callbacks=[pictures], enable_checkpointing=False, **options).fit(model, data())
+        drawn.append([path.name for path in tmp_path.glob("*.png")])
+    assert drawn == [[], ["matches-fit.png"]]
+
+
+def test_a_dataset_without_keypoints_is_refused_before_predicting(tmp_path, monkeypatch):
+    write_caltech(tmp_path)
+    pairs = PairsDataModule(root=str(tmp_path), test=["synthetic", "caltech101"], image_size=64, num_workers=0)
+    monkeypatch.setattr(Straight, "predict_step", lambda *_: pytest.fail("predicted"))
+    with pytest.raises(ZooError, match="caltech101 has no keypoints to predict"):
+        trainer(tmp_path).predict(Straight(**TINY), pairs)
 
 
 class MeanOverPairs(Baseline):

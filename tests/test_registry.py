@@ -2,7 +2,7 @@ from typing import Any, Literal
 
 import pytest
 
-from corrzoo.registry import Registry, nearest
+from corrzoo.registry import Registry, import_plugins, nearest
 from corrzoo.types import ZooError
 
 
@@ -31,6 +31,10 @@ def test_an_unknown_name_suggests_the_nearest():
 def test_nearest_ignores_case():
     assert nearest("lpmflow", ["LPMFlow", "Baseline"]) == ": did you mean 'LPMFlow'?"
     assert nearest("qqqqqq", ["LPMFlow"]) == ""
+
+
+def test_plugins_with_a_comma_too_many():
+    assert import_plugins("json, csv,") == ["json", "csv"] and import_plugins("") == []
 
 
 class Base:

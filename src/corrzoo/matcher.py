@@ -65,6 +65,8 @@ class Matcher(LightningModule, ABC):
     """Options that may differ between a checkpoint's training and its evaluation."""
     image_size: int | Size = 224
     """Network image for inference: its side or (H, W)."""
+    evaluation: Any
+    """The `Evaluation` of the last pass over datasets; None in a training run before its first validation."""
     trained: dict[str, Any] | None = None
     """What the weights were trained on; None when they were not."""
     before: str | None = None
@@ -229,6 +231,9 @@ class Matcher(LightningModule, ABC):
         return [c for c in default_callbacks() if not any(isinstance(other, type(c)) for other in given)]
 
     def on_fit_start(self) -> None:
+        self.evaluation = None
+        if not self.training:  # `load` and matching set eval mode, which Lightning would keep
+            self.train()
         # Frozen parts of a backbone and its BatchNorm stay in eval mode: not the oversight that Lightning warns of.
         warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
         self.load_weights()  # after a checkpoint is restored, so that only missing weights are fetched
@@ -267,6 +272,7 @@ class Matcher(LightningModule, ABC):
 
     def on_predict_start(self) -> None:
         self._evaluate(self.trainer.predict_dataloaders)
+        self.evaluation.check_keypoints()  # before predicting: an error later would lose the other datasets' points
 
     def validation_step(self, pair: Pair, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.evaluation.score(pair, dataloader_idx)

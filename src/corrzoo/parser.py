@@ -74,12 +74,13 @@ def message_of(error: Exception) -> str:
         return str(cause).rsplit("ZooError: ", 1)[-1].strip()
     if isinstance(error, MisconfigurationException):
         return one_line(error)
-    if isinstance(error, OSError):  # a read-only folder, a full disk
-        return f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
+    if isinstance(error, OSError):  # a read-only folder, a full disk; that of a worker process ends in its message
+        last = str(error).strip().rpartition("\n")[2]
+        return f"{error.strerror or last}: {error.filename or ''}".rstrip(": ")
     if type(error).__module__.startswith("wandb"):
         remedy = "--trainer.logger.offline true keeps the run on this machine"
         return f"wandb: {one_line(error).rstrip('.')}; {remedy}"
-    if "DataLoader worker" in str(error):
+    if re.match(r"DataLoader worker \(pid", str(error)):  # killed; an error in a worker begins with "Caught"
         remedy = "give fewer --data.num_workers, and resume with --ckpt_path last"
         return f"{str(error).splitlines()[0]} The usual reason is too little memory: {remedy}"
     raise error

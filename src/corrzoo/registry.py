@@ -74,7 +74,7 @@ def import_plugins(names: str | list[str]) -> list[str]:
     Raises:
         ZooError: if a module, or a module that it imports, is not found.
     """
-    listed = [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
+    listed = [name.strip() for name in (names.split(",") if isinstance(names, str) else names) if name.strip()]
     for name in listed:
         try:
             importlib.import_module(name)

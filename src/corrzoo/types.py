@@ -166,8 +166,14 @@ class PointMatcher(Protocol):
 
 
 def as_points(points: object) -> Tensor:
-    """(n, 2) float64 points from a tensor, an array or nested lists. Raises ZooError if the shape is another."""
-    out = torch.as_tensor(points, dtype=torch.float64)
+    """(n, 2) float64 points on the CPU from a tensor, an array or nested lists; [] has none.
+
+    Raises:
+        ZooError: if the shape is another.
+    """
+    out = torch.as_tensor(points, dtype=torch.float64).cpu()
+    if out.shape == (0,):
+        return out.reshape(0, 2)
     if out.ndim != 2 or out.shape[1] != 2:
         raise ZooError(f"expected points of shape (n, 2), got {tuple(out.shape)}")
     return out

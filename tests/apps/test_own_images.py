@@ -16,7 +16,7 @@ from PIL import Image
 import corrzoo
 from corrzoo import apps
 from corrzoo.__main__ import COMMANDS, main
-from corrzoo.apps.queries import read_points
+from corrzoo.apps.queries import list_queries, read_points
 
 CONFIGS = Path(__file__).resolve().parents[2] / "zoo_configs"
 TINY = ["--backbone=timm/test_vit.r160_in1k", "--weights=random", "--size=96"]
@@ -94,6 +94,18 @@ def test_points_from_a_file():
 def test_more_points_than_a_file_name_can_have_characters():
     points = [[float(x), 80.5] for x in range(100)]
     assert read_points("; ".join(f"{x},{y}" for x, y in points), "--points") == points
+
+
+def test_a_points_file_of_a_pair_is_relative_to_the_file_of_pairs():
+    Path("images").mkdir()
+    Path("images/points.csv").write_text("x,y\n30,40\n")
+    Path("images/pairs.csv").write_text("src,trg,points\na.png,b.jpg,points.csv\n")
+    assert list_queries(None, None, "images/pairs.csv", None) == [("images/a.png", "images/b.jpg", [[30.0, 40.0]])]
+
+
+def test_a_table_of_no_matches_has_titles():
+    match("a.png", "b.jpg", "--max-error=0", "--format=csv", *TINY)
+    assert Path("matches/matches.csv").read_text() == "src_x,src_y,trg_x,trg_y,cycle_error,confident\n"
 
 
 def test_many_pairs_equal_pairs_one_by_one(capsys, monkeypatch):

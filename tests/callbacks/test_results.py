@@ -5,6 +5,7 @@ import subprocess
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from corrzoo import callbacks
 from corrzoo.callbacks import results
@@ -30,6 +31,14 @@ def test_files_are_written_atomically(tmp_path, monkeypatch):
 def test_csv_columns_are_the_keys(tmp_path):
     results.write_csv(tmp_path / "r.csv", [{"index": 0, "pck": 50.0}, {"index": 1, "pck": 25.0}])
     assert (tmp_path / "r.csv").read_text() == "index,pck\n0,50.0\n1,25.0\n"
+    results.write_csv(tmp_path / "r.csv", [], ("index", "pck"))
+    assert (tmp_path / "r.csv").read_text() == "index,pck\n"
+
+
+def test_memory_is_that_of_the_device_that_ran(monkeypatch):
+    """On a machine with a GPU, a run on the CPU needs no memory of the GPU."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert results._peak_memory_mb(torch.device("cpu")) > 10
 
 
 def test_an_unwritable_folder_is_named(tmp_path):

@@ -8,7 +8,7 @@ from made_up import result
 
 from corrzoo.errors import ZooError
 from corrzoo.leaderboard import main
-from corrzoo.leaderboard.papers import PAPERS
+from corrzoo.leaderboard.papers import PAPERS, read_papers
 
 
 def leaves(args):
@@ -107,6 +107,12 @@ def test_bad_input_gives_a_one_line_error(project, break_it, message):
     with pytest.raises(ZooError, match=message) as error:
         main([])
     assert "\n" not in str(error.value) and not (project / "docs").exists()
+
+
+def test_papers_csv_may_come_from_a_spreadsheet(tmp_path):
+    """Excel writes a byte order mark before the first title."""
+    (tmp_path / "my.csv").write_text(PAPERS.read_text(), encoding="utf-8-sig")
+    assert read_papers(tmp_path / "my.csv") == read_papers()
 
 
 @pytest.mark.parametrize(

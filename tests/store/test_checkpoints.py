@@ -245,6 +245,12 @@ def test_training_data_is_kept_from_checkpoint_to_folder(tmp_path):
     assert "synthetic (steps 12, size 96)" in (tmp_path / "model" / "README.md").read_text()
 
 
+def test_options_that_change_no_prediction_may_differ_from_a_result(tmp_path):
+    model = corrzoo.create_matcher("ACTR", **TINY, grid=8, depth=1)
+    result = RESULT | {"head": "ACTR", "options": {"checkpointing": True, "compile": True, "weights": "pretrained"}}
+    assert corrzoo.save(model, tmp_path / "model", results=[result])
+
+
 def test_the_card_describes_the_model_and_its_scores(tmp_path):
     (tmp_path / "pfwillow.json").write_text(json.dumps(RESULT))
     other = RESULT | {"dataset": "spair71k", "protocol": "actr:bbox", "alphas": [0.1], "pck": {"pck@0.1": 9.96}}

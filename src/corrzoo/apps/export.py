@@ -56,11 +56,14 @@ def main(args: list[str]) -> None:
 
 
 def export(matcher: Matcher, size: tuple[int, int]) -> ExportedProgram:
-    """Trace `MatchPoints` for network images of `size` (H, W) and any number of points."""
-    matcher.eval().load_weights().requires_grad_(False)
+    """Trace `MatchPoints` on the CPU for network images of `size` (H, W) and any number of points.
+
+    The matcher is moved to the CPU, in evaluation mode and without gradients: a program runs where it was traced.
+    """
+    matcher.cpu().eval().load_weights().requires_grad_(False)
     # Two tensors: the tracer would take one tensor, given twice, for one input.
-    src, trg = (torch.zeros(1, 3, *size, dtype=torch.uint8, device=matcher.device) for _ in range(2))
-    points = torch.full((1, 2, 2), 1.0, device=matcher.device)
+    src, trg = (torch.zeros(1, 3, *size, dtype=torch.uint8) for _ in range(2))
+    points = torch.full((1, 2, 2), 1.0)
     with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # notes of the tracer to itself
         return torch.export.export(
             MatchPoints(matcher),

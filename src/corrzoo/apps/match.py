@@ -19,6 +19,7 @@ from corrzoo.images import as_rgb
 from corrzoo.inference import GRID, MAX_CYCLE_ERROR, ImagePair, open_pair
 from corrzoo.matcher import Matcher
 
+COLUMNS = ("src_x", "src_y", "trg_x", "trg_y", "cycle_error", "confident")
 ABOUT = """Match points of one image to another, or of many pairs with one model.
 
 Coordinates are (x, y) in pixels of the original images, after EXIF rotation. (0, 0) is the top-left corner of the
@@ -82,11 +83,11 @@ def match_pair(
     confident = found.cycle_error <= limit
     fields = [np.round(field.numpy(), 3).tolist() for field in found]
     rows = [
-        {"src_x": x, "src_y": y, "trg_x": u, "trg_y": v, "cycle_error": error, "confident": sure}
-        for (x, y), (u, v), error, sure in zip(*fields, confident.tolist(), strict=True)
+        dict(zip(COLUMNS, (*src, *trg, error, sure), strict=True))
+        for src, trg, error, sure in zip(*fields, confident.tolist(), strict=True)
     ]
     if options.format == "csv":
-        write_csv(out / "matches.csv", rows)
+        write_csv(out / "matches.csv", rows, COLUMNS)
     else:
         model = {"head": type(matcher).__name__, "backbone": matcher.hparams.backbone, "ckpt": options.ckpt}
         src, trg = {"path": query.src, "size": images[0].size}, {"path": query.trg, "size": images[1].size}

@@ -33,7 +33,7 @@ def list_queries(a: str | None, b: str | None, pairs: str | None, points: str | 
             Query(
                 str(folder / row["src"]),
                 str(folder / row["trg"]),
-                read_points(row["points"], pairs) if row.get("points") else common,
+                read_points(row["points"], pairs, folder) if row.get("points") else common,
             )
             for row in read_columns(Path(pairs), ("src", "trg"))
         ]
@@ -47,14 +47,14 @@ def list_queries(a: str | None, b: str | None, pairs: str | None, points: str | 
     return [Query(a, target, common) for target in targets]
 
 
-def read_points(text: str, source: str) -> Points:
-    """Read points (x, y) from text such as `x,y; x,y`, or from the CSV file of that name.
+def read_points(text: str, source: str, folder: Path = Path()) -> Points:
+    """Read points (x, y) from text such as `x,y; x,y`, or from the CSV file of that name in `folder`.
 
     Raises:
         ZooError: if the text has another form; `source` is where it was given.
     """
-    if os.path.isfile(text):  # unlike Path.is_file, it takes text that is too long for a path
-        text = "; ".join(f"{row['x']},{row['y']}" for row in read_columns(Path(text), ("x", "y")))
+    if os.path.isfile(folder / text):  # unlike Path.is_file, it takes text that is too long for a path
+        text = "; ".join(f"{row['x']},{row['y']}" for row in read_columns(folder / text, ("x", "y")))
     try:
         points = [[float(number) for number in point.split(",")] for point in text.strip("; ").split(";")]
     except ValueError:

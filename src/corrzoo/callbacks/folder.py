@@ -21,20 +21,28 @@ def name_run(config: "Namespace", command: str, root: Path) -> None:
 
     Lightning's loggers number training runs: `version_0`, `version_1`. A test of `version_0`'s checkpoint becomes
     `version_0-test`. Names that the user has given stay, and so does `trainer.default_root_dir` in place of `root`.
+    Without a logger, or if the logger has no folder, `trainer.default_root_dir` becomes the run's folder, such as
+    `fit`, so that nothing is written into the working directory.
     """
-    logger, head = config.trainer.logger, config.model.class_path.rpartition(".")[2]
+    logger, trainer = config.trainer.logger, config.trainer
+    group = group_name(config.model.class_path.rpartition(".")[2], config.model.init_args.backbone)
     options: Any = getattr(logger, "init_args", {})
     if "save_dir" in options and options.save_dir in (None, "", "."):
-        options.save_dir = config.trainer.default_root_dir or str(root)
+        options.save_dir = trainer.default_root_dir or str(root)
     if "name" in options and options.name == "":
-        options.name = group_name(head, config.model.init_args.backbone)
+        options.name = group
     numbered = logger and str(getattr(logger, "class_path", "")).endswith(("CSVLogger", "TensorBoardLogger"))
     if command != "fit" and numbered and options.version is None:
-        source = Path(config.ckpt_path or "").parent
-        name = f"{source.parent.name}-" * (source.name == "checkpoints") + command
-        runs = Path(options.save_dir, options.name or "")
-        names = (name if i == 1 else f"{name}-{i}" for i in count(1))
-        options.version = next(name for name in names if not (runs / name).exists())
+        options.version = _free(Path(options.save_dir, options.name or ""), command, config.ckpt_path).name
+    if not trainer.default_root_dir and (trainer.fast_dev_run or "save_dir" not in options):
+        trainer.default_root_dir = str(_free(root / group, command, config.ckpt_path))
+
+
+def _free(runs: Path, command: str, checkpoint: str | None) -> Path:
+    """A new folder in `runs` for a command on a checkpoint."""
+    source = Path(checkpoint or "").parent
+    name = f"{source.parent.name}-" * (source.name == "checkpoints" and command != "fit") + command
+    return next(path for i in count(1) if not (path := runs / (name if i == 1 else f"{name}-{i}")).exists())
 
 
 def run_folder(trainer: Trainer) -> Path:

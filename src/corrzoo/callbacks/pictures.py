@@ -56,27 +56,26 @@ class MatchImages(Callback):
             return
         self._validations += 1
         if self._validations % self.every == 0:
-            self._save(trainer, pl_module, trainer.val_dataloaders, "val", f"-{trainer.global_step}")
+            self._save(trainer, pl_module, "val", f"-{trainer.global_step}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self._save(trainer, pl_module, trainer.val_dataloaders, "fit")
+        self._save(trainer, pl_module, "fit")
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self._save(trainer, pl_module, trainer.test_dataloaders, "test")
+        self._save(trainer, pl_module, "test")
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self._save(trainer, pl_module, trainer.predict_dataloaders, "predict")
+        self._save(trainer, pl_module, "predict")
 
-    def _save(self, trainer: Trainer, module: Any, loaders: Any, stage: str, step: str = "") -> None:
-        folder = run_folder(trainer)  # a collective call
-        if not trainer.is_global_zero or not loaders or stage not in (*self.stages, "val"):
+    def _save(self, trainer: Trainer, module: Any, stage: str, step: str = "") -> None:
+        folder, evaluation = run_folder(trainer), module.evaluation  # a collective call
+        if not trainer.is_global_zero or not evaluation or stage not in (*self.stages, "val"):
             return
-        loaders = loaders if isinstance(loaders, list) else [loaders]
-        for loader, (name, metric) in zip(loaders, module.evaluation.by_name(), strict=True):
-            if loader.dataset.outlines:  # without keypoints there are no matches to draw
+        for dataset, metric in zip(evaluation.datasets, evaluation.metrics, strict=True):
+            if dataset.outlines:  # without keypoints there are no matches to draw
                 continue
-            place = stage if len(loaders) == 1 else f"{stage}-{name}"
-            for kind, figure in self.draw(module, loader.dataset, metric).items():
+            place = stage if len(evaluation.datasets) == 1 else f"{stage}-{dataset.name}"
+            for kind, figure in self.draw(module, dataset, metric).items():
                 path = visualize.save_figure(figure, folder / f"{kind}-{place}{step}.png")
                 print(f"{kind}: {path}")
                 log_image(trainer, f"{kind}/{place}", path, figure)
@@ -96,7 +95,7 @@ class MatchImages(Callback):
         src_img, trg_img, first = asked.src_img.cpu(), asked.trg_img.cpu(), asked.src_kps[:, :1]
 
         def kept(rows: Tensor) -> list[Tensor]:
-            return [row[mask].cpu() for row, mask in zip(rows, pair.kps_mask, strict=True)]
+            return [row[mask] for row, mask in zip(rows.cpu(), pair.kps_mask.cpu(), strict=True)]
 
         def picture(kind: str) -> Figure:
             points = kept(asked.src_kps), kept(shown)

@@ -60,19 +60,21 @@ class ResultsWriter(Callback):
         pl_module.image_size = (pl_module.trained or {}).get("size") or pl_module.image_size
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        writable(self._folder(trainer))  # fail before an hour of evaluation, not after it
+        folder = self._folder(trainer)  # a collective call
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            writable(folder)  # fail before an hour of evaluation, not after it
         self._seconds: dict[int, float] = defaultdict(float)
         self._pairs: dict[int, int] = defaultdict(int)
-        if torch.cuda.is_available():
+        if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
-    def on_test_batch_start(self, *_: Any) -> None:
-        self._tick = _now()
+    def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._tick = _now(pl_module.device)
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Pair, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._seconds[dataloader_idx] += _now() - self._tick
+        self._seconds[dataloader_idx] += _now(pl_module.device) - self._tick
         self._pairs[dataloader_idx] += len(batch.index)
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -88,12 +90,15 @@ class ResultsWriter(Callback):
                 "trained": trained,
                 "seed": trained.get("seed") if trained else _seed(),
                 "ms_per_pair": 1000 * self._seconds[which] / max(self._pairs[which], 1),  # features are cached
-                "peak_memory_mb": _peak_memory_mb(),
+                "peak_memory_mb": _peak_memory_mb(pl_module.device),
             }
+            if self.table:
+                Console().print(breakdown_table(name, metric, scores))
+            if trainer.fast_dev_run:  # type: ignore[attr-defined]  # scores of one batch are no results
+                continue
             write_json(folder / f"{name}.json", result | scores)
             write_csv(folder / f"{name}.csv", rows)
             if self.table:
-                Console().print(breakdown_table(name, metric, scores))
                 print(f"results: {folder / name}.json and .csv")
 
     def on_predict_batch_end(
@@ -110,11 +115,11 @@ class ResultsWriter(Callback):
             if trainer.world_size > 1:
                 parts = [None] * trainer.world_size
                 torch.distributed.all_gather_object(parts, self._predictions.get(which, []))
-            if trainer.is_global_zero:
+            if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 image = metric.evaluated
                 points = sorted({(index, k): (x, y) for part in parts for index, k, x, y in part}.items())
                 rows = [{"index": i, "keypoint": k, "image": image, "x": x, "y": y} for (i, k), (x, y) in points]
-                write_csv(folder / f"{name}.csv", rows)
+                write_csv(folder / f"{name}.csv", rows, ("index", "keypoint", "image", "x", "y"))
                 print(f"predictions: {folder / name}.csv, in original pixels of the {image} images")
         self._predictions.clear()
 
@@ -256,18 +261,18 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write a CSV file atomically. Its columns are the keys of the first row."""
+def write_csv(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str] = ()) -> None:
+    """Write a CSV file atomically. Its columns are `columns`, or the keys of the first row."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+    writer = csv.DictWriter(text, fieldnames=columns or list(rows[0] if rows else ()), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     writable(path.parent)
     write_text(path, text.getvalue())
 
 
-def _now() -> float:
-    if torch.cuda.is_available():
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -276,8 +281,8 @@ def _seed() -> int | None:
     return int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None
 
 
-def _peak_memory_mb() -> float:
-    if torch.cuda.is_available():
+def _peak_memory_mb(device: torch.device) -> float:
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 

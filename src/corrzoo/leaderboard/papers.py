@@ -32,7 +32,7 @@ def read_papers(path: Path = PAPERS) -> list[dict[str, str]]:
         ZooError: if the file does not exist, lacks a column, or has a value that is not a number.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file, restval=""))
     except FileNotFoundError as error:
         raise ZooError(f"no published numbers at {path}: correct --papers, or give --papers '' for none") from error

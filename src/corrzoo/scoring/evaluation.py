@@ -66,11 +66,15 @@ class Evaluation:
         images = self.matcher.backbone.normalise(torch.cat([pair.src_img, pair.trg_img]))
         return self.cache(images, ids, lambda new: self.matcher.prepare(self.matcher.backbone(new))).halves()
 
+    def check_keypoints(self) -> None:
+        """Raise ZooError if a dataset has outlines instead of keypoints to predict."""
+        for dataset in self.datasets:
+            if dataset.outlines:
+                raise ZooError(f"{dataset.name} has no keypoints to predict: `lightning test` scores it")
+
     def predict(self, pair: Pair, which: int) -> Tensor:
         """(B, K, 2) predictions for a batch of dataset `which`, see `predict_points`."""
         self._enter(which)
-        if self.datasets[which].outlines:
-            raise ZooError(f"{self.datasets[which].name} has no keypoints to predict: `lightning test` scores it")
         return predict_points(self.matcher, pair, self.metrics[which].query, self.features)
 
     def score(self, pair: Pair, which: int) -> None:

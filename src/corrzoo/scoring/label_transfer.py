@@ -96,7 +96,7 @@ def polygon_mask(polygon: Tensor, size: tuple[int, int]) -> Tensor:
             [0, 1, 1, 0],
             [0, 1, 0, 0]], dtype=torch.int32)
     """
-    vertices = as_points(polygon).cpu()
+    vertices = as_points(polygon)
     if len(vertices) < 3 or not vertices.isfinite().all():
         raise ZooError(f"a polygon needs three or more vertices with finite x and y, got {vertices.tolist()}")
     x, y = torch.arange(size[0], dtype=torch.float64), torch.arange(size[1], dtype=torch.float64).unsqueeze(1)

@@ -97,7 +97,7 @@ def _record_hits(
     pred: Tensor, record: Record, protocol: Protocol, alphas: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Correct predictions (1, n, A) of one pair, its keypoints (1, n), and those that look alike (1, n)."""
-    points, n = as_points(pred).cpu(), len(record.trg_kps)
+    points, n = as_points(pred), len(record.trg_kps)
     if len(points) != n or n == 0:
         raise ZooError(f"expected a prediction for each of {n} keypoints (one or more), got {len(points)}")
     sides = {

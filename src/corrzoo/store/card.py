@@ -3,22 +3,20 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from corrzoo.backbones.specs import get_spec
 from corrzoo.files import table
 from corrzoo.leaderboard.results import checked, scores
+from corrzoo.matcher import Matcher
 from corrzoo.types import ZooError
-
-if TYPE_CHECKING:
-    from corrzoo.matcher import Matcher
 
 LICENCES = ("apache-2.0", "bsd-3-clause", "cc-by-nc-4.0", "mit")
 """Licences of backbone weights that the hub knows by name."""
 
-FREE = ("protocol", "alphas", "backend", "compile", "feature_cache_mb", "weights")
+FREE = Matcher.evaluation_options | {"weights", "checkpointing"}
 """Options that may differ between a result and the model: they do not change predictions of trained weights."""
 
 CARD = """---
