@@ -104,6 +104,9 @@ class Checkpoints(ModelCheckpoint):
         save_last: Write `last.ckpt`, which `--ckpt_path last` resumes.
         last_every_n_steps: Write it every so many steps, too.
         **options: Options of Lightning's ModelCheckpoint for the best checkpoint.
+
+    Raises:
+        ZooError: in `setup`, if the monitored score is not logged, or several checkpoints would have one filename.
     """
 
     def __init__(self, save_last: bool = True, last_every_n_steps: int | None = None, **options: Any) -> None:
@@ -116,6 +119,10 @@ class Checkpoints(ModelCheckpoint):
         if stage == "fit" and str(self.monitor).startswith("val/pck@") and self.monitor not in scores:
             # Lightning would notice after an epoch of training
             raise ZooError(f"{self.monitor} is not among the logged metrics: give --checkpoint.monitor one of {scores}")
+        numbered = self._enable_version_counter or "{" in (self.filename or "{epoch}")
+        if stage == "fit" and self.save_top_k not in (0, 1) and not numbered:
+            told = f"checkpoint.save_top_k={self.save_top_k} would write every checkpoint to {self.filename}.ckpt"
+            raise ZooError(f"{told}: give --checkpoint.filename 'best-{{epoch}}-{{step}}'")
         self.dirpath = self.dirpath or str(run_folder(trainer) / "checkpoints")
         super().setup(trainer, pl_module, stage)
         self._trains = stage == "fit"
