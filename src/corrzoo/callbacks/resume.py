@@ -69,7 +69,11 @@ class WholeFiles(TorchCheckpointIO):
 
 
 class RandomState(Callback):
-    """Save and restore torch's random state. Data need no state: their randomness depends on (seed, epoch, pair)."""
+    """Save and restore torch's random state. Data need no state: their randomness depends on (seed, epoch, pair).
+
+    A run that max_time, max_steps or early stopping has ended within an epoch continues there. Gradients of an
+    accumulation that had no step yet are lost.
+    """
 
     def __init__(self) -> None:
         self._saved: dict[str, Any] = {}
@@ -82,6 +86,11 @@ class RandomState(Callback):
         checkpoint["random"] = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             checkpoint["random"]["cuda"] = torch.cuda.get_rng_state()
+        loop, progress = trainer.fit_loop, checkpoint["loops"]["fit_loop"]["epoch_progress"]
+        ends = loop.epoch_progress.current.ready == loop.epoch_progress.current.processed
+        if ends and loop.epoch_loop.batch_progress.current.ready and not trainer.is_last_batch:
+            for counts in progress.values():  # Lightning counts the epoch as done
+                counts["processed"] = counts["completed"] = counts["started"] - 1
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._saved = {name: state.cpu() for name, state in checkpoint.get("random", {}).items()}
@@ -143,8 +152,7 @@ class Checkpoints(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        due = trainer.global_step == trainer.max_steps or (self._every and trainer.global_step % self._every == 0)
-        if due and can_resume_from(trainer, batch_idx):
+        if self._every and trainer.global_step % self._every == 0 and can_resume_from(trainer, batch_idx):
             self._write_last(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -152,8 +160,7 @@ class Checkpoints(ModelCheckpoint):
         logged = trainer.callback_metrics
         if self.monitor in (None, *logged) or any(name.startswith("val/") for name in logged):
             super().on_train_epoch_end(trainer, pl_module)
-        if trainer.is_last_batch or trainer.global_step != trainer.max_steps:
-            self._write_last(trainer)
+        self._write_last(trainer)
 
     def _write_last(self, trainer: Trainer) -> None:
         if self._keeps_last and self.dirpath and not trainer.fast_dev_run:  # type: ignore[attr-defined]
