@@ -300,6 +300,24 @@ def test_a_run_that_was_stopped_within_an_epoch_continues_there(tmp_path: Path, 
     assert_same_last(tmp_path / "whole", tmp_path / "second")
 
 
+@pytest.mark.parametrize(
+    "start, options",
+    [
+        ("batch2", {"val_check_interval": 2}),
+        ("validation2", {"val_check_interval": 2}),
+        ("batch4", {"val_check_interval": 4, "check_val_every_n_epoch": None}),
+    ],
+)
+def test_a_validation_that_was_due_is_made_after_the_resume_and_once(
+    tmp_path: Path, start: str, options: dict[str, Any]
+) -> None:
+    whole = course(tmp_path / "whole", KeepAll(tmp_path), max_epochs=2, **options)
+    again = course(tmp_path / "again", start=tmp_path / f"{start}.ckpt", max_epochs=2, **options)
+    saved = start.replace("batch", "step ").replace("validation", "validation ")
+    assert again == whole[whole.index(saved) + 1 :]
+    assert_same_last(tmp_path / "whole", tmp_path / "again")
+
+
 def test_a_signal_ends_evaluation_and_sanity_check_at_once(tmp_path: Path) -> None:
     found: list[bool] = []
 

@@ -101,6 +101,13 @@ class RandomState(Callback):
             if torch.cuda.is_available() and "cuda" in self._saved:
                 torch.cuda.set_rng_state(self._saved["cuda"])
         self._saved = {}
+        loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+        within = loop.restarted_on_train_batch_end and not trainer.is_last_batch
+        if within and fetcher and loop._should_check_val_fx(fetcher):
+            # Lightning would leave out the validation that was due after the checkpoint's step
+            loop.val_loop.restarting = False
+            loop.val_loop._restart_stage = "restarted_mid_evaluation"
+            loop._batches_that_stepped -= 1  # Lightning counts this step twice
 
 
 class Checkpoints(ModelCheckpoint):
