@@ -86,9 +86,9 @@ class RandomState(Callback):
         checkpoint["random"] = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             checkpoint["random"]["cuda"] = torch.cuda.get_rng_state()
-        loop, progress = trainer.fit_loop, checkpoint["loops"]["fit_loop"]["epoch_progress"]
-        ends = loop.epoch_progress.current.ready == loop.epoch_progress.current.processed
-        if ends and loop.epoch_loop.batch_progress.current.ready and not trainer.is_last_batch:
+        progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+        ends = progress["current"]["ready"] == progress["current"]["processed"]
+        if ends and trainer.fit_loop.epoch_loop.batch_progress.current.ready and not trainer.is_last_batch:
             for counts in progress.values():  # Lightning counts the epoch as done
                 counts["processed"] = counts["completed"] = counts["started"] - 1
 
