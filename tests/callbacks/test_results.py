@@ -82,7 +82,7 @@ def test_pictures_are_of_different_pairs(total):
 def test_pairs_seen_are_those_of_all_batches_and_processes():
     """`batch_size` is that of all processes together. An epoch's last step may accumulate fewer batches."""
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=_BatchProgress()))
-    loop.epoch_loop.batch_progress.total.processed = 28
+    loop.epoch_loop.batch_progress.total.ready = 28
     data = SimpleNamespace(hparams={"train": "synthetic", "batch_size": 16})
     trainer = SimpleNamespace(global_step=10, world_size=2, max_epochs=1, max_steps=-1, datamodule=data, fit_loop=loop)
     assert results.describe_training(trainer)["pairs_seen"] == 28 * 16

@@ -200,7 +200,7 @@ def describe_training(trainer: Trainer) -> dict[str, Any] | None:
     data = getattr(trainer, "datamodule", None)
     options = dict(data.hparams) if data else {}
     dataset, batch = options.get("train"), options.get("batch_size")  # the batch of all processes together
-    batches = trainer.fit_loop.epoch_loop.batch_progress.total.processed
+    batches = trainer.fit_loop.epoch_loop.batch_progress.total.ready
     return {
         "dataset": dataset,
         "options": (options.get("options") or {}).get(dataset, {}),
