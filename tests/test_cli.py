@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import corrzoo
 from corrzoo.callbacks import PICTURES
 from corrzoo.cli import main
+from corrzoo.scoring.evaluation import Evaluation
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "zoo_configs"
@@ -374,6 +375,21 @@ def test_resuming_a_finished_run_says_so(tmp_path, capsys):
         assert last.endswith(f"last.ckpt has already reached {limit}={value}: give a larger --trainer.{limit}")
         args += ["--trainer.max_epochs=9"]
     assert len(list(tmp_path.glob("runs/*/*"))) == 1
+
+
+def test_several_best_checkpoints_need_a_filename_each(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Evaluation, "scores", lambda self, stage: {"val/pck@0.1": -float(next(epochs))})
+    epochs = iter(range(3))  # the first epoch is the best
+    args = ["fit", *BASELINE, *DEMO, *TINY, *FEW, "--trainer.callbacks=null", "--trainer.max_epochs=3"]
+    args += ["--trainer.num_sanity_val_steps=0", "--checkpoint.dirpath=kept"]
+    said = failing(capsys, *args, "--checkpoint.save_top_k=-1")
+    told = "save_top_k=-1 would write every checkpoint to best.ckpt: give --checkpoint.filename "
+    assert told + "'best-{epoch}-{step}'" in said
+    main([*args, "--checkpoint.save_top_k=2", "--checkpoint.filename=best-{epoch}-{step}"])
+    names = {"best-epoch=0-step=2.ckpt", "best-epoch=1-step=4.ckpt", "last.ckpt"}
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == names
+    said = failing(capsys, "test", *BASELINE, *DEMO, *TINY, *FEW, "--checkpoint.dirpath=kept", "--ckpt_path=best")
+    assert f"no best.ckpt of Baseline on {VIT} found under kept: give --ckpt_path a file" in said
 
 
 def test_best_is_the_newest_of_the_same_head_and_backbone(tmp_path, capsys):

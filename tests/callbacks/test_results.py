@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.loops.progress import _BatchProgress
 
 from corrzoo import callbacks
 from corrzoo.callbacks import results
@@ -87,13 +88,13 @@ def test_pictures_are_of_different_pairs(total):
     assert total < 1000 or chosen == [0, 251, 502, 753]
 
 
-def test_pairs_seen_are_those_of_all_steps_and_processes():
-    """`batch_size` is that of all processes together, and a step accumulates some batches."""
+def test_pairs_seen_are_those_of_all_batches_and_processes():
+    """`batch_size` is that of all processes together. An epoch's last step may accumulate fewer batches."""
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=_BatchProgress()))
+    loop.epoch_loop.batch_progress.total.ready = 28
     data = SimpleNamespace(hparams={"train": "synthetic", "batch_size": 16})
-    trainer = SimpleNamespace(
-        global_step=10, accumulate_grad_batches=3, world_size=2, max_epochs=1, max_steps=-1, datamodule=data
-    )
-    assert results.describe_training(trainer)["pairs_seen"] == 10 * 3 * 16
+    trainer = SimpleNamespace(global_step=10, world_size=2, max_epochs=1, max_steps=-1, datamodule=data, fit_loop=loop)
+    assert results.describe_training(trainer)["pairs_seen"] == 28 * 16
     trainer.datamodule = None
     assert results.describe_training(trainer)["pairs_seen"] is None
     trainer.global_step = 0

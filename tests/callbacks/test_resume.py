@@ -21,6 +21,7 @@ import corrzoo
 from corrzoo.callbacks.resume import Checkpoints, Stopped, StopSignals, WholeFiles
 from corrzoo.data.module import PairsDataModule
 from corrzoo.heads import Baseline
+from corrzoo.store.checkpoints import read_checkpoint
 from corrzoo.types import ZooError
 
 VIT = "timm/test_vit.r160_in1k"
@@ -241,23 +242,80 @@ def test_the_checkpoint_of_an_epochs_last_step_is_written_after_validation(tmp_p
     assert happened == ["step 1", "step 2", "validation", "step 3"]
 
 
+class Course(Callback):
+    """Notes steps and validations, and stops training in a hook at a step, as `max_time` and early stopping do."""
+
+    def __init__(self, hook: str = "", step: int = 0) -> None:
+        self.hook, self.step, self.noted = hook, step, []
+
+    def note(self, trainer: Trainer, what: str, hook: str) -> None:
+        self.noted.append(f"{what} {trainer.global_step}")
+        trainer.should_stop |= hook == self.hook and trainer.global_step == self.step
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        self.note(trainer, "step", "on_train_batch_end")
+
+    def on_validation_end(self, trainer: Trainer, *_: object) -> None:
+        self.note(trainer, "validation", "on_validation_end")
+
+
+def course(folder: Path, *callbacks: Callback, start: Path | None = None, **options: Any) -> list[str]:
+    """Train with three steps in an epoch, and return what happened in which order."""
+    seed_everything(0)
+    notes = next((c for c in callbacks if isinstance(c, Course)), Course())
+    trainer = Trainer(
+        logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", devices=1,
+        callbacks=[notes, *(c for c in callbacks if c is not notes), Checkpoints(dirpath=folder)],
+        num_sanity_val_steps=0, **options,
+    )  # fmt: skip
+    lengths = {"synthetic": {"length": {"trn": 12, "val": 1}}}
+    data = PairsDataModule(train="synthetic", image_size=64, batch_size=4, num_workers=0, options=lengths)
+    trainer.fit(corrzoo.create_matcher("Baseline", VIT, "random", backbone_lr=1e-3), data, ckpt_path=start)
+    return notes.noted
+
+
+def assert_same_last(first: Path, second: Path) -> None:
+    """Whether both folders' last checkpoints have the same weights."""
+    weights, others = (torch.load(folder / "last.ckpt")["state_dict"] for folder in (first, second))
+    assert all(torch.equal(value, others[name]) for name, value in weights.items())
+
+
 @pytest.mark.parametrize("first", [3, 4])  # at the end and in the middle of an epoch
 def test_a_run_that_max_steps_ended_resumes(tmp_path: Path, first: int) -> None:
-    def run(name: str, steps: int, start: Path | None = None) -> dict[str, torch.Tensor]:
-        seed_everything(0)
-        trainer = Trainer(
-            max_steps=steps, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
-            devices=1, callbacks=[Checkpoints(dirpath=tmp_path / name)], num_sanity_val_steps=0,
-        )  # fmt: skip
-        lengths = {"synthetic": {"length": {"trn": 12, "val": 1}}}
-        data = PairsDataModule(train="synthetic", image_size=64, batch_size=4, num_workers=0, options=lengths)
-        trainer.fit(corrzoo.create_matcher("Baseline", VIT, "random", backbone_lr=1e-3), data, ckpt_path=start)
-        return torch.load(tmp_path / name / "last.ckpt")["state_dict"]
+    course(tmp_path / "whole", max_steps=7)
+    course(tmp_path / "first", max_steps=first)
+    course(tmp_path / "second", start=tmp_path / "first" / "last.ckpt", max_steps=7)
+    assert_same_last(tmp_path / "whole", tmp_path / "second")
 
-    whole = run("whole", 7)
-    run("first", first)
-    again = run("second", 7, tmp_path / "first" / "last.ckpt")
-    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+
+@pytest.mark.parametrize("hook, step", [("on_train_batch_end", 4), ("on_train_batch_end", 5), ("on_validation_end", 5)])
+def test_a_run_that_was_stopped_within_an_epoch_continues_there(tmp_path: Path, hook: str, step: int) -> None:
+    whole = course(tmp_path / "whole", max_epochs=2, val_check_interval=2)
+    assert whole == ["step 1", "step 2", "validation 2", "step 3", "step 4", "step 5", "validation 5", "step 6"]
+    first = course(tmp_path / "first", Course(hook, step), max_epochs=2, val_check_interval=2)
+    assert first[-2:] == [f"step {step}", f"validation {step}"]
+    assert read_checkpoint(tmp_path / "first" / "last.ckpt").epochs == 1
+    second = course(tmp_path / "second", start=tmp_path / "first" / "last.ckpt", max_epochs=2, val_check_interval=2)
+    assert first[:-1] + second == whole if step == 4 else first + second == whole
+    assert_same_last(tmp_path / "whole", tmp_path / "second")
+
+
+@pytest.mark.parametrize(
+    "start, options",
+    [
+        ("batch2", {"val_check_interval": 2}),
+        ("validation2", {"val_check_interval": 2}),
+        ("batch4", {"val_check_interval": 4, "check_val_every_n_epoch": None}),
+    ],
+)
+def test_a_validation_that_was_due_is_made_after_the_resume_and_once(
+    tmp_path: Path, start: str, options: dict[str, Any]
+) -> None:
+    whole = course(tmp_path / "whole", KeepAll(tmp_path), max_epochs=2, **options)
+    again = course(tmp_path / "again", start=tmp_path / f"{start}.ckpt", max_epochs=2, **options)
+    saved = start.replace("batch", "step ").replace("validation", "validation ")
+    assert again == whole[whole.index(saved) + 1 :]
+    assert_same_last(tmp_path / "whole", tmp_path / "again")
 
 
 def test_a_signal_ends_evaluation_and_sanity_check_at_once(tmp_path: Path) -> None:

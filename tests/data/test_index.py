@@ -1,7 +1,9 @@
 """The annotation index: rebuilt after changes of the files and on request, refused when damaged, written whole."""
 
+import importlib
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -223,6 +225,58 @@ def test_two_roots_have_two_caches(tmp_path: Path) -> None:
     for root, n in (("a", 4), ("b", 1), ("a", 4)):
         assert len(create_dataset("spair71k", tmp_path / root, "trn")) == n
     assert len(list(cache_folder().iterdir())) == 2
+
+
+READER = """
+from corrzoo.data.pairs import FolderDataset
+from corrzoo.types import Record
+import torch
+
+class Reader(FolderDataset):
+    name, folder, holds, splits, categories = "plugin", "", "a list", ("test",), ["cat", "dog"]
+
+    def sources(self):
+        return [self.home / "list.txt"]
+
+    def read(self):
+        kps = torch.tensor([[1.0, 2.0]], dtype=torch.float64)
+        image = self.home / "list.txt"
+        yield "list.txt", Record(image, image, kps, kps, (40, 40), (40, 40), "cat")
+"""
+
+
+def test_an_edit_of_a_plugin_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def first() -> tuple[list, str]:
+        sys.modules.pop("plugin_reader", None)
+        importlib.invalidate_caches()
+        record = importlib.import_module("plugin_reader").Reader(tmp_path, "test").record(0)
+        return record.src_kps.tolist(), record.category
+
+    monkeypatch.syspath_prepend(tmp_path / "code")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "list.txt").touch()
+    code = tmp_path / "code" / "plugin_reader.py"
+    code.parent.mkdir()
+    code.write_text(READER)
+    assert first() == ([[1, 2]], "cat")
+    code.write_text(READER.replace("[[1.0, 2.0]]", "[[1.5, 2.0]]"))
+    assert first() == ([[1.5, 2]], "cat")
+    monkeypatch.delitem(sys.modules, "plugin_reader")
+
+
+def test_a_class_without_a_file_is_parsed_at_every_start(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").touch()
+    cell: dict = {"__name__": "cell"}  # as in a notebook
+    for x in (1.0, 1.5):
+        exec(READER.replace("[[1.0, 2.0]]", f"[[{x}, 2.0]]"), cell)
+        assert cell["Reader"](tmp_path, "test").record(0).src_kps.tolist() == [[x, 2]]
+
+
+def test_other_categories_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_spair(tmp_path)
+    before = create_dataset("spair71k", tmp_path, "trn").record(0).category
+    monkeypatch.setattr(spair.SPair71k, "categories", ["new", *spair.SPair71k.categories])
+    assert create_dataset("spair71k", tmp_path, "trn").record(0).category == before
 
 
 def test_records_do_not_share_the_packed_arrays(tmp_path: Path) -> None:

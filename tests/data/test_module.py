@@ -157,15 +157,15 @@ class Watch(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def watch(folder, workers=0, saved=None, start=None):
+def watch(folder, workers=0, saved=None, start=None, batch_size=2, kind=Watch, epochs=3):
     data = PairsDataModule(
-        train="synthetic", image_size=48, batch_size=2, num_workers=workers, augment="cats", options=FEW
+        train="synthetic", image_size=48, batch_size=batch_size, num_workers=workers, augment="cats", options=FEW
     )
     trainer = Trainer(
-        max_epochs=3, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        max_epochs=epochs, logger=False, enable_progress_bar=False, enable_model_summary=False,
         accelerator="cpu", devices=1, enable_checkpointing=False, limit_val_batches=0,
     )  # fmt: skip
-    model = Watch(saved, folder / "saved.ckpt")
+    model = kind(saved, folder / "saved.ckpt")
     trainer.fit(model, data, ckpt_path=start)
     return model.seen, data
 
@@ -197,6 +197,26 @@ def test_a_run_resumes_with_the_next_batch(tmp_path, saved, workers):
     whole, _ = watch(tmp_path, saved=saved)
     rest, _ = watch(tmp_path, workers, start=tmp_path / "saved.ckpt")
     assert_batches(rest, whole[saved:])
+
+
+def test_within_an_epoch_a_run_does_not_resume_with_another_batch_size(tmp_path):
+    watch(tmp_path, saved=2)
+    with pytest.raises(ZooError, match=r"within an epoch with data\.batch_size 2, not 4: give --data\.batch_size 2"):
+        watch(tmp_path, start=tmp_path / "saved.ckpt", batch_size=4)
+    old = torch.load(tmp_path / "saved.ckpt")
+    old["loops"]["fit_loop"]["combined_loader"] = [{}]  # as in checkpoints of 0.1.0
+    torch.save(old, tmp_path / "old.ckpt")
+    assert len(watch(tmp_path, start=tmp_path / "old.ckpt")[0]) == 10
+
+
+def test_after_an_epoch_a_run_resumes_with_another_batch_size(tmp_path):
+    class AtTheEnd(Watch):
+        def on_train_epoch_end(self):
+            self.trainer.save_checkpoint(self.path)
+
+    watch(tmp_path, kind=AtTheEnd, epochs=1)
+    seen, _ = watch(tmp_path, start=tmp_path / "saved.ckpt", batch_size=4)
+    assert [(epoch, len(index)) for epoch, index, _ in seen] == [(1, 4), (1, 4), (2, 4), (2, 4)]
 
 
 def test_a_loader_begins_at_the_first_batch_outside_of_training(tmp_path):

@@ -206,6 +206,7 @@ def describe_training(trainer: Trainer) -> dict[str, Any] | None:
     data = getattr(trainer, "datamodule", None)
     options = dict(data.hparams) if data else {}
     dataset, batch = options.get("train"), options.get("batch_size")  # the batch of all processes together
+    batches = trainer.fit_loop.epoch_loop.batch_progress.total.ready
     return {
         "dataset": dataset,
         "options": (options.get("options") or {}).get(dataset, {}),
@@ -215,7 +216,7 @@ def describe_training(trainer: Trainer) -> dict[str, Any] | None:
         "max_epochs": trainer.max_epochs,
         "max_steps": trainer.max_steps,
         "steps": trainer.global_step,
-        "pairs_seen": batch and trainer.global_step * trainer.accumulate_grad_batches * batch,  # repetitions included
+        "pairs_seen": batch and batches * batch,  # repetitions included
         "seed": _seed(),
         **({"before": before} if (before := trainer.lightning_module.before) else {}),
     }

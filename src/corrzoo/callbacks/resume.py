@@ -69,7 +69,11 @@ class WholeFiles(TorchCheckpointIO):
 
 
 class RandomState(Callback):
-    """Save and restore torch's random state. Data need no state: their randomness depends on (seed, epoch, pair)."""
+    """Save and restore torch's random state. Data need no state: their randomness depends on (seed, epoch, pair).
+
+    A run that max_time, max_steps or early stopping has ended within an epoch continues there. Gradients of an
+    accumulation that had no step yet are lost.
+    """
 
     def __init__(self) -> None:
         self._saved: dict[str, Any] = {}
@@ -82,6 +86,11 @@ class RandomState(Callback):
         checkpoint["random"] = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             checkpoint["random"]["cuda"] = torch.cuda.get_rng_state()
+        progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+        ends = progress["current"]["ready"] == progress["current"]["processed"]
+        if ends and trainer.fit_loop.epoch_loop.batch_progress.current.ready and not trainer.is_last_batch:
+            for counts in progress.values():  # Lightning counts the epoch as done
+                counts["processed"] = counts["completed"] = counts["started"] - 1
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._saved = {name: state.cpu() for name, state in checkpoint.get("random", {}).items()}
@@ -92,6 +101,13 @@ class RandomState(Callback):
             if torch.cuda.is_available() and "cuda" in self._saved:
                 torch.cuda.set_rng_state(self._saved["cuda"])
         self._saved = {}
+        loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+        within = loop.restarted_on_train_batch_end and not trainer.is_last_batch
+        if within and fetcher and loop._should_check_val_fx(fetcher):
+            # Lightning would leave out the validation that was due after the checkpoint's step
+            loop.val_loop.restarting = False
+            loop.val_loop._restart_stage = "restarted_mid_evaluation"
+            loop._batches_that_stepped -= 1  # Lightning counts this step twice
 
 
 class Checkpoints(ModelCheckpoint):
@@ -104,6 +120,9 @@ class Checkpoints(ModelCheckpoint):
         save_last: Write `last.ckpt`, which `--ckpt_path last` resumes.
         last_every_n_steps: Write it every so many steps, too.
         **options: Options of Lightning's ModelCheckpoint for the best checkpoint.
+
+    Raises:
+        ZooError: in `setup`, if the monitored score is not logged, or several checkpoints would have one filename.
     """
 
     def __init__(self, save_last: bool = True, last_every_n_steps: int | None = None, **options: Any) -> None:
@@ -116,6 +135,10 @@ class Checkpoints(ModelCheckpoint):
         if stage == "fit" and str(self.monitor).startswith("val/pck@") and self.monitor not in scores:
             # Lightning would notice after an epoch of training
             raise ZooError(f"{self.monitor} is not among the logged metrics: give --checkpoint.monitor one of {scores}")
+        numbered = self._enable_version_counter or "{" in (self.filename or "{epoch}")
+        if stage == "fit" and self.save_top_k not in (0, 1) and not numbered:
+            told = f"checkpoint.save_top_k={self.save_top_k} would write every checkpoint to {self.filename}.ckpt"
+            raise ZooError(f"{told}: give --checkpoint.filename 'best-{{epoch}}-{{step}}'")
         self.dirpath = self.dirpath or str(run_folder(trainer) / "checkpoints")
         super().setup(trainer, pl_module, stage)
         self._trains = stage == "fit"
@@ -136,8 +159,7 @@ class Checkpoints(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        due = trainer.global_step == trainer.max_steps or (self._every and trainer.global_step % self._every == 0)
-        if due and can_resume_from(trainer, batch_idx):
+        if self._every and trainer.global_step % self._every == 0 and can_resume_from(trainer, batch_idx):
             self._write_last(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -145,8 +167,7 @@ class Checkpoints(ModelCheckpoint):
         logged = trainer.callback_metrics
         if self.monitor in (None, *logged) or any(name.startswith("val/") for name in logged):
             super().on_train_epoch_end(trainer, pl_module)
-        if trainer.is_last_batch or trainer.global_step != trainer.max_steps:
-            self._write_last(trainer)
+        self._write_last(trainer)
 
     def _write_last(self, trainer: Trainer) -> None:
         if self._keeps_last and self.dirpath and not trainer.fast_dev_run:  # type: ignore[attr-defined]

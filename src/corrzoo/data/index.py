@@ -189,12 +189,13 @@ def cached_index(
     build: Callable[[], AnnotationIndex],
     pair_folder: Path | None = None,
     refresh: bool = False,
+    salt: str = "",
 ) -> AnnotationIndex:
     """Load the index `<key>.npz` from the cache, or build it if its sources have changed since, or on `refresh`.
 
-    See `files_state` for `sources` and `pair_folder`.
+    See `files_state` for `sources`, `pair_folder` and `salt`.
     """
-    path, state = cache_folder() / f"{key}.npz", files_state(sources, pair_folder=pair_folder)
+    path, state = cache_folder() / f"{key}.npz", files_state(sources, salt, pair_folder)
     if not refresh and (cached := _load(path, state)):
         return cached
     index = build()

@@ -53,11 +53,19 @@ class TrainLoader(DataLoader[Pair]):
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: Lightning's own progress has the position. It warns about loaders without this method."""
-        return {}
+        """The number of pairs in a batch of all processes: Lightning's own progress has the position, in batches."""
+        return {"batch_size": (self.batch_size or 1) * self.sampler.num_replicas}  # type: ignore[attr-defined]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `state_dict`."""
+        """Check the batch size of a run that resumes within an epoch. Lightning calls this only then.
+
+        Raises:
+            ZooError: if it was another one: other pairs than those of the first steps would be left out.
+        """
+        before, now = state.get("batch_size"), self.state_dict()["batch_size"]
+        if before not in (None, now):  # None: a checkpoint of 0.1.0
+            told = f"the checkpoint lies within an epoch with data.batch_size {before}, not {now}"
+            raise ZooError(f"{told}: give --data.batch_size {before} until the epoch ends")
 
 
 class PairsDataModule(LightningDataModule):

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -253,15 +254,23 @@ class FolderDataset(PairDataset):
     ) -> None:
         super().__init__(root, split, size, **options)
         self.need(self.home)
-        sources = self.sources()
+        sources, readers = self.sources(), self._readers()
         self._index = cached_index(
             f"{self.name}-{self.split}{self.variant()}-{_digest(path.resolve() for path in sources)}",
-            sources,
+            [*sources, *(path for path in readers if path)],
             lambda: build_index(self.read(), self.home, self.categories, self.border),
             self.pair_folder,
-            refresh,
+            refresh or None in readers,
+            str(self.categories),
         )
         self.images = [self.home / image for image in self._index.images.tolist()]
+
+    def _readers(self) -> list[Path | None]:
+        """Files of the code outside the zoo that reads the annotations; None for a class in a notebook."""
+        classes = (c for c in type(self).__mro__ if issubclass(c, FolderDataset))
+        outside = {c.__module__ for c in classes if c.__module__.partition(".")[0] != "corrzoo"}
+        files = (getattr(sys.modules.get(name), "__file__", None) for name in sorted(outside))
+        return [Path(file) if file and os.path.isfile(file) else None for file in files]
 
     def variant(self) -> str:
         """Part of the cache's name, for options that choose different pairs from the same files."""
