@@ -44,7 +44,7 @@ def test_an_evaluation_is_named_after_the_run_that_it_evaluates(tmp_path, name, 
         options = Namespace(save_dir="", name=name, version=None)
         logger = Namespace(class_path="lightning.pytorch.loggers.CSVLogger", init_args=options)
         config = Namespace(
-            trainer=Namespace(logger=logger, default_root_dir=None),
+            trainer=Namespace(logger=logger, default_root_dir=None, fast_dev_run=False),
             model=Namespace(class_path="corrzoo.heads.baseline.Baseline", init_args=Namespace(backbone="vit")),
             ckpt_path=str(tmp_path / "version_3" / "checkpoints" / "best.ckpt"),
         )
