@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.loops import _FitLoop
 from torch.nn.modules import batchnorm
 
@@ -27,7 +28,16 @@ class Private(NamedTuple):
     """What to do if the name was removed."""
 
 
+LOOP = Trainer(accelerator="cpu", barebones=True).fit_loop
+VALIDATION = (
+    "Delete the last lines of RandomState.on_train_start if tests/callbacks/test_resume.py passes without them: then "
+    "Lightning makes a validation that was due at the checkpoint's step. Else write no checkpoint where one is due."
+)
 PRIVATE = {
+    "_data_fetcher": Private("callbacks/resume.py", LOOP, VALIDATION),
+    "_should_check_val_fx": Private("callbacks/resume.py", LOOP.epoch_loop, VALIDATION),
+    "_restart_stage": Private("callbacks/resume.py", LOOP.epoch_loop.val_loop, VALIDATION),
+    "_batches_that_stepped": Private("callbacks/resume.py", LOOP.epoch_loop, VALIDATION),
     "_iteration_based_training": Private(
         "callbacks/resume.py",
         _FitLoop,

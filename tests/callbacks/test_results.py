@@ -94,6 +94,7 @@ def test_pairs_seen_are_those_of_all_batches_and_processes():
     loop.epoch_loop.batch_progress.total.ready = 28
     data = SimpleNamespace(hparams={"train": "synthetic", "batch_size": 16})
     trainer = SimpleNamespace(global_step=10, world_size=2, max_epochs=1, max_steps=-1, datamodule=data, fit_loop=loop)
+    trainer.lightning_module = SimpleNamespace(before=None)
     assert results.describe_training(trainer)["pairs_seen"] == 28 * 16
     trainer.datamodule = None
     assert results.describe_training(trainer)["pairs_seen"] is None

@@ -128,6 +128,7 @@ class Checkpoints(ModelCheckpoint):
     def __init__(self, save_last: bool = True, last_every_n_steps: int | None = None, **options: Any) -> None:
         super().__init__(**options)
         self._keeps_last, self._every, self._trains = save_last, last_every_n_steps, False
+        self._counts = options.get("enable_version_counter", True)
         self._lock: IO[str] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -135,7 +136,7 @@ class Checkpoints(ModelCheckpoint):
         if stage == "fit" and str(self.monitor).startswith("val/pck@") and self.monitor not in scores:
             # Lightning would notice after an epoch of training
             raise ZooError(f"{self.monitor} is not among the logged metrics: give --checkpoint.monitor one of {scores}")
-        numbered = self._enable_version_counter or "{" in (self.filename or "{epoch}")
+        numbered = self._counts or "{" in (self.filename or "{epoch}")
         if stage == "fit" and self.save_top_k not in (0, 1) and not numbered:
             told = f"checkpoint.save_top_k={self.save_top_k} would write every checkpoint to {self.filename}.ckpt"
             raise ZooError(f"{told}: give --checkpoint.filename 'best-{{epoch}}-{{step}}'")
