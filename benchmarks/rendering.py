@@ -2,10 +2,10 @@
 
 The plain implementation follows the papers line by line, with the same parameters: each image by itself, attention
 weights written out, all of q, k and v for both sides of a cross-attention, one path after the other, one replaced token
-after the other. Flow and gradients are checked to be equal first. `speed` is the plain step's processor time divided by
-the head's, measured in turns (above 1: the head is faster). `memory` is the head's peak in a step divided by the plain
-step's, weights excluded, gradients included. The head runs in the ways of `WAYS`. In float32, but for `bf16`;
-without dropout. The input is tokens of iBOT's shape.
+after the other. Flow and gradients are checked to be equal first, but for `bf16`. `speed` is the plain step's processor
+time divided by the head's, measured in turns (above 1: the head is faster). `memory` is the head's peak in a step
+divided by the plain step's, weights excluded, gradients included. The head runs in the ways of `WAYS`. In float32, but
+for `bf16`; without dropout. The input is tokens of iBOT's shape.
 
     python benchmarks/rendering.py --batch 1        # writes results/rendering_cpu.csv
 """

@@ -67,7 +67,7 @@ class ZooCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add `--init_from`, and `--checkpoint.*`, by default the best checkpoint by validation PCK, and the last."""
-        text = "of fit: begin with the weights of this checkpoint, folder or hf:// model, and otherwise anew"
+        text = "fit begins with the weights of this checkpoint, folder or hf:// model, unless --ckpt_path resumes a run"
         parser.add_argument("--init_from", type=str | None, help=text)
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         best = {"monitor": "val/pck@0.1", "mode": "max", "filename": "best", "enable_version_counter": False}
@@ -85,8 +85,6 @@ class ZooCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Find and check the checkpoint, and name the run's folder."""
         config = self.config[self.config.subcommand]
-        if config.init_from and self.config.subcommand != "fit":
-            raise ZooError("--init_from is for fit: give --ckpt_path")
         if self.config.subcommand == "fit" and config.trainer.default_root_dir and SLURMEnvironment.detect():
             self._resume_slurm_job(config)
         if self.checkpoint in ("best", "last"):
@@ -141,7 +139,7 @@ class ZooCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Copy the weights of `--init_from`, and print the model and its number of parameters."""
-        if self.config.fit.init_from:
+        if self.config.fit.init_from and not self.checkpoint:
             init_from(self.model, self.config.fit.init_from)
         total = sum(p.numel() for p in self.model.parameters())
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)

@@ -121,6 +121,7 @@ def test_the_target_is_never_told_of_the_source():
 def test_grids():
     """From the backbone and the size that it sees, or as asked; the flow has four times as many cells."""
     assert small().grid == 8 and small(backbone_size=256).grid == 16 and small(backbone_size=None).grid == 16
+    assert small(backbone_size=True).grid == 16
     model = small(backbone="timm/test_resnet.r160_in1k", levels=[1, 2], width=24, grid=6, windows=[3, 8]).eval()
     assert model(*IMAGES).flow.shape == (1, 2, 24, 24) and model.prepare(model.backbone(IMAGES[0])).cls.shape == (1, 24)
     with torch.device("meta"):

@@ -60,7 +60,7 @@ class TokenMatcher(Matcher):
     ) -> None:
         super().__init__(**options)
         channels, side = sum(self.backbone.channels), self.hparams.backbone_size
-        self.grid = grid or (16 if side in (None, True, False) else side // self.backbone.strides[-1])
+        self.grid = grid or (16 if isinstance(side, bool | None) else side // self.backbone.strides[-1])
         self.width, self.read = width or channels, read
         if self.width % ATTENTION_HEADS:
             multiple = max(self.width // ATTENTION_HEADS, 1) * ATTENTION_HEADS
