@@ -13,8 +13,8 @@ from corrzoo.ops.epilogue import Piece, Rows
 
 ONCE, TILE = 16384, 4096
 """Cells of a row that stays in registers, and of a tile of a longer row."""
-ELEMENTS, PER_THREAD = 1024, 16
-"""Elements of a program at least (by several rows, where rows are short), and of a thread."""
+ELEMENTS, PER_THREAD = 1024, 32
+"""Elements of a program at least (by several rows, where rows are short), and of a thread at most."""
 FEATURES = {"R": 16, "TILE_C": 128, "num_warps": 4}
 """Tiles of the kernels that go over features."""
 KINDS = {"none": 0, "argmax": 1, "crop": 2}
@@ -34,10 +34,19 @@ def _rows(first_item, first_point, rows, N, a, temperature, R: tl.constexpr):
 
 
 @triton.jit
-def _products(block, b, k, real, M, SIZE: tl.constexpr):
-    """Products (R, SIZE) times b of the k-th tile of rows at `block` (R, 1), the cells, which exist, and their b."""
+def _largest(x, y):
+    """The larger, or NaN if one is NaN, which `tl.max` leaves out."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _products(block, b, k, real, M, SIZE: tl.constexpr, EXACT: tl.constexpr):
+    """Products (R, SIZE) times b of the k-th tile of rows at `block` (R, 1), the cells, which exist, and their b.
+
+    EXACT: all of them exist.
+    """
     cell = k * SIZE + tl.arange(0, SIZE)[None, :]
-    inside = cell < M
+    inside = (cell >= 0) if EXACT else (cell < M)
     b = tl.load(b + cell, mask=inside, other=0.0)
     return tl.load(block + cell, mask=inside & real[:, None], other=0.0) * b, cell, inside, b
 
@@ -49,7 +58,7 @@ def _window(scale, at, cell, inside, extent, KIND: tl.constexpr, W: tl.constexpr
     if KIND != 0:
         dx, dy = (cell % W - (at % W)[:, None]).to(tl.float32), (cell // W - (at // W)[:, None]).to(tl.float32)
         if KIND == GAUSSIAN:
-            factor = factor * tl.exp2((dx * dx + dy * dy) * extent)
+            factor = factor * tl.exp2(dx * dx * extent + dy * dy * extent)
         if KIND == CROP:
             inside = inside & (tl.abs(dx) <= extent) & (tl.abs(dy) <= extent)
     return factor, inside
@@ -58,7 +67,7 @@ def _window(scale, at, cell, inside, extent, KIND: tl.constexpr, W: tl.constexpr
 @triton.jit(do_not_specialize=["first_item", "first_point", "rows"])
 def positions(
     block, a, b, temperature, xy, argmax, lse, first_item, first_point, rows, N, M, stride, extent,
-    KIND: tl.constexpr, W: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr,
+    KIND: tl.constexpr, W: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """`epilogue.read_out` of R rows; `extent` is -log2(e) / (2 sigma²) or the radius."""
     item, row, real, point, scale = _rows(first_item, first_point, rows, N, a, temperature, R)
@@ -67,11 +76,12 @@ def positions(
     top, at = tl.full((R,), float("-inf"), tl.float32), tl.full((R,), 0, tl.int32)
     t = tl.zeros((R, SIZE), tl.float32)
     for k in range(TILES):
-        t, cell, inside, _ = _products(block, b, k, real, M, SIZE)
-        t = tl.where(t == t, t, float("inf"))  # as torch's, the first NaN is the maximum, and positions become NaN
-        t = tl.where(inside, t, float("-inf"))
-        best = tl.max(t, axis=1)
-        first = tl.min(tl.where(t == best[:, None], cell, NOWHERE), axis=1)
+        t, cell, inside, _ = _products(block, b, k, real, M, SIZE, EXACT)
+        if not EXACT:
+            t = tl.where(inside, t, float("-inf"))
+        best = tl.reduce(t, 1, _largest)
+        best = tl.where(best == best, best, float("inf"))  # as torch's, the first NaN is the maximum: it is not below
+        first = tl.min(tl.where(t < best[:, None], NOWHERE, cell), axis=1)
         at, top = tl.where(best > top, first, at), tl.maximum(best, top)
     high = tl.full((R,), float("-inf"), tl.float32) if KIND == GAUSSIAN else top * scale
     mass, sum_x, sum_y = tl.zeros((R,), tl.float32), tl.zeros((R,), tl.float32), tl.zeros((R,), tl.float32)
@@ -79,9 +89,11 @@ def positions(
         cell = k * SIZE + tl.arange(0, SIZE)[None, :]
         inside = cell < M
         if TILES > 1:  # else the row is in registers
-            t, cell, inside, _ = _products(block, b, k, real, M, SIZE)
+            t, cell, inside, _ = _products(block, b, k, real, M, SIZE, EXACT)
         factor, counted = _window(scale, at, cell, inside, extent, KIND, W)
-        z = tl.where(counted, t * factor, float("-inf"))
+        z = t * factor
+        if KIND == CROP or not EXACT:
+            z = tl.where(counted, z, float("-inf"))
         if KIND == GAUSSIAN:  # else the maximum is known
             old, high = high, tl.maximum(high, tl.max(z, axis=1))
             old = tl.exp2(old - high)
@@ -100,7 +112,7 @@ def positions(
 def product_gradients(
     block, out, a, b, temperature, xy, argmax, lse, dxy, moments,
     first_item, first_point, rows, N, M, stride, extent, MOMENTS: tl.constexpr,
-    KIND: tl.constexpr, W: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr,
+    KIND: tl.constexpr, W: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """`epilogue.score_gradients` of R rows, to `out` (b, r, M), which may be `block`; parts of -T dT to `moments`."""
     item, row, real, point, scale = _rows(first_item, first_point, rows, N, a, temperature, R)
@@ -115,11 +127,13 @@ def product_gradients(
     mean_y = tl.load(xy + 2 * point + 1, mask=real, other=0.0)[:, None] - 0.5
     moment, total, best = tl.zeros((R,), tl.float32), tl.zeros((R,), tl.float32), tl.zeros((R,), tl.float32)
     for k in range(TILES):
-        t, cell, inside, column = _products(block, b, k, real, M, SIZE)
+        t, cell, inside, column = _products(block, b, k, real, M, SIZE, EXACT)
         factor, counted = _window(scale, at, cell, inside, extent, KIND, W)
         log_p = t * factor - shift
         d = ((cell % W).to(tl.float32) - mean_x) * slope_x + ((cell // W).to(tl.float32) - mean_y) * slope_y
-        d = tl.where(counted, tl.exp2(log_p) * d, 0.0)
+        d = tl.exp2(log_p) * d
+        if KIND == CROP or not EXACT:
+            d = tl.where(counted, d, 0.0)
         if MOMENTS:
             moment += tl.sum(d * log_p, axis=1)
             total += tl.sum(d, axis=1)
@@ -183,9 +197,10 @@ def tile(rows: Rows, once: int = TILE) -> dict[str, int]:
     M, W = rows.grid[0] * rows.grid[1], rows.grid[1]
     size = triton.next_power_of_2(M)
     size = size if size <= once else TILE
-    R = max(1, ELEMENTS // size)
-    constants = {"KIND": KINDS[rows.kind], "W": W, "TILES": triton.cdiv(M, size), "R": R, "SIZE": size}
-    return constants | {"num_warps": min(16, max(1, R * size // (32 * PER_THREAD)))}
+    R, exact = max(1, ELEMENTS // size), M % size == 0
+    constants = {"KIND": KINDS[rows.kind], "W": W, "TILES": triton.cdiv(M, size), "R": R, "SIZE": size, "EXACT": exact}
+    per_thread = PER_THREAD if exact else PER_THREAD // 2  # masks take registers
+    return constants | {"num_warps": min(16, max(1, R * size // (32 * per_thread)))}
 
 
 def inverse_norms(src: Tensor, trg: Tensor, rows: Rows) -> None:
