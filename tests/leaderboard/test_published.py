@@ -66,7 +66,10 @@ def test_published_rankings():
     )
     assert best.groups["category", "bus"] == {"PCK @0.1": Spread(92.0)} and best.costs["params_head"] == 3.9
     (actr,) = [r for r in spair.rows if (r.head, r.backbone, r.resolution) == ("ACTR", "ibot_b16", "256")]
-    assert actr.published == {"PCK @0.01": 4.3, "PCK @0.05": 42.0, "PCK @0.1": 62.1}  # three papers print parts of it
+    assert actr.published == {"PCK @0.01": 4.3, "PCK @0.05": 42.0, "PCK @0.1": 62.1}
+    assert actr.source == (  # each prints parts of it
+        "ACTR poster, comparison; LPMFlow poster, comparison (ACTR*); ViTSC, Table 3"
+    )
     (sfnet,) = [r for r in spair.rows if r.backbone == "SFNet"]
     assert sfnet.groups["occlusion", "both"] == {"PCK @0.1": Spread(26.9)}
     assert [row.variant for row in spair.rows if row.head == "GeoAware"] == ["extra training data", ""]

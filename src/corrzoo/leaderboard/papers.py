@@ -56,8 +56,7 @@ def add_published(row: Row, label: str, scored: dict[str, str], papers: Iterable
         whole = not (row.variant or paper["variant"] or paper["ablation"])
         named = label == paper["config"] if label else whole
         if named and paper["resolution"] in ("", row.resolution) and all(paper[k] == v for k, v in same.items()):
-            row.published.setdefault(f"PCK @{paper['alpha']}", float(paper["value"]))
-            row.source = row.source or _source(paper)
+            _publish(row, f"PCK @{paper['alpha']}", paper)
 
 
 def rank_papers(papers: Iterable[dict[str, str]]) -> list[Ranking]:
@@ -83,8 +82,7 @@ def rank_papers(papers: Iterable[dict[str, str]]) -> list[Ranking]:
         if kind:
             row.groups.setdefault((kind, level), {}).setdefault(measure, Spread(value))
         else:
-            row.published.setdefault(measure, value)
-            row.source = row.source or _source(paper)
+            _publish(row, measure, paper)
     scored = {names: [row for row in rows.values() if row.published] for names, rows in tables.items()}
     return [_ranking(*names, _merged(rows)) for names, rows in scored.items() if rows]
 
@@ -108,6 +106,8 @@ def _merged(rows: Iterable[Row]) -> list[Row]:
             fits = all(a == b or "" in (a, b) for a, b in facts) and row.variant == other.variant
             if row.head == other.head and fits and both and all(row.published[m] == other.published[m] for m in both):
                 other.backbone, other.resolution, other.trained, other.supervision = (b or a for a, b in facts)
+                if row.published.keys() - other.published.keys() or row.costs.keys() - other.costs.keys():
+                    other.source = _joined(other.source, row.source)
                 other.published, other.groups = row.published | other.published, row.groups | other.groups
                 other.costs = row.costs | other.costs
                 break
@@ -116,7 +116,13 @@ def _merged(rows: Iterable[Row]) -> list[Row]:
     return out
 
 
-def _source(paper: dict[str, str]) -> str:
-    """Paper and table, and the method's name there if it differs."""
-    label = f" ({paper['label']})" if paper["label"] != paper["method"] else ""
-    return f"{TITLES.get(paper['paper'], paper['paper'])}, {paper['table']}{label}"
+def _publish(row: Row, measure: str, paper: dict[str, str]) -> None:
+    """Add a paper's number and its source: paper and table, and the method's name there if it differs."""
+    if measure not in row.published:
+        row.published[measure] = float(paper["value"])
+        label = f" ({paper['label']})" if paper["label"] != paper["method"] else ""
+        row.source = _joined(row.source, f"{TITLES.get(paper['paper'], paper['paper'])}, {paper['table']}{label}")
+
+
+def _joined(*sources: str) -> str:
+    return "; ".join(dict.fromkeys(part for source in sources if source for part in source.split("; ")))
