@@ -217,7 +217,7 @@ class Matcher(LightningModule, ABC):
         if processes() > 1 and (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             values = over_processes(values) / processes()  # in steps that are logged; between, this process's share
         logged = {f"train/{name}": value for name, value in zip(terms, values, strict=True)}
-        self.log_dict(logged, prog_bar=True, batch_size=len(pair.index))
+        self.log_dict(logged, batch_size=len(pair.index))  # a value for the progress bar would be read in every step
         return terms["loss"]
 
     def setup(self, stage: str) -> None:

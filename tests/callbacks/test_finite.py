@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from corrzoo.data.module import PairsDataModule
@@ -21,22 +21,54 @@ class Breaks(Baseline):
         return super().loss(match, pair) * (float("nan") if self.global_step == self.at else 1.0)
 
 
+def pairs():
+    return PairsDataModule(
+        "synthetic", test=["synthetic"], image_size=64, batch_size=2, num_workers=0, packed=False,
+        options={"synthetic": {"length": {"trn": 2 * STEPS, "val": 2, "test": 2}}},
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("at", range(STEPS))
 def test_training_ends_and_no_later_checkpoint_is_written(tmp_path, at):
     model = Breaks(backbone="timm/test_vit.r160_in1k", weights="random")
     model.at = at
-    data = PairsDataModule(
-        "synthetic", test=["synthetic"], image_size=64, batch_size=2, num_workers=0, packed=False,
-        options={"synthetic": {"length": {"trn": 2 * STEPS, "val": 2, "test": 2}}},
-    )  # fmt: skip
     every_step = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
     trainer = Trainer(
         default_root_dir=tmp_path, max_epochs=1, logger=False, accelerator="cpu", callbacks=[every_step],
         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
     )  # fmt: skip
     with pytest.raises(ZooError, match=rf"the loss is nan at step {at} on the pairs \[\d+, \d+\]: lower --model.lr"):
-        trainer.fit(model, data)
+        trainer.fit(model, pairs())
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == [f"step={step}.ckpt" for step in range(1, at + 1)]
     for path in tmp_path.glob("*.ckpt"):
         weights = torch.load(path, weights_only=True)["state_dict"].values()
         assert all(w.isfinite().all() for w in weights if w.is_floating_point())
+
+
+class Seen(Callback):
+    """Loss of each step, and what the progress bar shows after it."""
+
+    def __init__(self):
+        self.losses, self.shown = [], []
+
+    def on_train_batch_start(self, trainer, *_):
+        self.note(trainer)
+
+    def on_train_epoch_end(self, trainer, *_):
+        self.note(trainer)
+
+    def note(self, trainer):
+        self.losses.append(trainer.callback_metrics.get("train/loss"))
+        self.shown.append(dict(trainer.progress_bar_metrics))
+
+
+def test_progress_bar_shows_the_loss_of_the_step_before(tmp_path):
+    """The bar reads its values in every step: it would wait for a GPU to finish the step."""
+    seen, model = Seen(), Baseline(backbone="timm/test_vit.r160_in1k", weights="random")
+    trainer = Trainer(
+        default_root_dir=tmp_path, max_epochs=1, logger=False, accelerator="cpu", callbacks=[seen],
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(model, pairs())
+    assert seen.shown == [{}, {}] + [{"loss": pytest.approx(loss.item())} for loss in seen.losses[1:-1]]
+    assert len({loss.item() for loss in seen.losses[1:]}) == STEPS

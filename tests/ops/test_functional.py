@@ -93,6 +93,15 @@ def test_gradcheck(device: torch.device) -> None:
     assert torch.autograd.gradcheck(lambda s, t: ops.mutual(s, t)[::2], (src, trg))
 
 
+def test_second_derivatives_are_an_error(where: Place) -> None:
+    """There are none: a gradient without them would be wrong without a word."""
+    src, trg, temperature = (x.to(where.device).requires_grad_() for x in problem(5, GRID, 6))
+    xy = ops.match(src, trg, GRID, temperature, backend=where.backend).xy
+    (grad,) = torch.autograd.grad(xy.sum(), src, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        grad.square().sum().backward()
+
+
 def test_operators_pass_opcheck(where: Place) -> None:
     src, trg, temperature = (x.to(where.device).requires_grad_() for x in problem(5, GRID, 6))
     for window in WINDOWS:

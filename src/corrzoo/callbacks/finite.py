@@ -1,4 +1,4 @@
-"""The check that the training loss is finite. It looks a step later, so that no step waits for the device."""
+"""The training loss on the host: a check that it is finite, and the progress bar. No step waits for the device."""
 
 from typing import Any
 
@@ -28,7 +28,8 @@ class HostCopy:
 class FiniteLoss(Callback):
     """End training when a loss is not finite, before a checkpoint is written after it.
 
-    Each process checks the loss of its own pairs. The first that stops ends the others through their launcher.
+    The loss is read a step later, and the progress bar shows it then. Each process checks the loss of its own pairs.
+    The first that stops ends the others through their launcher.
     """
 
     def __init__(self) -> None:
@@ -38,7 +39,9 @@ class FiniteLoss(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Pair, batch_idx: int
     ) -> None:
-        self._check()
+        loss = self._check()
+        if loss is not None:
+            pl_module.log("loss", loss, prog_bar=True, logger=False)
         self._last = trainer.global_step - 1, HostCopy(outputs["loss"]), HostCopy(batch.index)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -47,12 +50,14 @@ class FiniteLoss(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._check()
 
-    def _check(self) -> None:
+    def _check(self) -> Tensor | None:
+        """The loss of the last step, if it was not checked before."""
         if self._last is None:
-            return
+            return None
         (step, loss, pairs), self._last = self._last, None
         if not loss.read().isfinite():
             raise ZooError(
                 f"the loss is {loss.read().item()} at step {step} on the pairs {pairs.read().tolist()}: "
                 "lower --model.lr and --model.backbone_lr, or look at these pairs with dataset.record(i)"
             )
+        return loss.read()

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
 from corrzoo.ops.epilogue import CHUNK, Piece, Rows, row_maxima
@@ -216,9 +215,9 @@ class _Eager(torch.autograd.Function):
     forward, setup_context = staticmethod(_forward), staticmethod(_setup)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(_backward, ctx, *grads)
+        # with create_graph: the operator, which has no second derivatives and says so
+        return _gradients(_operator_backward if torch.is_grad_enabled() else _backward, ctx, *grads)
 
 
 def rows(src: Tensor, trg: Tensor, temperature: Tensor | float, corner: Tensor | None, *options: Any) -> Six:
