@@ -12,7 +12,7 @@ import csv
 from dataclasses import replace
 from pathlib import Path
 
-from study import BATCH, RESULTS, RUNS, SWEEP, Run, learning_rate, train
+from study import RESULTS, Run, learning_rate, short, train
 
 OUT = RESULTS / "mirrorguided_ablations.csv"
 PARTS = ("no_mirror", "fixed_guidance", "no_guidance", "no_consensus", "epe", "rows_and_epe")
@@ -25,13 +25,12 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     args = argparse.Namespace(data_root=arguments.data_root.absolute(), device="cpu", option=[])
     whole = Run("cub_frozen", "mirrorguided", 0, 10_000)
-    whole = replace(whole, lr=learning_rate(whole), pairs=int(SWEEP * whole.pairs) // BATCH * BATCH)
+    whole = short(replace(whole, lr=learning_rate(whole)))
     done = {row["ablation"] for row in csv.DictReader(OUT.open())} if OUT.exists() else set()
     for ablation in ROWS:
         if ablation not in done:
             run = replace(whole, ablation=ablation)
-            folder = RUNS / "ablations" / run.name if ablation else RUNS / run.study / f"{run.head}_lr{run.lr:g}"
-            curve = train(run, args, folder, scored=())
+            curve = train(run, args, scored=())
             with OUT.open("a", newline="") as file:
                 writer = csv.writer(file, lineterminator="\n")
                 if not file.tell():

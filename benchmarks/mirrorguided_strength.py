@@ -10,6 +10,7 @@ so `synthetic` and `pfwillow` have objects that the head has never seen. A stren
 import argparse
 import csv
 import logging
+from dataclasses import replace
 
 from lightning.pytorch import Trainer
 
@@ -26,7 +27,7 @@ OPTIONS = {"synthetic": {"length": {"val": 400}}}
 def scores(seed: int, strength: float, root: str) -> dict[str, str]:
     """PCK by dataset, split and alpha."""
     run = Run("cub_frozen", "mirrorguided", seed, 10_000)
-    model = corrzoo.load(RUNS / run.study / f"{run.name}_lr{learning_rate(run):g}" / "last.ckpt")
+    model = corrzoo.load(replace(run, lr=learning_rate(run)).folder / "last.ckpt")
     model.strength = strength
     quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
     trainer = Trainer(accelerator="cpu", default_root_dir=RUNS / "strength", **quiet)

@@ -124,6 +124,11 @@ class Run:
         return RESULTS / self.study / f"{self.name}.json"
 
     @property
+    def folder(self) -> Path:
+        """Where it runs, and can be resumed."""
+        return RUNS / self.study / (f"{self.name}_lr{self.lr:g}_pairs{self.pairs}" if self.pairs else self.name)
+
+    @property
     def steps(self) -> int:
         return self.pairs // BATCH
 
@@ -177,18 +182,20 @@ def _lightning(folder: Path, words: list[str]) -> None:
         run_command(words)
 
 
-def train(run: Run, args: argparse.Namespace, folder: Path, scored: Sequence[int]) -> dict[str, Any]:
-    """Train in `folder`, from the last checkpoint if there is one. Returns the curve: PCK by number of pairs seen.
+def train(run: Run, args: argparse.Namespace, scored: Sequence[int]) -> dict[str, Any]:
+    """Train, from the last checkpoint if there is one. Returns the curve: PCK by number of pairs seen.
 
     Validation pairs are scored after `scored` pairs and at the end.
     """
-    curve, last = folder / "curve.json", folder / "last.ckpt"
+    folder = run.folder
+    curve, last, ended = folder / "curve.json", folder / "last.ckpt", folder / "ended"
     marks = sorted({min(mark // BATCH, run.steps) for mark in scored} | {run.steps})
-    if not curve.exists() or str(run.steps * BATCH) not in json.loads(curve.read_text()):
+    if not ended.exists():
         options = ["--trainer.callbacks=study_curve.Curve", f"--trainer.callbacks.path={curve}"]
         options += [f"--trainer.callbacks.steps={marks}", f"--checkpoint.dirpath={folder}"]
         resume = [f"--ckpt_path={last}"] if last.exists() else []
         lightning(folder, "fit", run.stack(), [*run.options(args), *options, *resume])
+        ended.touch()
     return json.loads(curve.read_text())
 
 
@@ -206,11 +213,10 @@ def execute(run: Run, args: argparse.Namespace) -> None:
 
 def train_and_test(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     """Train a run, unless it has no pairs, and test it. Returns the results by dataset."""
-    folder = RUNS / run.study / (f"{run.name}_lr{run.lr:g}" if run.pairs else run.name)
-    curve = train(run, args, folder, () if run.left_out else MARKS) if run.pairs else {}
+    curve = train(run, args, () if run.left_out else MARKS) if run.pairs else {}
     label = run.ablation if run.pairs else "untrained"
-    checkpoint = [f"--ckpt_path={folder / 'last.ckpt'}"] if run.pairs else []
-    results = test(folder, label, run.stack(), [*run.options(args), *checkpoint, "--trainer.precision=32-true"])
+    checkpoint = [f"--ckpt_path={run.folder / 'last.ckpt'}"] if run.pairs else []
+    results = test(run.folder, label, run.stack(), [*run.options(args), *checkpoint, "--trainer.precision=32-true"])
     # Runs share the machine with others, so their times mean nothing; benchmarks/step.py measures costs.
     return {name: result | {"ms_per_pair": None, "checkpoint": None, "curve": curve} for name, result in results}
 
@@ -286,9 +292,10 @@ def best_rate(tried: dict[float, float]) -> float:
 
 
 def tried_rates(run: Run) -> dict[float, float]:
-    """PCK@.10 of validation pairs by learning rate."""
+    """PCK@.10 of validation pairs by learning rate, of rates that were tried for long enough."""
     study = "cub_frozen" if run.study == "leave_one_out" else run.study
-    return {float(row["lr"]): float(row["pck@0.1"]) for row in rates() if rate_key(row) == (study, run.head)}
+    rows = [row for row in rates() if rate_key(row) == (study, run.head) and int(row["pairs"]) >= short(run).pairs]
+    return {float(row["lr"]): float(row["pck@0.1"]) for row in rows}
 
 
 def rates() -> list[dict[str, str]]:
@@ -300,13 +307,18 @@ def rate_key(row: dict[str, str]) -> tuple[str, str]:
     return row["study"], row["head"]
 
 
+def short(run: Run) -> Run:
+    """The same for the share of the pairs that a learning rate is tried for."""
+    return replace(run, pairs=int(SWEEP * run.pairs) // BATCH * BATCH)
+
+
 def sweep(run: Run, args: argparse.Namespace) -> None:
     """Try one learning rate for a share of the pairs, and add a row to the table of learning rates."""
-    if any(rate_key(row) == (run.study, run.head) and float(row["lr"]) == run.lr for row in rates()):
+    if run.lr in tried_rates(run):
         return
-    short = replace(run, pairs=int(SWEEP * run.pairs) // BATCH * BATCH)
-    curve = train(short, args, RUNS / run.study / f"{run.head}_lr{run.lr:g}", scored=())
-    row = {"study": run.study, "head": run.head, "lr": run.lr, "pairs": short.pairs} | curve[str(short.pairs)]
+    tried = short(run)
+    curve = train(tried, args, scored=())
+    row = {"study": run.study, "head": run.head, "lr": run.lr, "pairs": tried.pairs} | curve[str(tried.pairs)]
     with LOCK, RATES.open("a", newline="") as file:
         writer = csv.DictWriter(file, list(row))
         if not file.tell():
@@ -331,10 +343,11 @@ def runs_of(args: argparse.Namespace) -> list[Run]:
 
 
 def finished(run: Run) -> bool:
-    """Whether a result is there, of the learning rate that is best by now."""
-    if not run.result.exists():
-        return False
-    return not run.pairs or json.loads(run.result.read_text())["options"]["lr"] == learning_rate(run)
+    """Whether a result is there, of as many pairs and the learning rate that is best by now."""
+    if not run.result.exists() or not run.pairs:
+        return run.result.exists()
+    result = json.loads(run.result.read_text())
+    return result["trained"]["pairs_seen"] == run.steps * BATCH and result["options"]["lr"] == learning_rate(run)
 
 
 def study(args: argparse.Namespace) -> None:

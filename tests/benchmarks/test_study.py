@@ -208,12 +208,15 @@ def test_the_learning_rate_is_the_best_on_validation_pairs(folders):
     with pytest.raises(RuntimeError, match=r"cub_frozen, actr: learning rates \[0.0003, 0.001, 0.003\] were not tried"):
         study.learning_rate(run)
     with study.RATES.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["study", "head", "lr", "pck@0.1"])
+        writer = csv.DictWriter(file, ["study", "head", "lr", "pairs", "pck@0.1"])
         writer.writeheader()
         for lr, score in scored.items():
-            writer.writerow({"study": "cub_frozen", "head": "actr", "lr": lr, "pck@0.1": score})
-            writer.writerow({"study": "synthetic", "head": "actr", "lr": lr, "pck@0.1": 50 - score})
+            same = {"head": "actr", "lr": lr, "pairs": 1200}
+            writer.writerow(same | {"study": "cub_frozen", "pck@0.1": score})
+            writer.writerow(same | {"study": "synthetic", "pck@0.1": 50 - score})
     assert study.learning_rate(run) == study.learning_rate(replace(run, study="leave_one_out")) == 1e-3
+    with pytest.raises(RuntimeError, match="were not tried"):  # for so many pairs
+        study.learning_rate(replace(run, pairs=20_000))
     assert "| photographs (CUB), frozen features | ACTR |  | 20.0 | **31.5** | 8.0 |  |  |" in study_tables.rates()
 
 
@@ -233,11 +236,11 @@ def test_rates_are_tried_until_the_best_lies_between_two_others(monkeypatch, sco
     assert study.untried(study.Run("cub_frozen", "actr", 0, 10_000)) == next_rates
 
 
-def test_a_result_of_another_learning_rate_is_trained_again(folders, monkeypatch):
-    run = study.Run("cub_frozen", "actr", 0, 10_000)
-    study.write(run.result, {"pck": {f"pck@{alpha}": 1.0 for alpha in (0.05, 0.1, 0.15)}, "options": {"lr": 1e-3}})
+def test_a_result_of_another_learning_rate_or_number_of_pairs_is_trained_again(folders, monkeypatch):
+    run, pck = study.Run("cub_frozen", "actr", 0, 10_000), {f"pck@{alpha}": 1.0 for alpha in (0.05, 0.1, 0.15)}
+    study.write(run.result, {"pck": pck, "options": {"lr": 1e-3}, "trained": {"pairs_seen": 10_000}})
     monkeypatch.setattr(study, "tried_rates", lambda run: {3e-4: 1.0, 1e-3: 2.0, 3e-3: 1.0})
-    assert study.finished(run)
+    assert study.finished(run) and not study.finished(replace(run, pairs=20_000))
     monkeypatch.setattr(study, "tried_rates", lambda run: {3e-4: 1.0, 1e-3: 2.0, 3e-3: 3.0, 1e-2: 1.0})
     assert not study.finished(run)
 
@@ -279,8 +282,9 @@ def test_a_small_study_runs_is_resumed_and_does_not_run_again(folders, monkeypat
     assert said.count("+ lightning test") == 1 and "+ lightning fit" not in said
 
     (study.RESULTS / "synthetic/baseline-3.json").unlink()  # interrupted before the last score of the curve
-    path = study.RUNS / "synthetic" / "baseline-3_lr0.001" / "curve.json"
+    path = study.RUNS / "synthetic" / "baseline-3_lr0.001_pairs32" / "curve.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "32"}))
+    path.with_name("ended").unlink()
     study.study(args)
     assert f"--ckpt_path={path.with_name('last.ckpt')}" in capfd.readouterr().out
 
