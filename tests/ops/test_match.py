@@ -69,6 +69,10 @@ def test_full_size_on_a_gpu(cuda: torch.device, window: str, dtype: torch.dtype)
     check(Place("triton", cuda), problem(4096, (64, 64), 768, dtype=dtype), tolerances, (64, 64), floors, **options)
 
 
+def test_a_batch_larger_than_a_launch_axis_on_a_gpu(cuda: torch.device) -> None:
+    check(Place("triton", cuda), problem(2, (1, 2), 3, B=70_000), (5e-6, 2e-5), (1, 2), window="argmax", sigma=1.0)
+
+
 @pytest.mark.parametrize("temperature", [0.005, 1.0])
 @pytest.mark.parametrize("window", WINDOWS)
 def test_extreme_temperatures(where: Place, window: str, temperature: float) -> None:

@@ -24,9 +24,17 @@ NOWHERE = tl.constexpr(2147483647)
 
 
 @triton.jit
+def _program(tiles):
+    """This program's item of the batch, and its tile of that item: one axis, as the others end at 65,535 programs."""
+    item = tl.program_id(0) // tiles
+    return item.to(tl.int64), tl.program_id(0) - item * tiles
+
+
+@triton.jit
 def _rows(first_item, first_point, rows, N, a, temperature, R: tl.constexpr):
     """This program's item of the strip, its rows, which of them exist, their points, and scales a log2(e) / T."""
-    item, row = tl.program_id(1).to(tl.int64), tl.program_id(0) * R + tl.arange(0, R)
+    item, tile = _program(tl.cdiv(rows, R))
+    row = tile * R + tl.arange(0, R)
     real = row < rows
     point = (first_item + item) * N + first_point + row
     scale = LOG2E / tl.load(temperature) * tl.load(a + point, mask=real, other=0.0)
@@ -152,8 +160,8 @@ def _channels(x, row, n, k, C, stride_n, stride_c, TILE_C: tl.constexpr):
 
 
 @triton.jit
-def _norm(x, out, tile, n, C, stride_b, stride_n, stride_c, R: tl.constexpr, TILE_C: tl.constexpr):
-    item, row = tl.program_id(1).to(tl.int64), tile * R + tl.arange(0, R)
+def _norm(x, out, item, tile, n, C, stride_b, stride_n, stride_c, R: tl.constexpr, TILE_C: tl.constexpr):
+    row = tile * R + tl.arange(0, R)
     total = tl.zeros((R,), tl.float32)
     for k in range(tl.cdiv(C, TILE_C)):
         v, _, _ = _channels(x + item * stride_b, row, n, k, C, stride_n, stride_c, TILE_C)
@@ -165,11 +173,12 @@ def _norm(x, out, tile, n, C, stride_b, stride_n, stride_c, R: tl.constexpr, TIL
 @triton.jit
 def norms(src, trg, a, b, N, M, C, src_b, src_n, src_c, trg_b, trg_n, trg_c, R: tl.constexpr, TILE_C: tl.constexpr):
     """`epilogue.inverse_norms`: of source features in the first programs, of target features in the others."""
-    tile, tiles = tl.program_id(0), tl.cdiv(N, R)
+    tiles = tl.cdiv(N, R)
+    item, tile = _program(tiles + tl.cdiv(M, R))
     if tile < tiles:
-        _norm(src, a, tile, N, C, src_b, src_n, src_c, R, TILE_C)
+        _norm(src, a, item, tile, N, C, src_b, src_n, src_c, R, TILE_C)
     else:
-        _norm(trg, b, tile - tiles, M, C, trg_b, trg_n, trg_c, R, TILE_C)
+        _norm(trg, b, item, tile - tiles, M, C, trg_b, trg_n, trg_c, R, TILE_C)
 
 
 @triton.jit
@@ -177,7 +186,8 @@ def remove_along(
     grad, x, scale, out, n, C, stride_b, stride_n, stride_c, R: tl.constexpr, TILE_C: tl.constexpr
 ):  # fmt: skip
     """`epilogue.across` of R rows of one side, to `out` (B, n, C)."""
-    item, row = tl.program_id(1).to(tl.int64), tl.program_id(0) * R + tl.arange(0, R)
+    item, tile = _program(tl.cdiv(n, R))
+    row = tile * R + tl.arange(0, R)
     x, grad, out = x + item * stride_b, grad + item * n * C, out + item * n * C
     scale = tl.load(scale + item * n + row, mask=row < n, other=0.0)
     along, tiles = tl.zeros((R,), tl.float32), tl.cdiv(C, TILE_C)
@@ -206,8 +216,8 @@ def tile(rows: Rows, once: int = TILE) -> dict[str, int]:
 def inverse_norms(src: Tensor, trg: Tensor, rows: Rows) -> None:
     """`epilogue.inverse_norms`."""
     (B, N, C), M = src.shape, trg.shape[1]
-    grid = (triton.cdiv(N, FEATURES["R"]) + triton.cdiv(M, FEATURES["R"]), B)
-    norms[grid](src, trg, rows.a, rows.b, N, M, C, *src.stride(), *trg.stride(), **FEATURES)
+    tiles = triton.cdiv(N, FEATURES["R"]) + triton.cdiv(M, FEATURES["R"])
+    norms[(B * tiles,)](src, trg, rows.a, rows.b, N, M, C, *src.stride(), *trg.stride(), **FEATURES)
 
 
 def read_out(block: Tensor, at: Piece, rows: Rows) -> None:
@@ -230,12 +240,13 @@ def score_gradients(
 def across(grad: Tensor, x: Tensor, scale: Tensor) -> Tensor:
     """`epilogue.across`, in the dtype of the features."""
     out = torch.empty_like(grad, dtype=x.dtype)
-    grid = (triton.cdiv(x.shape[1], FEATURES["R"]), x.shape[0])
-    remove_along[grid](grad, x, scale, out, *x.shape[1:], *x.stride(), **FEATURES)
+    remove_along[(x.shape[0] * triton.cdiv(x.shape[1], FEATURES["R"]),)](
+        grad, x, scale, out, *x.shape[1:], *x.stride(), **FEATURES
+    )
     return out
 
 
 def _launch(kernel, block: Tensor, at: Piece, rows: Rows, tensors: tuple[Tensor, ...], constants: dict) -> None:
     extent = rows.extent if rows.kind == "crop" else -LOG2E.value / (2 * rows.extent**2 or 1.0)
     sizes = (at[0].start, at[1].start, block.shape[1], rows.a.shape[1], block.shape[2], block.stride(0), extent)
-    kernel[(triton.cdiv(block.shape[1], constants["R"]), block.shape[0])](*tensors, *sizes, **constants)
+    kernel[(block.shape[0] * triton.cdiv(block.shape[1], constants["R"]),)](*tensors, *sizes, **constants)
