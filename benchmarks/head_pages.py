@@ -78,14 +78,22 @@ def shown(value: Any) -> str:
 
 
 def choices(head: type[Matcher]) -> list[str]:
-    """Choices of ours that are documented in the files of a head and its base classes."""
-    found = list(choices_in(Path(inspect.getfile(head))))
-    for base in family(head)[1:]:
+    """Choices of ours that are documented in the files of a head, of its base classes, and of the parts it imports."""
+    file, bases = Path(inspect.getfile(head)), family(head)[1:]
+    found, source = list(choices_in(file)), file.read_text()
+    for base in bases:
         for owner, text in choices_in(Path(inspect.getfile(base))):
             cls, _, member = owner.partition(".")
             overridden = getattr(getattr(head, member, None), "__qualname__", owner) != owner
-            if cls == base.__name__ and not overridden:
+            unused = member == "keypoint_errors" and "loss" in vars(head) and member not in source
+            if cls == base.__name__ and not overridden and not unused:
                 found.append((owner, text))
+    used = vars(inspect.getmodule(head))
+    names = {inspect.getmodule(thing).__name__ for thing in used.values() if callable(thing)}
+    for name in sorted(names - {cls.__module__ for cls in (head, *bases)}):
+        if name.startswith("corrzoo.heads."):
+            parts = choices_in(Path(inspect.getfile(sys.modules[name])))
+            found += [(owner, text) for owner, text in parts if owner.isupper() or owner.split(".")[0] in used]
     return [f"- `{owner}`: {text}" if owner else f"- {text}" for owner, text in found]
 
 
@@ -208,7 +216,7 @@ def page(head: str, measured: list[Ranking], published: list[Ranking]) -> str:
         inspect.cleandoc(module.__doc__ or ""),
         f"## What is implemented\n\n[`{source}`](../../{source})",
         *split_docstring(cls.__doc__)[0],
-        "## Our choice\n\nWhat no paper gives, as the code says it.\n",
+        "## Our choice\n\nChoices that the papers leave open, as the code states them.\n",
         "\n".join(choices(cls)) or "Nothing.",
         f"## Options\n\nAnd [those of every head](README.md#options-of-every-head).\n\n{options(cls)}",
         *bases,

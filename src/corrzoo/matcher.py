@@ -128,9 +128,9 @@ class Matcher(LightningModule, ABC):
     def keypoint_errors(self, match: Match, pair: Pair, radius: float | None = None) -> Term:
         """Distance of the flow (B, h, w) from the pseudo-flow, in cells, and which cells a keypoint supervises.
 
-        A keypoint supervises a square; `radius` is half its side in cells. our choice, as the paper gives no radius:
-        ACTR's and LPMFlow's share of the image (CATs has twice as much), and at least 17 of 32 of a cell, so that
-        every keypoint supervises the cell it lies in.
+        A keypoint supervises a square; `radius` is half its side in cells. our choice where a paper gives none:
+        ACTR's and LPMFlow's share of the image (CATs has twice as much), and at least 17/32 of a cell, so that every
+        keypoint supervises the cell it lies in.
         """
         image, grid = size_of(pair.src_img), size_of(match.flow)
         stride = max(image) / max(grid)

@@ -67,8 +67,8 @@ class GeoAware(Matcher):
         readout: How a row of cosines gives a position: a soft-argmax over a `window` around the maximum, with a
             `gaussian` around it, or over all cells (`soft`); or the maximum itself (`argmax`).
         window: Radius of the window in cells (released code: 7, zero-shot 5), or the Gaussian's standard deviation.
-        outside: What cells outside the window count: a cosine of `zero`, as in the released code, which matters where
-            the best cosine is below about 0.2; or nothing (`excluded`, our choice).
+        outside: What cells outside the window count as: a cosine of `zero`, as in the released code, which matters
+            where the best cosine is below about 0.2; or nothing (`excluded`, our choice).
         read: How a point is matched: from the flow around the `point`, or as its whole `cell` (released code).
         pose_alignment: In evaluation, match the source's mirror image if its nearest neighbours in the target are
             nearer (adaptive pose alignment, for zero-shot). Keypoints take the places of their mirror twins.

@@ -1,7 +1,7 @@
 """MirrorGuided: confident matches guide all others, in the image or in its mirror image. The zoo's own head.
 
-It combines parts that docs/heads/mirrorguided.md measures: cosines as in `Baseline`, a residual network on the features
-of an image and its mirror image, the consensus of neighbouring matches (NCNet, without its network), GSF's confident
+It combines parts that its page in docs/heads measures: cosines as in `Baseline`, a residual network on the features of
+an image and its mirror image, the consensus of neighbouring matches (NCNet, without its network), GSF's confident
 matches, guidance field and modulation (its eqs. 4 to 8, without a parameter), and a choice between the source and its
 mirror image (as in GeoAware). Equations are numbered in the order of the code.
 """
@@ -48,7 +48,7 @@ class MirrorGuided(Matcher):
         stride: Resize all feature maps to this stride.
         remove_mean: Subtract each map's mean over the image before normalisation.
         mirror: Compute features of the mirror image, too. They enter eq. 1 and give the mirrored hypothesis of eq. 8.
-        margin: How many times the support of the source its mirror image must have to be matched instead (eq. 8).
+        margin: The mirror image is matched instead if its support is more than this many times the source's (eq. 8).
         consensus: Width of the Gaussian of eq. 3 in cells; 0 leaves the cosines as they are.
         rho: Threshold of a confident match (eq. 4; GSF 5.1: 0.9).
         c_p: Width of the propagation's Gaussian in cells (eq. 5).

@@ -42,7 +42,7 @@ EPS = 1e-5
 
 @HEADS.register
 class TransforMatcher(Matcher):
-    """Correlations of many levels as the channels of a match, refined by attention among all matches, read softly.
+    """Correlations of many levels as channels of a match, refined by attention among all matches; a soft-argmax.
 
     With ResNet-101 it has 42,526,253 parameters and equals the released model, which has 87,885,413. The other
     45,359,160 are a second backbone (see `two_streams`), and `posenc` and the backbone's classifier, which never
