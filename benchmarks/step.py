@@ -102,7 +102,7 @@ def measure_precision(
         return sum((level.square().mean() for level in model.backbone(image).maps), torch.zeros((), device=args.device))
 
     def loss() -> Tensor:
-        terms = model.loss(model(pair.src_img, pair.trg_img), pair)
+        terms = model.training_losses(pair)
         return terms["loss"] if isinstance(terms, dict) else terms
 
     def stepping(objective: Callable[[], Tensor], parameters: Any) -> Callable[[], None]:
