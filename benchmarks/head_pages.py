@@ -93,7 +93,7 @@ def choices(head: type[Matcher]) -> list[str]:
     for name in sorted(names - {cls.__module__ for cls in (head, *bases)}):
         if name.startswith("corrzoo.heads."):
             parts = choices_in(Path(inspect.getfile(sys.modules[name])))
-            found += [(owner, text) for owner, text in parts if owner.isupper() or owner.split(".")[0] in used]
+            found += [(owner, text) for owner, text in parts if owner.split(".")[0] in used]
     return [f"- `{owner}`: {text}" if owner else f"- {text}" for owner, text in found]
 
 

@@ -50,6 +50,12 @@ def mean_where(values: Tensor, where: Tensor) -> Tensor:
     return means({"": (values, where)})[""]
 
 
+def pair_means(values: Tensor, where: Tensor) -> Term:
+    """Mean (B,) of each pair's values (B, ...) where they count, zero if none does; and which pairs have any (B,)."""
+    count = where.flatten(1).sum(1)
+    return torch.where(where, values, 0).flatten(1).sum(1) / count.clamp(min=1), count > 0
+
+
 def over_processes(x: Tensor) -> Tensor:
     """The sum of a tensor over all processes, without a gradient."""
     x = x.detach().clone()

@@ -198,17 +198,17 @@ class PairDataset(Dataset[Pair], ABC):
 
 
 def mirror(sample: Pair) -> Pair:
-    """Mirror both images of a sample left to right, with their keypoints (x' = W - x), boxes and masks.
+    """Mirror both images of a sample or a batch left to right, with their keypoints (x' = W - x), boxes and masks.
 
     Keypoint k still marks the same part in both images, but under another id: a left eye becomes a right eye.
     """
     mirrored = {"kps_ids": sample.mirror_ids, "mirror_ids": sample.kps_ids}
     for side in ("src", "trg"):
         image, kps, size, box, mask = (getattr(sample, f"{side}_{f}") for f in ("img", "kps", "size", "box", "mask"))
-        x1, y1, x2, y2 = box
+        x1, y1, x2, y2 = box.unbind(-1)
         mirrored[f"{side}_img"], mirrored[f"{side}_mask"] = image.flip(-1), mask.flip(-1)
-        mirrored[f"{side}_kps"] = torch.stack([image.shape[-1] - kps[:, 0], kps[:, 1]], dim=-1)
-        mirrored[f"{side}_box"] = torch.stack([size[0] - x2, y1, size[0] - x1, y2])
+        mirrored[f"{side}_kps"] = torch.stack([image.shape[-1] - kps[..., 0], kps[..., 1]], dim=-1)
+        mirrored[f"{side}_box"] = torch.stack([size[..., 0] - x2, y1, size[..., 0] - x1, y2], dim=-1)
     return sample._replace(**mirrored)
 
 

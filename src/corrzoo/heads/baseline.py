@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from corrzoo import ops
 from corrzoo.errors import check_above_zero
 from corrzoo.geometry import bilinear_cells, cell_centres, cells_to_pixels, points_to_flow, sample, size_of
-from corrzoo.heads.levels import centres_of, rows_of, stack_levels, stride_grid
+from corrzoo.heads.guidance import mutual_confidence
+from corrzoo.heads.levels import cells_of, rows_of, stack_levels, stride_grid
 from corrzoo.matcher import HEADS, Matcher
 from corrzoo.types import Features, Match
 
@@ -103,10 +104,9 @@ class Baseline(Matcher):
         if self.mutual:
             best_of_column = ops.mutual(rows_of(src), columns).col_max.unsqueeze(1)
             scores = ops.correlation(rows, columns).relu()  # (B, N, h*w)
-            best_of_row = scores.amax(2, keepdim=True)
-            scores = scores**3 / (best_of_row * best_of_column).clamp(min=1e-5)  # s * s/row * s/column
+            scores = scores * mutual_confidence(scores, best_of_column)
             found = ops.readout(scores, grid, temperature, **how)
         else:
             found = ops.match(rows, columns, grid, temperature, backend=self.backend, **how)
-        cells = centres_of(found.argmax, grid).to(found.xy) if self.readout == "argmax" else found.xy
+        cells = (cells_of(found.argmax, grid) + 0.5).to(found.xy) if self.readout == "argmax" else found.xy
         return cells_to_pixels(cells, grid, size_of(trg.image))

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from corrzoo.geometry import size_of
-from corrzoo.heads.levels import resize
+from corrzoo.heads.levels import nearly_unit, resize
 from corrzoo.heads.tokens import SelfAttention, SoftArgmax, init_linear, read_flow, to_pixels
 from corrzoo.losses import mean_where
 from corrzoo.matcher import HEADS, Matcher
@@ -23,8 +23,6 @@ RADIUS = 17 / 16
 
 our choice: other grids keep the share of a cell, so that every keypoint supervises the cell it lies in.
 """
-EPS = 1e-6
-"""Added to a feature's squared length before it is normalised (released code)."""
 
 
 @HEADS.register
@@ -95,7 +93,7 @@ class CATs(Matcher):
     def prepare(self, features: Features) -> Features:
         """Each level (B, C_i, g, g) of normalised features, then each level (B, width, g, g) of projected ones."""
         levels = [full(resize(level, (self.grid, self.grid), align_corners=True)) for level in features.maps]
-        normalised = [level / (level.square().sum(1, keepdim=True) + EPS).sqrt() for level in levels]
+        normalised = [nearly_unit(level) for level in levels]
         projections = zip(self.project, levels, strict=False)  # none without appearance
         projected = [project(level.movedim(1, -1)).movedim(-1, 1) for project, level in projections]
         return features._replace(maps=normalised + projected)

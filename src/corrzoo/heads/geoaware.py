@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from corrzoo import ops
+from corrzoo.data.pairs import mirror
 from corrzoo.geometry import Size, cells_to_pixels, check_keypoints, pixels_to_cells, points_to_flow, size_of
-from corrzoo.heads.levels import centres_of, resize, rows_of, stack_levels
-from corrzoo.losses import Term, mean_where
+from corrzoo.heads.levels import cells_of, resize, rows_of, stack_levels
+from corrzoo.losses import Term, mean_where, pair_means
 from corrzoo.matcher import HEADS, Matcher
 from corrzoo.precision import full, full_precision
 from corrzoo.types import Features, Match, Pair, ZooError
@@ -147,7 +148,7 @@ class GeoAware(Matcher):
             return ops.readout(scores, self.grid, temperature).xy
         how: dict[str, Any] = {"window": WINDOWS.get(self.readout, "none"), "sigma": self.window, "radius": self.window}
         found = ops.match(rows, columns, self.grid, temperature, normalize=False, backend=self.backend, **how)
-        return centres_of(found.argmax, self.grid).to(found.xy) if self.readout == "argmax" else found.xy
+        return (cells_of(found.argmax, self.grid) + 0.5).to(found.xy) if self.readout == "argmax" else found.xy
 
     def match_points(self, src: Features, trg: Features, points: Tensor) -> Tensor:
         """Read matches of source points (B, n, 2) as the option `read` says."""
@@ -223,7 +224,7 @@ class GeoAware(Matcher):
             lowest = torch.finfo(logits.dtype).min
             by_row = logits.masked_fill(~mask.unsqueeze(1), lowest).logsumexp(2) - own
             by_column = logits.masked_fill(~mask.unsqueeze(2), lowest).logsumexp(1) - own
-            return (mean_of(by_row, mask) + mean_of(by_column, mask)) / 2
+            return (pair_means(by_row, mask)[0] + pair_means(by_column, mask)[0]) / 2
 
     def dense_loss(self, src: Tensor, trg: Tensor, points: Points) -> Term:
         """Error (B,) in cells of the flow by a soft-argmax over all cells; and which pairs have points (B,).
@@ -240,9 +241,9 @@ class GeoAware(Matcher):
             if self.training and self.noise:
                 deviation = (self.noise * points.length / 2).view(-1, 1, 1)
                 truth = truth + deviation * torch.randn_like(truth)
-            error = found - centres_of(index, self.grid) - truth
+            error = found - (cells_of(index, self.grid) + 0.5) - truth
             error = torch.where(points.mask.unsqueeze(2), error, 1)  # the root's gradient is infinite at zero
-            return mean_of(torch.linalg.vector_norm(error, dim=2), points.mask), points.mask.any(1)
+            return pair_means(torch.linalg.vector_norm(error, dim=2), points.mask)
 
 
 # ---------------------------------------------------------------------- aggregation network
@@ -293,21 +294,16 @@ def mutual_distance(src: Tensor, trg: Tensor) -> Tensor:
     best = ops.mutual(src, trg, normalize=False)
     back = best.col_argmax.gather(1, best.row_argmax)  # (B, N)
     number = torch.arange(back.shape[1], device=back.device)
-    return mean_of((2 - 2 * best.row_max).clamp(min=0).sqrt(), back == number)
+    return pair_means((2 - 2 * best.row_max).clamp(min=0).sqrt(), back == number)[0]
 
 
 # ---------------------------------------------------------------------- pair augmentation
 
 
 def mirror_images(pair: Pair) -> Pair:
-    """Both images mirrored, with the keypoints at their new places."""
-    sides = {}
-    for side in ("src", "trg"):
-        image, kps, number = (getattr(pair, f"{side}_{what}") for what in ("img", "kps", "id"))
-        x, y = kps.unbind(-1)
-        sides[f"{side}_img"], sides[f"{side}_kps"] = image.flip(-1), torch.stack([image.shape[-1] - x, y], dim=-1)
-        sides[f"{side}_id"] = torch.where(number < 0, number, number + MIRRORED)
-    return pair._replace(**sides)
+    """Both images mirrored, with their keypoints; the mirror images have numbers of their own."""
+    numbers = {name: getattr(pair, name) for name in ("src_id", "trg_id")}
+    return mirror(pair)._replace(**{name: torch.where(n < 0, n, n + MIRRORED) for name, n in numbers.items()})
 
 
 def self_flip(kps: Tensor, ids: Tensor, mirrored: Tensor, mask: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -348,8 +344,3 @@ def cell_of(points: Tensor, grid: Size) -> Tensor:
 def pick(rows: Tensor, index: Tensor) -> Tensor:
     """Rows (B, K, C) of (B, N, C) by their numbers (B, K)."""
     return rows.gather(1, index.unsqueeze(2).expand(-1, -1, rows.shape[2]))
-
-
-def mean_of(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean (B,) of the values (B, K) that count; zero if none does."""
-    return torch.where(mask, values, 0).sum(1) / mask.sum(1).clamp(min=1)

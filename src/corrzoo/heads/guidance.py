@@ -19,9 +19,13 @@ FALLBACK = 8
 """our choice: number of rows that count as confident if no match passes the threshold; eq. 7 would be 0 / 0."""
 
 
-def mutual_confidence(scores: Tensor) -> Tensor:
-    """Eq. 4: Q_ij = C_ij^2 / (max_i C_ij * max_j C_ij) of scores (B, N, M); 1 for mutual nearest neighbours."""
-    return scores**2 / (scores.amax(1, keepdim=True) * scores.amax(2, keepdim=True)).clamp(min=EPS)
+def mutual_confidence(scores: Tensor, best_of_column: Tensor | None = None) -> Tensor:
+    """Eq. 4: Q_ij = C_ij^2 / (max_i C_ij * max_j C_ij) of scores (B, N, M); 1 for mutual nearest neighbours.
+
+    If `scores` are some of the rows only, `best_of_column` (B, 1, M) has the maxima over all rows.
+    """
+    best_of_column = scores.amax(1, keepdim=True) if best_of_column is None else best_of_column
+    return scores**2 / (best_of_column * scores.amax(2, keepdim=True)).clamp(min=EPS)
 
 
 def truncate(confidence: Tensor, rho: float) -> tuple[Tensor, Tensor]:

@@ -38,11 +38,16 @@ def stack_levels(maps: list[Tensor], size: Size, remove_mean: bool = False) -> T
     return torch.cat([F.normalize(level, dim=1) for level in maps], dim=1) if len(maps) > 1 else maps[0]
 
 
+def nearly_unit(x: Tensor, dim: int = 1) -> Tensor:
+    """x / sqrt(|x|^2 + 1e-6) along a dimension, as in the released code of NCNet, CATs and LPMFlow."""
+    return x / (x.square().sum(dim, keepdim=True) + 1e-6).sqrt()
+
+
 def rows_of(features: Features) -> Tensor:
     """The cells of the first prepared map as rows, (B, h*w, C)."""
     return rearrange(features.maps[0], "b c h w -> b (h w) c")
 
 
-def centres_of(index: Tensor, grid: Size) -> Tensor:
-    """Centres (..., 2) in cells of cells that are numbered row by row."""
-    return torch.stack([index % grid[1], index // grid[1]], dim=-1) + 0.5
+def cells_of(index: Tensor, grid: Size) -> Tensor:
+    """Columns and rows (..., 2) of cells that are numbered row by row; centres are half a cell further."""
+    return torch.stack([index % grid[1], index // grid[1]], dim=-1)

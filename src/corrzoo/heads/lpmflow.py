@@ -4,7 +4,7 @@
 Integration", CVPR 2024, its supplement, and its released code, which decides where they differ.
 """
 
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from corrzoo.geometry import size_of
+from corrzoo.heads.levels import nearly_unit
 from corrzoo.heads.tokens import (
     ATTENTION_HEADS,
     REFINED_CHANNELS,
@@ -158,9 +159,7 @@ class LPMFlow(TokenMatcher):
     def foreground_heat(self, tokens: Tensor, src_cls: Tensor, trg_cls: Tensor) -> Tensor:
         """(B, N) similarity of the tokens (B, N, C) to the class tokens (B, 1, C) of both images."""
 
-        def unit(x: Tensor) -> Tensor:
-            return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
-
+        unit = partial(nearly_unit, dim=-1)
         shared = unit(src_cls) + unit(trg_cls) if self.foreground == "both" else unit((src_cls + trg_cls) / 2)
         return (unit(tokens) * shared).sum(-1)
 

@@ -19,7 +19,7 @@ from corrzoo.geometry import Size, cell_centres, cells_to_pixels, pixels_to_cell
 from corrzoo.heads.guidance import EPS, confident_field, modulate, neighbour_consensus
 from corrzoo.heads.levels import rows_of, stack_levels, stride_grid
 from corrzoo.heads.update import FeatureUpdate, mirror_image, row_cross_entropy
-from corrzoo.losses import weighted_means
+from corrzoo.losses import pair_means, weighted_means
 from corrzoo.matcher import HEADS, Matcher
 from corrzoo.precision import full, full_precision
 from corrzoo.types import Features, Match, Pair, ZooError
@@ -50,7 +50,8 @@ class MirrorGuided(Matcher):
         mirror: Compute features of the mirror image, too. They enter eq. 1 and give the mirrored hypothesis of eq. 8.
         margin: The mirror image is matched instead if its support is more than this many times the source's (eq. 8).
         consensus: Width of the Gaussian of eq. 3 in cells; 0 leaves the cosines as they are.
-        rho: Threshold of a confident match (eq. 4; GSF 5.1: 0.9).
+        rho: Threshold of a confident match (eq. 4; GSF 5.1: 0.9). our choice: if no match of a pair passes, the best
+            matches of its 8 most confident cells do.
         c_p: Width of the propagation's Gaussian in cells (eq. 5).
         c_m: Width of the modulation's Gaussian in cells (eq. 6).
         floor: Weight of a score far from the guidance (eq. 6). GSF has 0, which loses objects that bend or turn.
@@ -169,8 +170,7 @@ class MirrorGuided(Matcher):
         terms |= {name: (rows[name], mask) for name in ("cosines", "plain") if name in rows}  # eq. 9
         if ratio is not None:
             logit = (ratio.detach().clamp(min=EPS) / self.learned("margin")).log() / CHOICE
-            count = mask.sum(1).clamp(min=1)
-            plain, mirrored = ((rows[x].detach() * mask).sum(1) / count for x in ("plain", "mirrored"))
+            plain, mirrored = (pair_means(rows[x].detach(), mask)[0] for x in ("plain", "mirrored"))
             terms["choice"] = torch.lerp(plain, mirrored, logit.sigmoid()), mask.any(1)  # eq. 10
         return weighted_means(terms, {name: self.epe_weight if name == "epe" else self.row_weight for name in terms})
 

@@ -13,14 +13,12 @@ from torch import Tensor, nn
 
 from corrzoo import ops
 from corrzoo.geometry import Size, cell_centres, cells_to_pixels, size_of
-from corrzoo.heads.levels import stack_levels
+from corrzoo.heads.levels import cells_of, nearly_unit, stack_levels
 from corrzoo.losses import next_in_batch
 from corrzoo.matcher import HEADS, Matcher
 from corrzoo.precision import full, full_precision
 from corrzoo.types import Features, Match, Pair, ZooError
 
-FEATURE_EPS = 1e-6
-"""Added to a feature's squared length before it is normalised (released code)."""
 MUTUAL_EPS = 1e-5
 """Added to the maxima of the soft mutual nearest neighbour filter (released code)."""
 L1_EPS = 1e-4
@@ -84,7 +82,7 @@ class NCNet(Matcher):
         our choice, as the paper reads one level: several are normalised to weigh the same, on the grid of the last.
         """
         stacked = full(stack_levels(features.maps, size_of(features.maps[-1])))
-        return features._replace(maps=[stacked / (stacked.square().sum(1, keepdim=True) + FEATURE_EPS).sqrt()])
+        return features._replace(maps=[nearly_unit(stacked)])
 
     def match(self, src: Features, trg: Features) -> Match:
         """The filtered volume as `correlation`; `extras` has the features, which the loss reads."""
@@ -186,11 +184,6 @@ def confidence(scores: Tensor, normalisation: str) -> Tensor:
             best = best / (scores.sum(dim) + L1_EPS)
         sides.append(best.mean())
     return (sides[0] + sides[1]) / 2
-
-
-def cells_of(index: Tensor, grid: Size) -> Tensor:
-    """Columns and rows (..., 2) of cells that are numbered row by row."""
-    return torch.stack([index % grid[1], index // grid[1]], dim=-1).to(torch.get_default_dtype())
 
 
 def read_corners(points: Tensor, cells: Tensor, src_grid: Size, trg_grid: Size) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from corrzoo import ops
 from corrzoo.geometry import Size, cell_centres, cells_to_pixels, check_keypoints, pixels_to_cells, size_of
 from corrzoo.heads.levels import resize
-from corrzoo.losses import mean_where
+from corrzoo.losses import mean_where, pair_means
 from corrzoo.matcher import HEADS, Matcher
 from corrzoo.precision import full, full_precision
 from corrzoo.types import Features, Match, Pair
@@ -120,8 +120,7 @@ class TransforMatcher(Matcher):
         check_keypoints(pair.src_kps)
         found = read_points(to_unit(pair.src_kps, size_of(pair.src_img)), match.extras["matched"], REACH_IN_TRAINING)
         error = (found - to_unit(pair.trg_kps, size_of(pair.trg_img))).square().sum(-1)  # (B, K)
-        counts = pair.kps_mask.sum(1)
-        return mean_where((error * pair.kps_mask).sum(1) / counts.clamp(min=1), counts > 0)
+        return mean_where(*pair_means(error, pair.kps_mask))
 
 
 # ---------------------------------------------------------------------- multi-level correlation

@@ -25,7 +25,7 @@ from corrzoo.geometry import (
     size_of,
 )
 from corrzoo.heads.levels import resize, stack_levels, stride_grid
-from corrzoo.losses import Term, weighted_means
+from corrzoo.losses import Term, pair_means, weighted_means
 from corrzoo.matcher import HEADS, Matcher
 from corrzoo.precision import full
 from corrzoo.types import Features, Match, Pair, ZooError
@@ -337,9 +337,7 @@ def triplet_losses(src: Tensor, trg: Tensor, mask: Tensor, margin: float) -> Ter
     distance = torch.cdist(src, trg, compute_mode="donot_use_mm_for_euclid_dist")  # (B, K, K), exact if small, too
     positive = distance.diagonal(dim1=1, dim2=2).unsqueeze(2)
     triplets = mask.unsqueeze(2) & mask.unsqueeze(1) & ~torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
-    count = triplets.sum((1, 2))
-    each = ((positive - distance + margin).relu() * triplets).sum((1, 2)) / count.clamp(min=1)
-    return each, count > 0
+    return pair_means((positive - distance + margin).relu(), triplets)
 
 
 # ---------------------------------------------------------------------- helpers
