@@ -17,6 +17,7 @@ from corrzoo import inference
 from corrzoo.backbones import Backbone
 from corrzoo.backbones.cache import FeatureCache
 from corrzoo.callbacks import default_callbacks
+from corrzoo.callbacks.results import describe_training
 from corrzoo.geometry import Size, cosine_maps, pseudo_flow, sample, size_of, transfer
 from corrzoo.images import ImageSource
 from corrzoo.losses import Term, endpoint_errors, mean_where, over_processes, processes
@@ -246,6 +247,7 @@ class Matcher(LightningModule, ABC):
 
     def on_fit_end(self) -> None:
         self._training_features = None
+        self._know_training(describe_training(self.trainer) or self.trained)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         if not (groups := self.param_groups()):
@@ -257,6 +259,15 @@ class Matcher(LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["head"], checkpoint["module"] = type(self).__name__, type(self).__module__
+        checkpoint["trained"] = describe_training(self.trainer) or self.trained
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._know_training(checkpoint.get("trained"))
+        self.before = (self.trained or {}).get("before")
+
+    def _know_training(self, trained: dict[str, Any] | None) -> None:
+        self.trained = trained
+        self.image_size = (trained or {}).get("size") or self.image_size
 
     # ------------------------------------------------------------------ evaluation
 

@@ -46,18 +46,10 @@ class ResultsWriter(Callback):
     def __init__(self, folder: str | None = None, table: bool = True, label: str = "") -> None:
         self.folder, self.table, self.label = folder, table, label
         self._predictions: dict[int, list[tuple[int, int, float, float]]] = {}
-        self._trained: dict[str, Any] | None = None
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["trained"] = describe_training(trainer)
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        self._trained = checkpoint.get("trained")
-        pl_module.before = (self._trained or {}).get("before")
-
-    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
-        pl_module.trained = describe_training(trainer) or pl_module.trained
-        pl_module.image_size = (pl_module.trained or {}).get("size") or pl_module.image_size
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        if trainer.state.fn == "fit" and trainer.global_step:  # in a notebook, the model may be tested now
+            pl_module.on_fit_end()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = self._folder(trainer)  # a collective call
@@ -84,11 +76,10 @@ class ResultsWriter(Callback):
             scores, rows = describe_scores(metric, dataset), metric.rows()
             if not trainer.is_global_zero:
                 continue
-            trained = self._trained if trainer.ckpt_path else describe_training(trainer) or pl_module.trained
             result = {"label": self.label} | describe_run(trainer, pl_module, name)
             result |= {
-                "trained": trained,
-                "seed": trained.get("seed") if trained else _seed(),
+                "trained": pl_module.trained,
+                "seed": pl_module.trained.get("seed") if pl_module.trained else _seed(),
                 "ms_per_pair": 1000 * self._seconds[which] / max(self._pairs[which], 1),  # features are cached
                 "peak_memory_mb": _peak_memory_mb(pl_module.device),
             }
