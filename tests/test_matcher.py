@@ -289,6 +289,14 @@ def test_a_trained_matcher_knows_its_training_data(tmp_path):
         assert result["trained"] == model.trained and result["trained"]["size"] == 64
 
 
+def test_several_processes_train_without_logging(tmp_path, monkeypatch):
+    monkeypatch.setattr("corrzoo.matcher.processes", lambda: 2)
+    monkeypatch.setattr("corrzoo.matcher.over_processes", lambda _: pytest.fail("summed a loss that is not logged"))
+    run = trainer(tmp_path, log_every_n_steps=0, limit_val_batches=0, enable_checkpointing=False)
+    run.fit(Straight(**TINY), data())
+    assert run.global_step == 2
+
+
 def test_a_checkpoint_of_weights_alone_knows_its_training(tmp_path):
     model = corrzoo.create_matcher("Baseline", **TINY)
     run = trainer(tmp_path, limit_val_batches=0)

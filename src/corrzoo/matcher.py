@@ -215,7 +215,8 @@ class Matcher(LightningModule, ABC):
         found = self.training_losses(pair)
         terms = found if isinstance(found, dict) else {"loss": found}
         values = torch.stack([term.detach() for term in terms.values()])
-        if processes() > 1 and (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if processes() > 1 and every and (self.global_step + 1) % every == 0:
             values = over_processes(values) / processes()  # in steps that are logged; between, this process's share
         logged = {f"train/{name}": value for name, value in zip(terms, values, strict=True)}
         self.log_dict(logged, batch_size=len(pair.index))  # a value for the progress bar would be read in every step
