@@ -17,6 +17,7 @@ from corrzoo import inference
 from corrzoo.backbones import Backbone
 from corrzoo.backbones.cache import FeatureCache
 from corrzoo.callbacks import default_callbacks
+from corrzoo.callbacks.finite import FiniteLoss
 from corrzoo.callbacks.results import describe_training
 from corrzoo.geometry import Size, cosine_maps, pseudo_flow, sample, size_of, transfer
 from corrzoo.images import ImageSource
@@ -261,6 +262,9 @@ class Matcher(LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["head"], checkpoint["module"] = type(self).__name__, type(self).__module__
         checkpoint["trained"] = describe_training(self.trainer) or self.trained
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, FiniteLoss):  # Lightning does not ask callbacks about a file of weights alone
+                callback.check()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._know_training(checkpoint.get("trained"))

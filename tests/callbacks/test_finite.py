@@ -31,11 +31,14 @@ def pairs():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("weights_only", [False, True])
 @pytest.mark.parametrize("at", range(STEPS))
-def test_training_ends_and_no_later_checkpoint_is_written(tmp_path, at):
+def test_training_ends_and_no_later_checkpoint_is_written(tmp_path, at, weights_only):
     model = Breaks(backbone="timm/test_vit.r160_in1k", weights="random")
     model.at = at
-    every_step = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    every_step = ModelCheckpoint(
+        tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}", save_weights_only=weights_only
+    )
     trainer = Trainer(
         default_root_dir=tmp_path, max_epochs=1, logger=False, accelerator="cpu", callbacks=[every_step],
         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
