@@ -214,6 +214,9 @@ def test_errors_name_the_input(images):
         imagepair.match_images(model, *images, [[120, 90], [120.5, 3]], size=64)
     with pytest.raises(ZooError, match=r"shape \(n, 2\)"):
         imagepair.match_images(model, *images, [1, 2, 3], size=64)
+    for points in ([[1, 2], [3]], "abc", [["1", "x"]], [{}], [[10**400, 1]]):
+        with pytest.raises(ZooError, match=r"expected points of shape \(n, 2\)"):
+            imagepair.match_images(model, *images, points, size=64)
     with pytest.raises(ZooError, match="outside"):
         imagepair.match_images(model, *images, [[float("nan"), 3]], size=64)
     with pytest.raises(ZooError, match="no image file"):

@@ -289,6 +289,45 @@ def test_a_trained_matcher_knows_its_training_data(tmp_path):
         assert result["trained"] == model.trained and result["trained"]["size"] == 64
 
 
+def test_several_processes_train_without_logging(tmp_path, monkeypatch):
+    monkeypatch.setattr("corrzoo.matcher.processes", lambda: 2)
+    monkeypatch.setattr("corrzoo.matcher.over_processes", lambda _: pytest.fail("summed a loss that is not logged"))
+    run = trainer(tmp_path, log_every_n_steps=0, limit_val_batches=0, enable_checkpointing=False)
+    run.fit(Straight(**TINY), data())
+    assert run.global_step == 2
+
+
+def test_a_checkpoint_of_weights_alone_knows_its_training(tmp_path):
+    model = corrzoo.create_matcher("Baseline", **TINY)
+    run = trainer(tmp_path, limit_val_batches=0)
+    run.fit(model, data())
+    run.save_checkpoint(path := tmp_path / "weights.ckpt", weights_only=True)
+    evaluated = corrzoo.create_matcher("Baseline", **TINY)
+    trainer(tmp_path).validate(evaluated, data(), ckpt_path=path, verbose=False)
+    for known in (corrzoo.load(path), evaluated):
+        assert known.image_size == 64 and known.trained == model.trained
+
+
+def test_a_matcher_whose_training_was_interrupted_knows_its_training(tmp_path):
+    """As in a notebook, where the model lives on. Another model that the same trainer tests is not trained."""
+
+    class Stops(Straight):
+        def training_step(self, pair, batch_idx):
+            if batch_idx == 1:
+                raise RuntimeError("interrupted")
+            return super().training_step(pair, batch_idx)
+
+    run = trainer(tmp_path, limit_val_batches=0)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        run.fit(model := Stops(**TINY), data())
+    assert model.image_size == 64 and model.trained["steps"] == 1
+    run.callbacks.append(ResultsWriter(str(tmp_path), table=False))
+    for one, steps in ((model, 1), (Straight(**TINY), None)):
+        run.test(one, data(), verbose=False)
+        result = json.loads((tmp_path / "synthetic.json").read_text())
+        assert (result["trained"] or {}).get("steps") == steps
+
+
 def test_a_model_in_eval_mode_trains_in_training_mode(tmp_path):
     """Matching and `load` set eval mode; frozen parts of the backbone stay in it."""
     model, modes = Baseline(**TINY, finetune="none").eval(), []

@@ -2,19 +2,20 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
+from fixtures import draw, write_pfwillow
 
+import corrzoo
 from corrzoo.cli import main
 from corrzoo.commands import COMMANDS
+from pages import ROOT, blocks
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README, USAGE = (ROOT / "README.md").read_text(), (ROOT / "docs" / "usage.md").read_text()
 LINES = [
     part.strip().removeprefix("srun ")
-    for block in re.findall(r"```bash\n(.*?)```", README + USAGE, re.S)
+    for block in (*blocks("README.md", "bash"), *blocks("docs/usage.md", "bash"))
     for line in block.splitlines()
     if not line.startswith("#")
     for part in line.split("&&")
@@ -32,6 +33,22 @@ def test_training_and_test_commands_parse(line, monkeypatch, capsys):
         main([*shlex.split(line)[1:], "--print_config"])
     assert not leaving.value.code, line
     assert "class_path: corrzoo.heads." in capsys.readouterr().out
+
+
+def test_the_python_examples_run(tmp_path, monkeypatch):
+    """Those of usage.md with a small model, and that of the README with the same model, saved."""
+    monkeypatch.chdir(tmp_path)
+    write_pfwillow(tmp_path / "data")
+    for name in ("a.jpg", "b.jpg"):
+        draw(tmp_path / name, (150, 100))
+    names = {}
+    for block in blocks("docs/usage.md", "python"):
+        exec(block.replace('backbone="dinov2_b14"', 'backbone="timm/test_vit.r160_in1k", weights="random"'), names)
+    assert names["points"].shape == names["dataset"].record(0).trg_kps.shape
+    assert names["found"].trg_points.shape == (2, 2) and [len(found.trg_points) for found in names["many"]] == [1, 2]
+    corrzoo.save(names["matcher"], "saved")
+    (block,) = blocks("README.md", "python")
+    exec(block.replace("runs/<run>/checkpoints/best.ckpt", "saved"), {})
 
 
 @pytest.mark.parametrize("name", re.findall(r"(?:`|^)corrzoo (\w+)", README, re.M))

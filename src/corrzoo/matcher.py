@@ -17,6 +17,8 @@ from corrzoo import inference
 from corrzoo.backbones import Backbone
 from corrzoo.backbones.cache import FeatureCache
 from corrzoo.callbacks import default_callbacks
+from corrzoo.callbacks.finite import FiniteLoss
+from corrzoo.callbacks.results import describe_training
 from corrzoo.geometry import Size, cosine_maps, pseudo_flow, sample, size_of, transfer
 from corrzoo.images import ImageSource
 from corrzoo.losses import Term, endpoint_errors, mean_where, over_processes, processes
@@ -214,7 +216,8 @@ class Matcher(LightningModule, ABC):
         found = self.training_losses(pair)
         terms = found if isinstance(found, dict) else {"loss": found}
         values = torch.stack([term.detach() for term in terms.values()])
-        if processes() > 1 and (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if processes() > 1 and every and (self.global_step + 1) % every == 0:
             values = over_processes(values) / processes()  # in steps that are logged; between, this process's share
         logged = {f"train/{name}": value for name, value in zip(terms, values, strict=True)}
         self.log_dict(logged, batch_size=len(pair.index))  # a value for the progress bar would be read in every step
@@ -246,6 +249,7 @@ class Matcher(LightningModule, ABC):
 
     def on_fit_end(self) -> None:
         self._training_features = None
+        self._know_training(describe_training(self.trainer) or self.trained)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         if not (groups := self.param_groups()):
@@ -257,6 +261,18 @@ class Matcher(LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["head"], checkpoint["module"] = type(self).__name__, type(self).__module__
+        checkpoint["trained"] = describe_training(self.trainer) or self.trained
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, FiniteLoss):  # Lightning does not ask callbacks about a file of weights alone
+                callback.check()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._know_training(checkpoint.get("trained"))
+        self.before = (self.trained or {}).get("before")
+
+    def _know_training(self, trained: dict[str, Any] | None) -> None:
+        self.trained = trained
+        self.image_size = (trained or {}).get("size") or self.image_size
 
     # ------------------------------------------------------------------ evaluation
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from corrzoo.errors import ZooError as ZooError
+from corrzoo.errors import one_line
 
 DIFFICULTIES = ("viewpoint", "scale", "truncation", "occlusion")
 """SPair-71k's difficulty flags, in the order of `Pair.difficulty`'s columns; -1 stands for 'not annotated'."""
@@ -169,9 +170,12 @@ def as_points(points: object) -> Tensor:
     """(n, 2) float64 points on the CPU from a tensor, an array or nested lists; [] has none.
 
     Raises:
-        ZooError: if the shape is another.
+        ZooError: if they are no numbers, or the shape is another.
     """
-    out = torch.as_tensor(points, dtype=torch.float64).cpu()
+    try:
+        out = torch.as_tensor(points, dtype=torch.float64).cpu()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ZooError(f"expected points of shape (n, 2): {one_line(error)}") from error
     if out.shape == (0,):
         return out.reshape(0, 2)
     if out.ndim != 2 or out.shape[1] != 2:

@@ -56,7 +56,8 @@ def test_datasets_with_their_folders(capsys, tmp_path):
     found = lines_of(capsys, "datasets", "--root", str(tmp_path))
     assert list(found) == list_datasets()
     assert f"in {tmp_path / 'PF-WILLOW'}" in found["pfwillow"] and "rendered" in found["synthetic"]
-    assert "--data.download true" in found["spair71k"] and "not found" in found["ap10k"]
+    assert "test  with --data.download true" in found["spair71k"] and "not found" in found["ap10k"]
+    assert "images with --data.download true" in found["spair71k_u"]  # not its annotations
     assert "non-commercial" in found["cub"]
 
 

@@ -12,8 +12,8 @@ import pytest
 import corrzoo
 from corrzoo.__main__ import main
 from corrzoo.scoring.protocols import get_protocol
+from pages import blocks
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
 TINY = ["--model=Baseline", "--model.backbone=timm/test_resnet.r160_in1k", "--model.weights=random"]
 TINY += [
     "--model.readout=argmax",
@@ -149,9 +149,8 @@ def test_every_query_is_answered_once():
 
 def test_the_worked_example_of_the_docs_runs(tmp_path, capsys):
     fixtures.write_pfwillow(tmp_path / "data")
-    text = (DOCS / "scoring.md").read_text()
-    (python,) = re.findall(r"```python\n(.*?)```", text, re.S)
-    first, second = re.findall(r"```bash\n(.*?)```", text, re.S)
+    (python,) = blocks("docs/scoring.md", "python")
+    first, second = blocks("docs/scoring.md", "bash")
 
     def run(block):
         for line in block.splitlines():

@@ -1,17 +1,38 @@
 """Result files are written atomically; errors name folders and pictures."""
 
+import csv
+import hashlib
 import json
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.loops.progress import _BatchProgress
 
 from corrzoo import callbacks
 from corrzoo.callbacks import results
 from corrzoo.callbacks.pictures import spread_evenly
+from corrzoo.data.module import PairsDataModule
+from corrzoo.heads import create_matcher
+from corrzoo.matcher import Matcher
 from corrzoo.types import ZooError
+
+TINY = dict(backbone="timm/test_vit.r160_in1k", weights="random")
+
+
+def quiet(folder: Path, **options) -> Trainer:
+    return Trainer(
+        default_root_dir=folder, logger=False, accelerator="cpu", devices=1, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False, **options,
+    )  # fmt: skip
+
+
+def two_pairs() -> PairsDataModule:
+    options = {"synthetic": {"length": {"test": 2}}}
+    return PairsDataModule(test=["synthetic"], image_size=64, batch_size=1, num_workers=0, options=options)
 
 
 def test_files_are_written_atomically(tmp_path, monkeypatch):
@@ -81,6 +102,11 @@ def test_an_unknown_picture_suggests_the_nearest():
         callbacks.MatchImages(stages=["training"])
 
 
+def test_pictures_of_no_pairs_are_refused_before_the_run():
+    with pytest.raises(ZooError, match="pairs 0: expected a number above 0"):
+        callbacks.MatchImages(pairs=0)
+
+
 @pytest.mark.parametrize("total", [2, 4, 9, 12, 1000])
 def test_pictures_are_of_different_pairs(total):
     chosen = spread_evenly(4, total)
@@ -100,3 +126,35 @@ def test_pairs_seen_are_those_of_all_batches_and_processes():
     assert results.describe_training(trainer)["pairs_seen"] is None
     trainer.global_step = 0
     assert results.describe_training(trainer) is None
+
+
+def test_a_checkpoint_from_an_address_has_no_checksum(tmp_path):
+    """Its content was read by Lightning, and is not read again."""
+    model = create_matcher("Baseline", **TINY)
+    (tmp_path / "a.ckpt").write_bytes(b"abc")
+    known = {"datamodule": None, "precision": "32-true", "world_size": 1}
+    for place, checksum in ((tmp_path / "a.ckpt", hashlib.sha256(b"abc").hexdigest()), ("https://a.b/a.ckpt", None)):
+        found = results.describe_run(SimpleNamespace(ckpt_path=place, **known), model, "synthetic")
+        assert (found["checkpoint"], found["checkpoint_sha256"]) == (str(place), checksum)
+
+
+def test_a_backend_that_cannot_run_is_an_error_before_the_evaluation(tmp_path, monkeypatch):
+    """Also of a head that does not use it."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(Matcher, "test_step", lambda *_: pytest.fail("evaluated"))
+    model = create_matcher("ACTR", **TINY, width=16, depth=1, grid=4, backend="triton")
+    with pytest.raises(ZooError, match="triton"):
+        quiet(tmp_path).test(model, two_pairs(), verbose=False)
+
+
+def test_predictions_are_in_the_given_folder_and_of_one_run(tmp_path, monkeypatch):
+    """As in a notebook: the first run is interrupted after two pairs, and the second predicts one."""
+    writer, model = callbacks.ResultsWriter(str(tmp_path / "mine")), create_matcher("Baseline", **TINY)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(Matcher, "on_predict_epoch_end", lambda _: 1 / 0)
+        quiet(tmp_path, callbacks=[writer]).predict(model, two_pairs(), return_predictions=False)
+    second = quiet(tmp_path, callbacks=[writer], limit_predict_batches=1)
+    second.predict(model, two_pairs(), return_predictions=False)
+    assert not (tmp_path / "predictions").exists()
+    with (tmp_path / "mine" / "predictions" / "synthetic.csv").open() as file:
+        assert {row["index"] for row in csv.DictReader(file)} == {"0"}

@@ -192,6 +192,33 @@ def test_a_pickled_checkpoint_from_a_url_is_refused(tmp_path: Path, monkeypatch:
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.parametrize("part", [0.0, 0.5, 0.99])
+def test_half_a_checkpoint_is_refused(tmp_path: Path, part: float) -> None:
+    torch.save({"state_dict": {"a": torch.zeros(100)}}, path := tmp_path / "a.ckpt")
+    path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
+    with pytest.raises(ZooError, match=r"a\.ckpt is refused: it is damaged"):
+        WholeFiles().load_checkpoint(path)
+    with pytest.raises(FileNotFoundError):
+        WholeFiles().load_checkpoint(tmp_path / "b.ckpt")
+
+
+def test_last_is_written_into_a_remote_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    written: list[str] = []
+    trainer: Any = SimpleNamespace(
+        is_global_zero=True, is_last_batch=False, accumulate_grad_batches=1, world_size=1, global_step=1,
+        fast_dev_run=False, save_checkpoint=lambda path, weights_only: written.append(str(path)),
+    )  # fmt: skip
+    trainer.checkpoint_callback = Checkpoints(dirpath="memory://bucket/run")
+    trainer.checkpoint_callback._write_last(trainer)
+    stop = StopSignals()
+    stop.on_train_start(trainer, trainer)
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(Stopped):
+        stop.on_train_batch_end(trainer, trainer, None, None, 0)
+    assert written == ["memory://bucket/run/last.ckpt"] * 2
+
+
 def test_last_is_written_every_epoch_and_a_resumed_run_copies_the_best(tmp_path: Path) -> None:
     class Model(corrzoo.Matcher):
         """A model whose first epoch is the best."""

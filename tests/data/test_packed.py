@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -150,6 +151,27 @@ def test_a_killed_process_leaves_nothing_that_is_read(tmp_path: Path, monkeypatc
     dataset = spair(tmp_path)
     dataset.pack(tmp_path / "packed")
     assert same(dataset, spair(tmp_path)) and not list((tmp_path / "packed").glob(".*"))
+
+
+def test_images_that_wait_for_the_disk_are_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding is faster than writing: no more than `AHEAD` images are in memory, and their order is kept."""
+    monkeypatch.setattr(packed, "AHEAD", 4)
+    decoded: list[int] = []
+    most = 0
+
+    class Pixels:
+        def __init__(self, number: int) -> None:
+            self.number = number
+            decoded.append(number)
+
+        def numpy(self) -> SimpleNamespace:
+            nonlocal most
+            time.sleep(0.01)
+            most = max(most, len(decoded) - self.number)
+            return SimpleNamespace(data=bytes([self.number]))
+
+    packed._write(tmp_path / "packed", 10, Pixels)
+    assert (tmp_path / "packed").read_bytes() == bytes(range(10)) and 1 <= most <= 4
 
 
 def test_a_file_of_another_length_is_written_again(tmp_path: Path) -> None:

@@ -65,6 +65,12 @@ def test_cosines_of_zero_features_are_zero_and_have_no_gradient() -> None:
     assert scores.abs().max() == 0 and src.grad.abs().max() == 0
 
 
+@pytest.mark.parametrize("grid", [(-3, -5), (5, 5)])
+def test_a_grid_of_another_size_is_refused(grid: tuple[int, int]) -> None:
+    with pytest.raises(ZooError, match="as many cells as the target: 15"):
+        reference.readout(torch.zeros(1, 2, 15), grid, T)
+
+
 @pytest.mark.parametrize("shape", [(4, 15), (2, 0, 15)])
 def test_scores_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ZooError, match=r"expected scores of shape \(B, N, M\) with nothing empty"):

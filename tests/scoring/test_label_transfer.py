@@ -2,10 +2,13 @@
 
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from corrzoo.data import DATASETS
+from corrzoo.scoring.evaluation import Evaluation
 from corrzoo.scoring.label_transfer import LabelTransfer, polygon_mask, warp_mask
 from corrzoo.types import ZooError
 
@@ -83,3 +86,13 @@ def test_label_transfer_equals_hand_counts() -> None:
     for polygon, mask, target in ((gt, gt, gt[:5]), (gt, gt[:5], gt), (gt, gt, torch.zeros_like(gt))):
         with pytest.raises(ZooError, match="expected masks of one shape"):
             metric.update(polygon, mask, target, 0)
+
+
+@pytest.mark.parametrize("protocol", ["default", "ncnet", "proposalflow", "weakalign"])
+def test_outlines_are_scored_under_every_protocol(protocol: str) -> None:
+    """A protocol of PCK does not concern them, such as one without boxes."""
+    caltech = DATASETS["caltech101"]
+    dataset = SimpleNamespace(threshold=caltech.threshold, outlines=True, categories=caltech.categories)
+    loader: object = SimpleNamespace(dataset=dataset)
+    evaluation = Evaluation(SimpleNamespace(device="cpu"), loader, protocol, (0.1,), cache_mb=0)
+    assert [type(metric) for metric in evaluation.metrics] == [LabelTransfer]

@@ -13,7 +13,7 @@ from corrzoo import recipes
 from corrzoo.backbones import Backbone, BackboneSpec, get_spec, list_backbones
 from corrzoo.backbones.weights import find_pretrained
 from corrzoo.data import DATASETS
-from corrzoo.data.download import SOURCES, TERMS
+from corrzoo.data.download import IMAGES_ONLY, SOURCES, TERMS
 from corrzoo.errors import Parser
 from corrzoo.heads import HEADS
 from corrzoo.registry import import_plugins
@@ -99,6 +99,7 @@ def datasets(root: Path) -> Table:
             found = f"in {root / cls.folder}"
         else:
             found = "with --data.download true" if name in SOURCES else f"not found: {root / cls.folder}"
+            found = f"images {found}" if name in IMAGES_ONLY else found
         terms = TERMS.get(name, "its authors' terms" if cls.folder else "apache-2.0")
         rows.append([name, ", ".join(cls.splits), found, terms, (cls.__doc__ or "").partition("\n")[0]])
     return "dataset | splits | files | terms | description", rows

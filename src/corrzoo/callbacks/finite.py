@@ -36,22 +36,29 @@ class FiniteLoss(Callback):
         self._last: tuple[int, HostCopy, HostCopy] | None = None
         """Number, loss and pairs of the last step."""
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last = None  # an earlier training may have been interrupted
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Pair, batch_idx: int) -> None:
+        self._step = trainer.global_step  # after the batch it is one more, unless gradients accumulate
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Pair, batch_idx: int
     ) -> None:
-        loss = self._check()
+        loss = self.check()
         if loss is not None:
             pl_module.log("loss", loss, prog_bar=True, logger=False)
-        self._last = trainer.global_step - 1, HostCopy(outputs["loss"]), HostCopy(batch.index)
+        self._last = self._step, HostCopy(outputs["loss"]), HostCopy(batch.index)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._check()
+        self.check()
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._check()
+    def check(self) -> Tensor | None:
+        """The loss of the last step, if it was not checked before. The model calls this when it is saved.
 
-    def _check(self) -> Tensor | None:
-        """The loss of the last step, if it was not checked before."""
+        Raises:
+            ZooError: if the loss is not finite.
+        """
         if self._last is None:
             return None
         (step, loss, pairs), self._last = self._last, None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from corrzoo import visualize
 from corrzoo.callbacks.folder import run_folder
+from corrzoo.errors import check_above_zero
 from corrzoo.inference import foreground_maps
 from corrzoo.registry import nearest
 from corrzoo.scoring.evaluation import predict_points
@@ -45,6 +46,7 @@ class MatchImages(Callback):
         stages: list[str] = ["fit", "test", "predict"],  # noqa: B006
         every: int = 0,
     ) -> None:
+        check_above_zero(pairs=pairs)
         for name, given, known in (("kinds", kinds, PICTURES), ("stages", stages, ("fit", "test", "predict"))):
             for value in set(given) - set(known):
                 raise ZooError(f"{name}: unknown {value!r}{nearest(value, known) or f', expected {list(known)}'}")

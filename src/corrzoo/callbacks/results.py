@@ -38,7 +38,8 @@ class ResultsWriter(Callback):
     the protocol's evaluated image.
 
     Args:
-        folder: Output folder of the results; `results` in the run's folder if None.
+        folder: Output folder of the results, with `predictions` in it; `results` and `predictions` in the run's folder
+            if None.
         table: Print the scores by category.
         label: Name of this run in the leaderboard beside head and backbone, such as the name of an ablation.
     """
@@ -46,23 +47,17 @@ class ResultsWriter(Callback):
     def __init__(self, folder: str | None = None, table: bool = True, label: str = "") -> None:
         self.folder, self.table, self.label = folder, table, label
         self._predictions: dict[int, list[tuple[int, int, float, float]]] = {}
-        self._trained: dict[str, Any] | None = None
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["trained"] = describe_training(trainer)
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        if trainer.state.fn == "fit" and trainer.global_step:  # in a notebook, the model may be tested now
+            pl_module.on_fit_end()
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        self._trained = checkpoint.get("trained")
-        pl_module.before = (self._trained or {}).get("before")
-
-    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
-        pl_module.trained = describe_training(trainer) or pl_module.trained
-        pl_module.image_size = (pl_module.trained or {}).get("size") or pl_module.image_size
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
+        # fail before an hour of evaluation, not after it
+        resolve_backend(pl_module.backend, next(pl_module.parameters()))
         folder = self._folder(trainer)  # a collective call
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            writable(folder)  # fail before an hour of evaluation, not after it
+            writable(folder)
         self._seconds: dict[int, float] = defaultdict(float)
         self._pairs: dict[int, int] = defaultdict(int)
         if pl_module.device.type == "cuda":
@@ -84,11 +79,10 @@ class ResultsWriter(Callback):
             scores, rows = describe_scores(metric, dataset), metric.rows()
             if not trainer.is_global_zero:
                 continue
-            trained = self._trained if trainer.ckpt_path else describe_training(trainer) or pl_module.trained
             result = {"label": self.label} | describe_run(trainer, pl_module, name)
             result |= {
-                "trained": trained,
-                "seed": trained.get("seed") if trained else _seed(),
+                "trained": pl_module.trained,
+                "seed": pl_module.trained.get("seed") if pl_module.trained else _seed(),
                 "ms_per_pair": 1000 * self._seconds[which] / max(self._pairs[which], 1),  # features are cached
                 "peak_memory_mb": _peak_memory_mb(pl_module.device),
             }
@@ -101,6 +95,9 @@ class ResultsWriter(Callback):
             if self.table:
                 print(f"results: {folder / name}.json and .csv")
 
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._predictions = {}  # an earlier run may have been interrupted
+
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Pair, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
@@ -109,7 +106,7 @@ class ResultsWriter(Callback):
             rows += [(index, k, x, y) for k, (x, y) in enumerate(kps[mask].tolist())]
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
-        folder = self._folder(trainer).parent / "predictions"
+        folder = Path(self.folder or run_folder(trainer)) / "predictions"  # a collective call
         for which, (name, metric) in enumerate(pl_module.evaluation.by_name()):
             parts: list[Any] = [self._predictions.get(which, [])]
             if trainer.world_size > 1:
@@ -121,7 +118,6 @@ class ResultsWriter(Callback):
                 rows = [{"index": i, "keypoint": k, "image": image, "x": x, "y": y} for (i, k), (x, y) in points]
                 write_csv(folder / f"{name}.csv", rows, ("index", "keypoint", "image", "x", "y"))
                 print(f"predictions: {folder / name}.csv, in original pixels of the {image} images")
-        self._predictions.clear()
 
     def _folder(self, trainer: Trainer) -> Path:
         return Path(self.folder or run_folder(trainer) / "results")
@@ -188,7 +184,7 @@ def describe_run(trainer: Trainer, module: Any, dataset: str) -> dict[str, Any]:
         "params_backbone": backbone,
         "params_head": sum(p.numel() for p in module.parameters()) - backbone,
         "checkpoint": str(checkpoint) if checkpoint else None,
-        "checkpoint_sha256": sha256(checkpoint) if checkpoint else None,
+        "checkpoint_sha256": sha256(checkpoint) if checkpoint and os.path.isfile(checkpoint) else None,  # not of a URL
         "precision": str(trainer.precision),
         "processes": trainer.world_size,
         "device": torch.cuda.get_device_name() if module.device.type == "cuda" else platform.processor() or "cpu",

@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import pickle
 import shutil
 import signal
 import threading
@@ -64,8 +63,11 @@ class WholeFiles(TorchCheckpointIO):
         """
         try:
             return super().load_checkpoint(path, *args, **options | {"weights_only": True})
-        except pickle.UnpicklingError as error:
-            raise ZooError(f"{path} is refused: it is damaged, or contains pickled objects") from error
+        except (OSError, ImportError):  # it is not there, or out of reach
+            raise
+        except Exception as error:  # bytes that are not a pickle can raise anything
+            told = f"{path} is refused: it is damaged, or contains pickled objects ({type(error).__name__})"
+            raise ZooError(f"{told}: fetch it again, or give an earlier checkpoint") from error
 
 
 class RandomState(Callback):
@@ -172,7 +174,7 @@ class Checkpoints(ModelCheckpoint):
 
     def _write_last(self, trainer: Trainer) -> None:
         if self._keeps_last and self.dirpath and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt", weights_only=False)
+            trainer.save_checkpoint(f"{self.dirpath}/last.ckpt", weights_only=False)  # it may be a URL
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Copy the best checkpoints of the resumed run into the folder of this run."""
@@ -300,7 +302,7 @@ class StopSignals(Callback):
         for callback in first:
             callback.on_train_epoch_end(trainer, pl_module)
         if folder:
-            trainer.save_checkpoint(Path(folder) / "last.ckpt", weights_only=False)
+            trainer.save_checkpoint(f"{folder}/last.ckpt", weights_only=False)
             where = "resume with --ckpt_path last"
         self._restore()
         if not self._prints:

@@ -87,7 +87,9 @@ SOURCES: dict[str, tuple[str, list[Part]]] = {
     "voc_warps": ("VOC2012", [Part(_VOC, _VOC.rpartition("/")[2], prefix="VOCdevkit/VOC2012/", checksum=_VOC_MD5)]),
 }
 """For each dataset its folder under `root` and its published files."""
-SOURCES["spair71k_u"] = SOURCES["spair71k"]  # its images; SPair-U's own archive is not fetched
+IMAGES_ONLY = frozenset({"spair71k_u"})
+"""Datasets whose annotations are not downloaded. SPair-U's images are SPair-71k's."""
+SOURCES["spair71k_u"] = SOURCES["spair71k"]
 
 TERMS = {"cub": "non-commercial research and education only; the photographers hold the rights to the images"}
 """Terms of use of a dataset, which are printed before it is downloaded."""

@@ -132,7 +132,7 @@ def check_window(
     cells: int, trg_grid: Size, temperature: float | Tensor, window: str, sigma: float | None, radius: int | None
 ) -> None:
     """Refuse options of `match` that do not fit."""
-    if trg_grid[0] * trg_grid[1] != cells:
+    if trg_grid[0] * trg_grid[1] != cells or min(trg_grid) <= 0:
         raise ZooError(f"trg_grid {tuple(trg_grid)} must have as many cells as the target: {cells}")
     if isinstance(temperature, Tensor):
         if temperature.ndim != 0:

@@ -40,7 +40,7 @@ class Evaluation:
     Args:
         matcher: The model. Its features are computed once per image and dataset.
         loaders: One loader, or one per dataset.
-        protocol: PCK protocol. Without a threshold kind, the dataset's own is added.
+        protocol: PCK protocol. Without a threshold kind, the dataset's own is added. Outlines need none.
         alphas: PCK tolerances.
         cache_mb: Size of the feature cache in MiB; 0 turns it off.
     """
@@ -53,8 +53,11 @@ class Evaluation:
         self.datasets = [loader.dataset for loader in loaders]
         self.metrics: list[BenchmarkMetric] = []
         for dataset in self.datasets:
-            how = get_protocol(protocol, dataset.threshold)
-            metric = LabelTransfer(dataset.categories) if dataset.outlines else PCK(how, alphas, dataset.categories)
+            metric: BenchmarkMetric
+            if dataset.outlines:
+                metric = LabelTransfer(dataset.categories)
+            else:
+                metric = PCK(get_protocol(protocol, dataset.threshold), alphas, dataset.categories)
             self.metrics.append(metric.to(matcher.device))
         self.release()
 

@@ -14,6 +14,7 @@ from corrzoo.data import PairDataset, create_dataset
 from corrzoo.data.augment import create_augment
 from corrzoo.data.module import PairsDataModule
 from corrzoo.data.pairs import mirror
+from corrzoo.data.readers import cub
 from corrzoo.data.readers.cub import CUB, LENGTHS, draw_pairs, possible_pairs, split_of
 from corrzoo.heads import create_matcher
 from corrzoo.types import Pair, ZooError
@@ -236,10 +237,10 @@ def test_ids_of_a_batch_are_padded_with_unknown(tmp_path: Path) -> None:
     assert torch.equal(batch.swapped().kps_ids, batch.kps_ids)
 
 
-def test_the_title_and_the_fingerprint_tell_copies_apart(tmp_path: Path) -> None:
+def test_the_title_and_the_fingerprint_tell_copies_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copies = {
-        "cub": dict(species=range(1, 201), images=1, side=64, share=1.0),
-        "cub (crops)": dict(species=range(1, 201), images=1, side=227, share=1.0),
+        "cub (200 images)": dict(species=range(1, 201), images=1, side=64, share=1.0),
+        "cub (200 images, crops)": dict(species=range(1, 201), images=1, side=227, share=1.0),
         "cub (7 species)": dict(share=1.0),
         "cub (7 species, crops)": dict(side=227, share=1.0),
     }
@@ -251,8 +252,10 @@ def test_the_title_and_the_fingerprint_tell_copies_apart(tmp_path: Path) -> None
         prints[title] = dataset.fingerprint()
         assert open_cub(tmp_path / title, "test", 19).fingerprint() != prints[title]
     assert len(set(prints.values())) == 4
-    write_cub(tmp_path / "elsewhere", **copies["cub"])
-    assert open_cub(tmp_path / "elsewhere", "test").fingerprint() == prints["cub"]
+    write_cub(tmp_path / "elsewhere", **copies["cub (200 images)"])
+    assert open_cub(tmp_path / "elsewhere", "test").fingerprint() == prints["cub (200 images)"]
+    monkeypatch.setattr(cub, "IMAGES", 200)
+    assert open_cub(tmp_path / "elsewhere", "test").title == "cub"
 
 
 def test_a_species_without_images_does_not_count(tmp_path: Path) -> None:

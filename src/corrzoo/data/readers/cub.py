@@ -23,7 +23,7 @@ from corrzoo.types import Record, ZooError
 CATEGORIES = ["bird"]
 LENGTHS = {"trn": 10_000, "val": 400, "test": 2_000}
 """our choice: pairs of each split."""
-PARTS, SPECIES = 15, 200
+PARTS, SPECIES, IMAGES = 15, 200, 11_788
 COMMON = 5
 """our choice: parts that must be visible in an image, and in both images of a pair."""
 MIRROR_PAIRS = {"*": [(7, 11), (8, 12), (9, 13)]}
@@ -73,10 +73,12 @@ class CUB(FolderDataset):
 
     @property
     def title(self) -> str:
-        """The name, with the number of species and "crops" if the copy is partial."""
+        """The name, with the number of species, or else of images, and "crops" if the copy is partial."""
         _, paths, species = self._images()
-        found = len({number for path, number in zip(paths, species.tolist(), strict=True) if os.path.isfile(path)})
-        notes = [f"{found} species"] if found < SPECIES else []
+        found = [number for path, number in zip(paths, species.tolist(), strict=True) if os.path.isfile(path)]
+        notes = [f"{len(found):,} images"] if len(found) < IMAGES else []
+        if (kinds := len(set(found))) < SPECIES:
+            notes = [f"{kinds} species"]
         notes += ["crops"] if (self._index.sizes == CROP).all() else []
         return f"{self.name} ({', '.join(notes)})" if notes else self.name
 
