@@ -30,7 +30,7 @@ class Private(NamedTuple):
 
 LOOP = Trainer(accelerator="cpu", barebones=True).fit_loop
 VALIDATION = (
-    "Delete the last lines of RandomState.on_train_start if tests/callbacks/test_resume.py passes without them: then "
+    "Delete the last lines of ExactResume.on_train_start if tests/callbacks/test_resume.py passes without them: then "
     "Lightning makes a validation that was due at the checkpoint's step. Else write no checkpoint where one is due."
 )
 PRIVATE = {
@@ -41,7 +41,7 @@ PRIVATE = {
     "_iteration_based_training": Private(
         "callbacks/resume.py",
         _FitLoop,
-        "Delete the line in RandomState.setup if tests/callbacks/test_resume.py passes without it: Lightning then "
+        "Delete the line in ExactResume.setup if tests/callbacks/test_resume.py passes without it: Lightning then "
         "resumes a run with max_steps in the epoch in which it stopped. Else find what decides in _FitLoop.restarting.",
     ),
     "_BatchNorm": Private(

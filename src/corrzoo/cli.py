@@ -91,7 +91,7 @@ class ZooCLI(LightningCLI):
             root = config.checkpoint.dirpath or getattr(config.trainer.logger, "init_args", {}).get("save_dir")
             folder = Path(root or config.trainer.default_root_dir or RUNS)
             name, backbone = f"{self.checkpoint}.ckpt", self.given.get("backbone")
-            self.checkpoint = newest_checkpoint(folder, name, _head(config), backbone)
+            self.checkpoint = newest_checkpoint(folder, name, recipes.class_name(config.model.class_path), backbone)
         config.ckpt_path = self.checkpoint and str(self.checkpoint)
         remote = "://" in str(self.checkpoint) and not str(self.checkpoint).startswith("hf://")
         if self.checkpoint and self.checkpoint != "hpc" and not remote:
@@ -110,7 +110,7 @@ class ZooCLI(LightningCLI):
     def _check_checkpoint(self, config: Namespace, path: Path) -> None:
         """Take the model's options from the checkpoint. Contradicting the command line is an error."""
         head, saved, epochs, steps = read_checkpoint(path)
-        if (wanted := _head(config)) != head:
+        if (wanted := recipes.class_name(config.model.class_path)) != head:
             raise ZooError(f"checkpoint {path} is a {head} model, not {wanted}: give --model {head}")
         given, free, fits = self.given, HEADS[head].evaluation_options, self.config.subcommand == "fit"
         ignored = free if fits else free | TRAINING
@@ -161,10 +161,6 @@ def quieten() -> None:
 
 def _no_advertisement(record: logging.LogRecord) -> bool:
     return "litlogger" not in record.getMessage()
-
-
-def _head(config: Namespace) -> str:
-    return str(config.model.class_path).rpartition(".")[2]
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -1,4 +1,4 @@
-"""ZooError, messages in one line, and the parser of commands that start without torch."""
+"""ZooError, messages in one line, and the parser of all commands that are not LightningCLI's."""
 
 import argparse
 from typing import Any, NoReturn

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from corrzoo.geometry import Size, cell_centres, pixels_to_cells, resize_points, size_of, transfer
 from corrzoo.images import ImageSource, as_rgb, to_tensor
-from corrzoo.types import Features, ZooError, as_points
+from corrzoo.types import Features, PointMatcher, ZooError, as_points
 
 GRID = 10
 """our choice: without query points, the centres of GRID x GRID cells are matched."""
@@ -33,12 +33,12 @@ class ImageMatches(NamedTuple):
     """(n,) distance in source pixels between a point and its match matched back to the source."""
 
 
-def open_pair(matcher: Any, src: ImageSource, trg: ImageSource, size: int | Size | None = None) -> "ImagePair":
+def open_pair(matcher: PointMatcher, src: ImageSource, trg: ImageSource, size: int | Size | None = None) -> "ImagePair":
     """Compute the features of two images once, for any number of queries.
 
     Args:
         matcher: The model. It is set to evaluation mode, and its weights are loaded.
-        src: Source image: a path, PIL image or uint8 pixels, see `images.as_rgb`.
+        src: Source image: a path, a file's bytes, a PIL image, or pixels as uint8 or floats; see `images.as_rgb`.
         trg: Target image.
         size: Side or (H, W) of the network image; `matcher.image_size` if None.
 
@@ -50,7 +50,7 @@ def open_pair(matcher: Any, src: ImageSource, trg: ImageSource, size: int | Size
 
 
 def match_images(
-    matcher: Any, src: ImageSource, trg: ImageSource, points: object = None, size: int | Size | None = None
+    matcher: PointMatcher, src: ImageSource, trg: ImageSource, points: object = None, size: int | Size | None = None
 ) -> ImageMatches:
     """Match (n, 2) source points; without points, a regular grid, confident matches only. See `open_pair`."""
     pair = open_pair(matcher, src, trg, size)
@@ -58,7 +58,7 @@ def match_images(
 
 
 def match_batch(
-    matcher: Any,
+    matcher: PointMatcher,
     src: Iterable[ImageSource],
     trg: Iterable[ImageSource],
     points: Iterable[object],
@@ -84,8 +84,9 @@ def match_batch(
 
 
 @torch.no_grad()
-def _features(matcher: Any, images: list[Image.Image], size: int | Size | None) -> Features:
-    matcher.eval().load_weights()
+def _features(matcher: PointMatcher, images: list[Image.Image], size: int | Size | None) -> Features:
+    matcher.eval()
+    matcher.load_weights()
     size = size or matcher.image_size
     H, W = (size, size) if isinstance(size, int) else size
     batch = torch.stack([to_tensor(image, (H, W)) for image in images]).to(matcher.device)
@@ -96,7 +97,7 @@ def _features(matcher: Any, images: list[Image.Image], size: int | Size | None) 
 class _Pairs:
     """Features of B pairs. Points are lists of B tensors (n, 2) in original pixels; n may differ."""
 
-    matcher: Any
+    matcher: PointMatcher
     src_sizes: Tensor  # (B, 2) original (w, h)
     trg_sizes: Tensor  # (B, 2)
     src_features: Features
@@ -139,7 +140,7 @@ class _Pairs:
 class ImagePair:
     """Two images and their features, see `open_pair`."""
 
-    matcher: Any
+    matcher: PointMatcher
     src: Image.Image
     trg: Image.Image
     src_features: Features

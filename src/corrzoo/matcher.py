@@ -13,14 +13,12 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from corrzoo import inference
 from corrzoo.backbones import Backbone
 from corrzoo.backbones.cache import FeatureCache
 from corrzoo.callbacks import default_callbacks
 from corrzoo.callbacks.finite import FiniteLoss
 from corrzoo.callbacks.results import describe_training
 from corrzoo.geometry import Size, cosine_maps, pseudo_flow, sample, size_of, transfer
-from corrzoo.images import ImageSource
 from corrzoo.losses import Term, endpoint_errors, mean_where, over_processes, processes
 from corrzoo.optimizers import create_optimizer, create_schedule
 from corrzoo.registry import Registry
@@ -55,7 +53,8 @@ class Matcher(LightningModule, ABC):
         protocol: PCK protocol, a name of `list_protocols()`; without a threshold kind, the dataset's own is added.
         alphas: PCK thresholds as shares of the reference length.
         backend: Which implementation of the correlation's read-out runs: `auto`, `torch` or `triton`. It concerns
-            Baseline, ViTSC and GeoAware with `outside: excluded`; others read out a volume that they have in memory.
+            ViTSC, Baseline without `mutual`, and GeoAware unless it reads a `window` with `outside: zero`; others read
+            out a volume that they have in memory.
         compile: Compile backbones and head by `torch.compile`. The first steps take minutes.
         feature_cache_mb: Memory for features that are computed once an image: in evaluation, and as much again in
             training with a frozen backbone (`finetune: none`) and without augmentation; 0 turns reuse off. In training,
@@ -185,16 +184,6 @@ class Matcher(LightningModule, ABC):
             return self.features(pair)
         images = self.backbone.normalise(torch.cat([pair.src_img, pair.trg_img]))
         return self.prepare(cache(images, ids, self.backbone)).halves()
-
-    def match_images(
-        self, src: ImageSource, trg: ImageSource, points: object = None, size: int | Size | None = None
-    ) -> inference.ImageMatches:
-        """Match two image files: see `inference.match_images`."""
-        return inference.match_images(self, src, trg, points, size)
-
-    def open_images(self, src: ImageSource, trg: ImageSource, size: int | Size | None = None) -> inference.ImagePair:
-        """Features of two image files, for any number of queries: see `inference.open_pair`."""
-        return inference.open_pair(self, src, trg, size)
 
     def backbones(self) -> list[Backbone]:
         """The backbone, and any other that the head has."""

@@ -46,11 +46,11 @@ def resolve(args: Sequence[str]) -> list[str]:
     head, changed = "", ""
     for option, value in _options(args):
         if option == "--model":
-            head, changed = _class_name(value), ""
+            head, changed = class_name(value), ""
         elif option:
             given, value = value, find(value)
             model = _model_in(value)
-            new = _class_name(model.get("class_path", "") if isinstance(model, dict) else str(model))
+            new = class_name(model.get("class_path", "") if isinstance(model, dict) else str(model))
             path = Path(value)
             family = path.parent.name if path.parent.parent.name == "ablation" else ""
             if not (head or new) and (model or family):
@@ -91,5 +91,6 @@ def _model_in(config: str) -> Any:
     return (content.get("model") or {}) if isinstance(content, dict) else {}
 
 
-def _class_name(class_path: str) -> str:
+def class_name(class_path: str) -> str:
+    """The class of a `class_path`, without its module."""
     return class_path.rpartition(".")[2]

@@ -151,9 +151,14 @@ class PointMatcher(Protocol):
     """What evaluation and inference need of a model; `matcher.Matcher` is one."""
 
     backbone: Any
+    image_size: Any
 
     @property
     def device(self) -> Any: ...
+
+    def eval(self) -> Any: ...
+
+    def load_weights(self) -> Any: ...
 
     def features(self, pair: Pair) -> tuple[Features, Features]: ...
 
@@ -164,6 +169,8 @@ class PointMatcher(Protocol):
     def match_points(self, src: Features, trg: Features, points: Tensor) -> Tensor: ...
 
     def match_keypoints(self, src: Features, trg: Features, pair: Pair) -> Tensor: ...
+
+    def heat_maps(self, src: Features, trg: Features, points: Tensor) -> Tensor: ...
 
 
 def as_points(points: object) -> Tensor:

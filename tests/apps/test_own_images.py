@@ -16,7 +16,7 @@ from PIL import Image
 import corrzoo
 from corrzoo import apps
 from corrzoo.__main__ import COMMANDS, main
-from corrzoo.apps.queries import list_queries, read_points
+from corrzoo.apps.pairs import list_queries, read_points
 
 CONFIGS = Path(__file__).resolve().parents[2] / "zoo_configs"
 TINY = ["--backbone=timm/test_vit.r160_in1k", "--weights=random", "--size=96"]

@@ -11,7 +11,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from corrzoo import visualize
 from corrzoo.apps import add_model, matcher_of
-from corrzoo.apps.queries import Query, list_queries
+from corrzoo.apps.pairs import Query, list_queries
 from corrzoo.callbacks.results import write_csv, write_json
 from corrzoo.errors import Parser, ZooError
 from corrzoo.files import whole_file, write_bytes

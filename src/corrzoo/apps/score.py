@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from corrzoo.apps.queries import read_columns
+from corrzoo.apps.pairs import read_columns
 from corrzoo.callbacks.results import describe_scores, versions, write_csv, write_json
 from corrzoo.data import DATASETS, create_dataset
 from corrzoo.data.pairs import PairDataset

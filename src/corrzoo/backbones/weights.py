@@ -21,7 +21,7 @@ from corrzoo.registry import nearest
 from corrzoo.types import ZooError
 
 # Parts of a file for pretraining or classification, which a backbone does not need.
-HEADS = ("head.", "fc.", "classifier.", "attn_pool.", "mask_token", "masked_embed")
+CLASSIFIERS = ("head.", "fc.", "classifier.", "attn_pool.", "mask_token", "masked_embed")
 HUB_ERRORS = (errors.LocalEntryNotFoundError, errors.HfHubHTTPError)
 UNREACHABLE = (*HUB_ERRORS, urllib.error.URLError, ConnectionError, TimeoutError)
 
@@ -44,7 +44,7 @@ def load_weights(model: nn.Module, spec: BackboneSpec, weights: str) -> None:
         state = to_timm(state, model, spec.branch)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:  # timm's converters
         raise ZooError(f"{path} does not fit backbone {spec.key}: its keys or shapes are another model's") from error
-    state = {key: value for key, value in state.items() if key in expected or not key.startswith(HEADS)}
+    state = {key: value for key, value in state.items() if key in expected or not key.startswith(CLASSIFIERS)}
     # Files older than PyTorch 0.4.1 do not count batches, and evaluation does not need the count.
     needed = {k: v for k, v in expected.items() if k in state or not k.endswith("num_batches_tracked")}
     if faults := key_faults(state, needed):

@@ -6,7 +6,7 @@ from corrzoo.callbacks.compiling import Compile
 from corrzoo.callbacks.finite import FiniteLoss
 from corrzoo.callbacks.pictures import PICTURES, MatchImages
 from corrzoo.callbacks.results import ResultsWriter, ScoreTable
-from corrzoo.callbacks.resume import RandomState, StopSignals
+from corrzoo.callbacks.resume import ExactResume, StopSignals
 
 __all__ = ["PICTURES", "MatchImages", "ResultsWriter", "ScoreTable", "default_callbacks"]
 
@@ -14,4 +14,4 @@ __all__ = ["PICTURES", "MatchImages", "ResultsWriter", "ScoreTable", "default_ca
 def default_callbacks() -> list[Callback]:
     """Callbacks of every run: compilation, finite-loss check, result files, pictures, stop signals, random state."""
     pictures = MatchImages(kinds=list(PICTURES), stages=["predict"])
-    return [Compile(), FiniteLoss(), ResultsWriter(), pictures, StopSignals(), RandomState()]
+    return [Compile(), FiniteLoss(), ResultsWriter(), pictures, StopSignals(), ExactResume()]

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 
+from corrzoo.recipes import class_name
+
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
@@ -25,7 +27,7 @@ def name_run(config: "Namespace", command: str, root: Path) -> None:
     `fit`, so that nothing is written into the working directory.
     """
     logger, trainer = config.trainer.logger, config.trainer
-    group = group_name(config.model.class_path.rpartition(".")[2], config.model.init_args.backbone)
+    group = group_name(class_name(config.model.class_path), config.model.init_args.backbone)
     options: Any = getattr(logger, "init_args", {})
     if "save_dir" in options and options.save_dir in (None, "", "."):
         options.save_dir = trainer.default_root_dir or str(root)

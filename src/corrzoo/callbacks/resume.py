@@ -70,11 +70,13 @@ class WholeFiles(TorchCheckpointIO):
             raise ZooError(f"{told}: fetch it again, or give an earlier checkpoint") from error
 
 
-class RandomState(Callback):
-    """Save and restore torch's random state. Data need no state: their randomness depends on (seed, epoch, pair).
+class ExactResume(Callback):
+    """Continue a run exactly where it ended, also within an epoch.
 
-    A run that max_time, max_steps or early stopping has ended within an epoch continues there. Gradients of an
-    accumulation that had no step yet are lost.
+    Saves and restores torch's random state; data need none, as their randomness depends on (seed, epoch, pair). Works
+    around three faults of Lightning 2.6: an epoch without steps after a resume with max_steps (`setup`), an unfinished
+    epoch that counts as done (`on_save_checkpoint`), and a due validation that is left out (`on_train_start`).
+    Gradients of an accumulation that had no step yet are lost.
     """
 
     def __init__(self) -> None:

@@ -49,7 +49,10 @@ class AnnotationIndex(NamedTuple):
     outlines: NDArray  # () bool: whether the points are vertices of outlines
 
     def record(self, i: int, images: list[Path], categories: list[str]) -> Record:
-        """Pair i as its reader returned it. `images` and `categories` are by number."""
+        """Pair i, without what its reader did not know; `src_alike` and `trg_alike` are then False.
+
+        `images` and `categories` are by number.
+        """
         src, trg = self.pairs[i].tolist()
         (src_first, trg_first), (src_last, trg_last) = self.starts[i : i + 2].tolist()
         parts = self.src_points[src_first:src_last], self.trg_points[trg_first:trg_last]

@@ -76,7 +76,7 @@ class PairsDataModule(LightningDataModule):
         val: Dataset whose validation split is scored during training; the training dataset by default.
         test: Datasets that `lightning test` scores and `lightning predict` predicts.
         root: Folder that contains `SPair-71k/`, `PF-PASCAL/`, `PF-WILLOW/`, `Caltech-101/`, `ap-10k/`,
-            `CUB_200_2011/`, as far as needed.
+            `CUB_200_2011/`, `VOC2012/`, `SPair-U/`, as far as needed.
         image_size: Side of the square network image in pixels, or [H, W].
         batch_size: Pairs in a step, over all processes together.
         num_workers: Worker processes that read images, for each training process.

@@ -32,7 +32,7 @@ WORDS = {
     "none": "training-free (zero-shot)",
 }
 """Names of datasets and kinds of supervision, for readers."""
-SHARED = {
+IN_HEADING = {
     "supervision": "supervision: {}",
     "trained on": "trained on {}",
     "pairs seen": "{} training pairs seen",
@@ -50,8 +50,8 @@ def tabulate(ranking: Ranking) -> tuple[list[str], list[str], list[dict[str, Any
     rows, shared, titles = [_cells(row, ranking) for row in ranking.rows], [], []
     for title in rows[0]:
         texts = {text_of(title, row[title]) for row in rows}
-        if title in SHARED and len(rows) > 1 and len(texts) == 1 and "" not in texts:
-            shared.append(SHARED[title].format(*texts))
+        if title in IN_HEADING and len(rows) > 1 and len(texts) == 1 and "" not in texts:
+            shared.append(IN_HEADING[title].format(*texts))
         elif texts != {""}:
             titles.append(title)
     return shared, titles, rows

@@ -15,7 +15,7 @@ from corrzoo.types import DIFFICULTIES, Pair, Record, ZooError, as_points
 ALPHAS = (0.05, 0.1, 0.15)
 """Tolerances that most papers report."""
 BUFFERED = 4096
-"""our choice: pairs that `PCK` buffers and scores at once. Scoring 16 at a time takes about 10 times as long."""
+"""our choice: pairs that `PCK` buffers and scores at once. Scoring 16 at a time takes about twice as long."""
 
 
 def score(
