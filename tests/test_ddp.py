@@ -17,8 +17,9 @@ from corrzoo.data import PairDataset
 from corrzoo.data.module import PairsDataModule
 from corrzoo.types import Pair
 from processes import in_two_processes, join, leave
+from small import SMALL, VIT, disturb
 
-VIT, CNN = "timm/test_vit.r160_in1k", "timm/test_resnet.r160_in1k"
+CNN = "timm/test_resnet.r160_in1k"
 CASES = {
     "Baseline": {},
     "Baseline, CNN": {"backbone": CNN, "levels": [1, 2]},
@@ -30,7 +31,8 @@ CASES = {
     "GSF, stage 1": {"grid": 8},
     "GSF, stage 2": {"grid": 8},
     "GeoAware": {"backbone": CNN, "levels": [1, 2], "grid": 4, "width": 128, "noise": 0.0},
-    "MirrorGuided": {"backbone": CNN, "levels": [1, 2]},
+    "MirrorGuided": SMALL["MirrorGuided"],
+    "MirrorGuided, no layers": {"backbone": CNN, "levels": [1, 2]},
     "NCNet": {"kernel_sizes": [3, 3], "channels": [4, 1]},
 }
 STEPS = 2  # a parameter that got no gradient is an error in the second
@@ -59,9 +61,7 @@ class Step(nn.Module):
         self.model.trainer = self.trainer  # a logged step reports the mean over processes
         self.model.stage2_from = int(case == "GSF, stage 1")
         self.logged: dict[str, float] = {}
-        with torch.no_grad():
-            for p in self.model.parameters():  # nothing stands at an initial zero that hides a wrong gradient
-                p += 0.02 * torch.randn_like(p)
+        disturb(self.model)
         for module in self.model.modules():  # whose draws depend on the size of the batch
             if isinstance(module, nn.Dropout | nn.Dropout2d):
                 module.p = 0.0

@@ -8,22 +8,11 @@ from PIL import Image
 import corrzoo
 from corrzoo import inference as imagepair
 from corrzoo.types import ZooError
-
-VIT = "timm/test_vit.r160_in1k"
-SMALL = {
-    "ViTSC": {"head_resolution": 0.125, "low_stages": 1},
-    "ACTR": {"grid": 8, "depth": 2},
-    "LPMFlow": {"grid": 4, "depth": 2},
-    "CATs": {"grid": 8, "width": 32},
-    "GeoAware": {"grid": 8, "width": 128},
-    "TransforMatcher": {"grid": 4},
-}
+from small import CASES, build
 
 
 def matcher(head="Baseline", **options):
-    torch.manual_seed(0)
-    options = SMALL.get(head, {}) | options
-    return corrzoo.create_matcher(head, backbone=VIT, weights="random", **options)
+    return build(head, **options)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +57,7 @@ def test_without_points_cycle_consistent_grid_points_are_matched(images):
     assert torch.equal(pair.match(found.src_points), found.trg_points)
 
 
-@pytest.mark.parametrize("head", corrzoo.list_heads())
+@pytest.mark.parametrize("head", CASES)
 def test_every_head_matches_images_that_are_not_square(head, images):
     pair = imagepair.open_pair(matcher(head), *images, size=(64, 96))
     found = pair.match_both_ways([[10, 20], [60, 45]])

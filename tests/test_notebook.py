@@ -84,7 +84,7 @@ def test_the_tables_name_every_head(notebook):
     heads = corrzoo.list_heads()
     assert len(heads) == 10
     assert all(f"| {head} |" in trained_here for head in heads)
-    assert all(f"| {head} |" in study for head in heads if head != "MirrorGuided")
+    assert all(f"| {head} |" in study for head in heads)
 
 
 def test_outputs_contain_no_machine_paths_or_times(notebook):

@@ -10,14 +10,9 @@ import torch
 import corrzoo
 from corrzoo.__main__ import main
 from corrzoo.apps.export import MatchPoints, export, to_onnx
-from test_inference import SMALL
+from small import CASES, build
 
-VIT, SIDE = "timm/test_vit.r160_in1k", 96
-
-
-def model_of(head):
-    torch.manual_seed(0)
-    return corrzoo.create_matcher(head, backbone=VIT, weights="random", **SMALL.get(head, {})).eval()
+SIDE = 96
 
 
 def example(points):
@@ -26,10 +21,10 @@ def example(points):
     return src, trg, torch.rand(1, points, 2, generator=generator) * SIDE
 
 
-@pytest.fixture(scope="module", params=corrzoo.list_heads())
+@pytest.fixture(scope="module", params=CASES)
 def exported(request):
     """Every head on a tiny backbone, and its exported program."""
-    model = model_of(request.param)
+    model = build(request.param).eval()
     return model, export(model, (SIDE, SIDE))
 
 
@@ -59,7 +54,7 @@ def test_onnx_equals_the_model_for_any_number_of_points(exported):
 
 def test_the_command_writes_a_file_that_torch_alone_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    model = model_of("Baseline")
+    model = build("Baseline").eval()
     model.image_size = SIDE
     corrzoo.save(model, "saved")
     main(["export", "--ckpt=saved", "--out=made/m.pt2"])

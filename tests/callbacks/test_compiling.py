@@ -12,18 +12,14 @@ import corrzoo
 from corrzoo.callbacks.compiling import compile_matcher
 from corrzoo.data import PairDataset
 from corrzoo.data.module import PairsDataModule
+from small import CASES, VIT, build
 
-VIT = "timm/test_vit.r160_in1k"
-SMALL = {
-    "ViTSC": {"head_resolution": 0.125, "low_stages": 1},
+OPTIONS = {
     "ACTR": {"grid": 4, "depth": 1, "windows": [4]},
-    "LPMFlow": {"grid": 4, "depth": 1, "windows": [4], "flows": ["22"]},
-    "GeoAware": {"grid": 8, "width": 128},
-    "CATs": {"grid": 8, "width": 32},
-    "TransforMatcher": {"grid": 4},
+    "LPMFlow": {"depth": 1, "windows": [4], "flows": ["22"]},
     "GSF": {"grid": 8},
 }
-BACKENDS = {head: "aot_eager" for head in corrzoo.list_heads()}
+BACKENDS = dict.fromkeys(CASES, "aot_eager")
 """`aot_eager` traces forward and backward. `inductor` takes minutes for a head of many layers."""
 if shutil.which("g++"):
     BACKENDS["Baseline"] = "inductor"
@@ -47,8 +43,8 @@ def compiled(monkeypatch):
 
 @pytest.mark.parametrize("head", BACKENDS)
 def test_a_compiled_head_has_the_same_flow_gradients_and_matches(head, compiled):
-    torch.manual_seed(1)  # with 0, some of TransforMatcher's scores are equal, and rounding decides which is the best
-    plain = corrzoo.create_matcher(head, backbone=VIT, weights="random", **SMALL.get(head, {}))
+    # With seed 0, some of TransforMatcher's scores are equal, and rounding decides which is the best.
+    plain = build(head, seed=1, **OPTIONS.get(head, {}))
     dataset = corrzoo.create_dataset("synthetic", "", "test", 64)
     pair = PairDataset.collate([dataset[i] for i in range(2)])
     with torch.no_grad():

@@ -7,21 +7,17 @@ import torch
 import yaml
 
 import corrzoo
+import small
 from corrzoo.data import PairDataset
 from corrzoo.scoring.evaluation import predict_points
 from corrzoo.types import ZooError
+from small import CASES, VIT
 
-VIT, CNN = "timm/test_vit.r160_in1k", "timm/test_resnet.r160_in1k"
-HEADS = corrzoo.list_heads()
+CNN = "timm/test_resnet.r160_in1k"
 WEAK = ("GSF", "NCNet")
 """Heads that learn from no keypoint, see their own tests."""
-SUPERVISED = [head for head in HEADS if head not in WEAK]
-SMALL = {
-    "ViTSC": {"head_resolution": 0.125, "low_stages": 1},  # its CNNs at every pixel are for GPUs
-    "ACTR": {"grid": 8, "depth": 2},
-    "GeoAware": {"grid": 8, "width": 128},
-    "LPMFlow": {"grid": 4, "depth": 2},
-    "CATs": {"grid": 8, "width": 32},
+SUPERVISED = [head for head in CASES if head not in WEAK]
+OPTIONS = {
     "TransforMatcher": {"grid": 8},
     # On a CPU, torch's bfloat16 gradient of a kernel of 5 cells on a volume of 4 is sometimes NaN (2.10 to 2.14).
     "NCNet": {"kernel_sizes": [3, 3], "channels": [16, 1]},
@@ -32,16 +28,16 @@ OVERFIT = {
     "CATs": {"lr": 1e-3, "init": "aligned", "keypoints": 4},  # more of them share its coarse cells
     "TransforMatcher": {"lr": 1e-3, "steps": 100, "keypoints": 3},  # read from fewer cells than in training
     "GeoAware": {"lr": 1e-3, "grid": 32, "dropout": 0.0, "noise": 0.0},  # which reads whole cells in training
-    "MirrorGuided": {"lr": 1e-3, "steps": 120, "stride": 8, "keypoints": 6},  # more of them share its cells
+    "MirrorGuided": {"lr": 1e-3, "steps": 50, "stride": 8, "keypoints": 6},  # more of them share its cells
+    "MirrorGuided, no layers": {"lr": 1e-3, "steps": 50, "stride": 8, "keypoints": 6},
     "Baseline": {"lr": 1e-3, "steps": 200, "stride": 4},
 }
 """Transformers from nothing want smaller steps. A keypoint is read from four cells. With a stride of 4 pixels the
 Baseline's loss supervises all of them; with 8 it supervises one, and rounding decides what the others learn."""
 
 
-def build(head, backbone=VIT, **options):
-    torch.manual_seed(0)
-    return corrzoo.create_matcher(head, backbone=backbone, weights="random", **SMALL.get(head, {}) | options)
+def build(head, **options):
+    return small.build(head, **OPTIONS.get(head, {}) | options)
 
 
 def batch(size=64, count=2):
@@ -55,9 +51,9 @@ def step(model, pair):
 
 
 @pytest.mark.parametrize("backbone", [VIT, CNN])
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", CASES)
 def test_a_step_reaches_every_parameter_that_trains(head, backbone):
-    model, pair = build(head, backbone), batch()
+    model, pair = build(head, backbone=backbone), batch()
     with torch.no_grad():
         for p in model.parameters():  # nothing stands at an initial zero that blocks the gradient of something else
             p += 0.02 * torch.randn_like(p).abs()  # nor falls a temperature below its bound
@@ -67,7 +63,7 @@ def test_a_step_reaches_every_parameter_that_trains(head, backbone):
 
 
 @pytest.mark.parametrize("size", [(64, 96), (80, 48)])
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", CASES)
 def test_sizes_that_are_not_square(head, size):
     model, pair = build(head).eval(), batch(size, count=1)
     match = model(pair.src_img, pair.trg_img)
@@ -75,14 +71,14 @@ def test_sizes_that_are_not_square(head, size):
     assert predict_points(model, pair).shape == pair.trg_kps.shape
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", CASES)
 def test_a_size_that_the_patch_does_not_divide_is_refused(head):
     with pytest.raises(ZooError, match="16"):
         build(head)(torch.zeros(1, 3, 70, 70), torch.zeros(1, 3, 70, 70))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", CASES)
 def test_half_precision_trains(head, dtype):
     model, pair = build(head), batch(count=2 if dtype == torch.bfloat16 else 1)  # no CPU is made for float16
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -132,8 +128,7 @@ def test_a_pair_without_keypoints_contributes_nothing(head):
 
 @pytest.mark.parametrize("head", SUPERVISED)
 def test_training_pairs_without_keypoints_are_an_error(head):
-    options = {"MirrorGuided": {"layers": 1, "width": 32, "row_weight": 1.0, "epe_weight": 0.0}}.get(head, {})
-    model, pair = build(head, **options), batch(count=1)
+    model, pair = build(head), batch(count=1)
     none = {name: getattr(pair, name)[:, :0] for name in ("src_kps", "trg_kps", "kps_mask", "kps_ids", "mirror_ids")}
     with pytest.raises(ZooError, match="no keypoints, which the loss needs"):
         step(model, pair._replace(**none))
@@ -151,16 +146,14 @@ SIZES |= set("kernel_sizes channels windows grid stride width depth layers reloc
 def test_every_parameter_of_an_ablation_gets_a_gradient(name):
     """Distributed training waits for them all."""
     stem, config = ABLATIONS[name]
-    head = next(head for head in HEADS if head.lower() == stem)
+    head = next(head for head in corrzoo.list_heads() if head.lower() == stem)
     options = {k: v for k, v in config.get("init_args", {}).items() if k not in SIZES}
-    if head == "MirrorGuided":
-        options = {"row_weight": 1.0, "epe_weight": 0.0, "layers": 1, "width": 32} | options
     model = build(head, **options).train()
     step(model, batch()).backward()
     assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", CASES)
 def test_pixels_and_normalised_images_are_the_same_to_forward(head):
     model, pair = build(head).eval(), batch(count=1)
     normalised = (model.backbone.normalise(i) for i in (pair.src_img, pair.trg_img))

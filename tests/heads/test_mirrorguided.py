@@ -42,7 +42,7 @@ def swap(map_):
 
 
 def mean_over_neighbours(scores, sigma, reach):
-    """Eq. 2 cell by cell: {(i, j): C_ij} as nested lists."""
+    """Eq. 3 cell by cell: {(i, j): C_ij} as nested lists."""
     h, w = GRID
     out = []
     for i in range(h * w):
@@ -62,7 +62,7 @@ def mean_over_neighbours(scores, sigma, reach):
 
 
 def guide_in_loops(model, source, target):
-    """Consensus C, field G' and support of eqs. 1 to 6 for maps (C, h, w)."""
+    """Consensus C, field G' and support of eqs. 2 to 7 for maps (C, h, w)."""
     n = range(len(CELLS))
     f, g = (m.flatten(1).T.tolist() for m in (source, target))
 

@@ -33,6 +33,7 @@ NUMBERS: dict[str, list[Any]] = {
     "channels": [[2, 1]],
     "consensus": [0.0, 0.7],
     "depth": [1, 2],
+    "epe_weight": [0.0, 1.0],
     "flows": [["11"], ["22", "12"], ["11", "12", "21", "22"]],
     "grid": [4, 6, 8],
     "head_resolution": [0.125, 0.25],
@@ -44,8 +45,10 @@ NUMBERS: dict[str, list[Any]] = {
     "relocalization": [1, 2],
     "rho": [0.5, 0.9],
     "rounds": [1, 2],
+    "row_weight": [0.0, 1.0],
     "sigma": [None, 0.8],
     "stage1": [0.0, 0.25],
+    "strength": [0.3, 1.0],
     "stride": [7, 8, 16, 200],  # with 200, the grid is one cell
     "temperature": [0.02, 0.3],
     "top_k": [0, 5, 64],
