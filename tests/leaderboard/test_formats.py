@@ -22,7 +22,7 @@ def test_markdown_cell_is_empty_if_not_measured(board):
     assert dict(zip(names, first, strict=True))["PCK @0.1"] == "82.0 ± 2.8"
     assert dict(zip(names, second, strict=True)) == {
         **{"#": "1", "method": "GSF", "backbone": "dinov2_b14", "supervision": "weak", "seeds": "1"},
-        **{"PCK @0.05": "30.0", "PCK @0.1": "60.0", "ms / pair": "", "head params (M)": "0.00"},
+        **{"PCK @0.05": "30.0", "PCK @0.1": "60.0", "ms / pair": "", "head params (M)": "0.000"},
     }
 
 

@@ -13,8 +13,8 @@ from corrzoo.leaderboard.rows import Ranking, Row, Spread
 
 COSTS = {
     "ms_per_pair": ("ms / pair", ",.1f"),
-    "params_head": ("head params (M)", ",.2f"),
-    "params_backbone": ("backbone params (M)", ",.2f"),
+    "params_head": ("head params (M)", ",.3f"),
+    "params_backbone": ("backbone params (M)", ",.3f"),
     "peak_memory_mb": ("memory (MB)", ",.0f"),
 }
 """Column title and number format of each cost."""
