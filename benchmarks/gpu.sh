@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measure everything that is to be measured on a GPU, in at most nine minutes on one H100:
 #   bash benchmarks/gpu.sh OUT               # tables, results and logs in OUT, all of them in OUT/results.tgz
-#   bash benchmarks/gpu.sh OUT --rehearse    # every part, tiny, on a CPU
+#   bash benchmarks/gpu.sh OUT --rehearse    # every part on a CPU, tiny and not compiled
 #
 # Needs torch, triton, timm, lightning, the other dependencies of corrzoo, and pytest. A part that needs a module that is
 # not installed is skipped; wheels in OUT/../data/wheels are installed first. CUB_200_2011/ and PF-WILLOW/ are read from

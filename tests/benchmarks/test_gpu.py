@@ -40,7 +40,7 @@ def without_jsonargparse(tmp_path):
 
 
 def test_rehearsal_runs_every_part(tmp_path):
-    """With one head: all nine take minutes."""
+    """With one head: all ten take minutes."""
     out = tmp_path / "out"
     ran = run(str(out), "--rehearse", HEADS="Baseline")
     logs = {path.name: path.read_text()[-2000:] for path in out.glob("*.log")}
