@@ -13,12 +13,14 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from corrzoo import inference
 from corrzoo.backbones import Backbone
 from corrzoo.backbones.cache import FeatureCache
 from corrzoo.callbacks import default_callbacks
 from corrzoo.callbacks.finite import FiniteLoss
 from corrzoo.callbacks.results import describe_training
 from corrzoo.geometry import Size, cosine_maps, pseudo_flow, sample, size_of, transfer
+from corrzoo.images import ImageSource
 from corrzoo.losses import Term, endpoint_errors, mean_where, over_processes, processes
 from corrzoo.optimizers import create_optimizer, create_schedule
 from corrzoo.registry import Registry
@@ -184,6 +186,16 @@ class Matcher(LightningModule, ABC):
             return self.features(pair)
         images = self.backbone.normalise(torch.cat([pair.src_img, pair.trg_img]))
         return self.prepare(cache(images, ids, self.backbone)).halves()
+
+    def match_images(
+        self, src: ImageSource, trg: ImageSource, points: object = None, size: int | Size | None = None
+    ) -> inference.ImageMatches:
+        """Match two image files: see `inference.match_images`."""
+        return inference.match_images(self, src, trg, points, size)
+
+    def open_images(self, src: ImageSource, trg: ImageSource, size: int | Size | None = None) -> inference.ImagePair:
+        """Features of two image files, for any number of queries: see `inference.open_pair`."""
+        return inference.open_pair(self, src, trg, size)
 
     def backbones(self) -> list[Backbone]:
         """The backbone, and any other that the head has."""
