@@ -262,8 +262,13 @@ class Matcher(LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["head"], checkpoint["module"] = type(self).__name__, type(self).__module__
-        checkpoint["trained"] = describe_training(self.trainer) or self.trained
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+        checkpoint["trained"] = self.trained
+        try:
+            trainer = self.trainer
+        except RuntimeError:  # it has none
+            return
+        checkpoint["trained"] = describe_training(trainer) or self.trained
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, FiniteLoss):  # Lightning does not ask callbacks about a file of weights alone
                 callback.check()
 

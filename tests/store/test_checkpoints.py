@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Trainer
 
 import corrzoo
 from corrzoo.store.checkpoints import read_checkpoint
@@ -20,11 +19,9 @@ TINY = dict(backbone="timm/test_vit.r160_in1k", weights="random")
 
 
 def checkpoint(path, model):
-    """Write a checkpoint of the model as Lightning does."""
-    trainer = Trainer(logger=False, accelerator="cpu", devices=1)
-    trainer.strategy.connect(model)
-    model.trainer = trainer
-    trainer.save_checkpoint(path)
+    content = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
+    model.on_save_checkpoint(content)
+    torch.save(content, path)
     return path
 
 
