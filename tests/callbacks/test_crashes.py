@@ -234,7 +234,7 @@ def kill_a_worker() -> None:
             "error: cannot write the checkpoint .*last.ckpt \\(File too large; the previous checkpoint is",
         ),
         (take_the_images_away, "error: no image .*jpg: restore the file"),
-        (kill_a_worker, "error: DataLoader worker .* killed by signal.*fewer --data.num_workers"),
+        (kill_a_worker, "error: DataLoader worker .* (killed by signal|exited unexpectedly).*fewer --data.num_workers"),
     ],
 )
 def test_a_failure_during_training_is_one_line_and_the_run_resumes(
