@@ -248,7 +248,7 @@ def tune(args: argparse.Namespace, end: float) -> list[dict[str, object]]:
     MB = 2**20
     for side, B in ((64, 4), (32, 8), (16, 32), (128, 1)):
         for per_thread in (32, 16, 64):
-            for elements in (2048, 4096, 1024) if side < 64 else (2048,):
+            for elements in (1024, 2048, 4096) if side < 64 else (1024,):
                 for backward in (False, True):
                     attempt(side, B, backward, PER_THREAD=per_thread, ELEMENTS=elements)
     for side, B in ((64, 4), (128, 1)):

@@ -11,7 +11,7 @@ from fixtures import SPAIR_KPS, draw, write_pfwillow, write_spair
 from torch.utils.data import DataLoader
 
 from corrzoo.data import PairDataset, create_dataset, list_datasets
-from corrzoo.data.pairs import z_order
+from corrzoo.data.pairs import mirror, z_order
 from corrzoo.types import Pair, ZooError
 
 
@@ -189,3 +189,14 @@ def test_pairs_are_ordered_by_category_and_each_is_there_once(tmp_path: Path) ->
     order = dataset.order()
     assert sorted(order) == [0, 1, 2, 3] and [dataset.record(i).category for i in order] == ["aeroplane"] * 3 + ["cat"]
     assert create_dataset("synthetic", tmp_path, "val", length=3).order() == [0, 1, 2]
+
+
+def test_a_mirrored_batch_is_the_batch_of_mirrored_samples():
+    dataset = create_dataset("synthetic", "", "test", 64)
+    samples = [dataset[i] for i in range(3)]
+    samples[1] = samples[1]._replace(src_box=torch.full((4,), torch.nan))  # not annotated
+    whole, parts = mirror(PairDataset.collate(samples)), PairDataset.collate([mirror(sample) for sample in samples])
+    for name, found, expected in zip(Pair._fields, whole, parts, strict=True):
+        if name in ("src_kps", "trg_kps"):  # the others are padding
+            found, expected = found[whole.kps_mask], expected[whole.kps_mask]
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True, msg=name)

@@ -30,7 +30,7 @@ def batch():
 def test_training_step(head, options):
     model, pair = build(head, **options).train(), batch()
     with hostless():
-        terms = model.loss(model.match(*model.features(pair)), pair)
+        terms = model.training_losses(pair)
         (terms["loss"] if isinstance(terms, dict) else terms).backward()
     assert any(p.grad is not None and p.grad.any() for p in model.parameters())
 

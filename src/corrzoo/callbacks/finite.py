@@ -35,6 +35,7 @@ class FiniteLoss(Callback):
     def __init__(self) -> None:
         self._last: tuple[int, HostCopy, HostCopy] | None = None
         """Number, loss and pairs of the last step."""
+        self._step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last = None  # an earlier training may have been interrupted
