@@ -7,10 +7,10 @@
     python benchmarks/study.py zero_shot        PF-WILLOW and CUB without training, at 320 px
 
 A run is one `lightning fit` and one `lightning test` with the YAMLs that are printed, in a folder under runs/study/.
-Its result is one file, benchmarks/results/<study>/<run>.json, whose `curve` has the PCK of validation pairs by the
-number of pairs seen. The learning rate of each head and study is the best on validation pairs, each tried for 12 % of
-the pairs: benchmarks/results/learning_rates.csv. Rates are tried until the best lies between two others, or at the
-end of `LEARNING_RATES`.
+Its result is one file, benchmarks/results/<study>/<run>.json, or <study>_2000/<run>.json with `--pairs 2000`. The
+file's `curve` has the PCK of validation pairs by the number of pairs seen. The learning rate of each head and study is
+the best on validation pairs, each tried for 12 % of the pairs: benchmarks/results/learning_rates.csv. Rates are tried
+until the best lies between two others, or at the end of `LEARNING_RATES`. Rates of a longer run serve a shorter one.
 `leave_one_out` takes the rates of `cub_frozen`, so that no pair of PF-WILLOW chooses them. Runs that have a result with
 the best rate are skipped, and runs that were interrupted are resumed.
 """
@@ -65,6 +65,8 @@ SWEEP = 0.12
 MARKS = (0, 800, 2500, 5000, 10000, 20000)
 """Pairs seen at which validation pairs are scored."""
 BATCH = 16
+PAIRS = 10_000
+"""Training pairs that each run sees, unless `--pairs` says otherwise."""
 LOCK = multiprocessing.Lock()
 KINDS = ("car", "duck", "motorbike", "winebottle")
 """Of PF-WILLOW: `leave_one_out` tests each in turn."""
@@ -120,8 +122,13 @@ class Run:
         return "_".join(filter(None, parts)) + f"-{self.seed}"
 
     @property
+    def group(self) -> str:
+        """Folder of its result: the study, with the number of pairs unless it is `PAIRS`."""
+        return self.study if self.pairs in (0, PAIRS) else f"{self.study}_{self.pairs}"
+
+    @property
     def result(self) -> Path:
-        return RESULTS / self.study / f"{self.name}.json"
+        return RESULTS / self.group / f"{self.name}.json"
 
     @property
     def folder(self) -> Path:
@@ -206,7 +213,7 @@ def execute(run: Run, args: argparse.Namespace) -> None:
         return write(run.result, merged(folds))
     results = train_and_test(run, args)
     if "pfwillow" in results:
-        write(RESULTS / f"{run.study}_pfwillow" / run.result.name, results.pop("pfwillow"))
+        write(RESULTS / f"{run.group}_pfwillow" / run.result.name, results.pop("pfwillow"))
     (result,) = results.values()
     write(run.result, result)
 
@@ -343,11 +350,10 @@ def runs_of(args: argparse.Namespace) -> list[Run]:
 
 
 def finished(run: Run) -> bool:
-    """Whether a result is there, of as many pairs and the learning rate that is best by now."""
+    """Whether a result is there, of the learning rate that is best by now."""
     if not run.result.exists() or not run.pairs:
         return run.result.exists()
-    result = json.loads(run.result.read_text())
-    return result["trained"]["pairs_seen"] == run.steps * BATCH and result["options"]["lr"] == learning_rate(run)
+    return json.loads(run.result.read_text())["options"]["lr"] == learning_rate(run)
 
 
 def study(args: argparse.Namespace) -> None:
@@ -366,7 +372,7 @@ if __name__ == "__main__":
     parser.add_argument("study", choices=[*DATASETS, "zero_shot"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=HEADS)
-    parser.add_argument("--pairs", type=int, default=10000, help="training pairs that each run sees")
+    parser.add_argument("--pairs", type=int, default=PAIRS, help="training pairs that each run sees")
     parser.add_argument("--ablations", action="store_true", help="also train each head without one of its parts")
     where = "folder of CUB_200_2011/ and PF-WILLOW/"
     parser.add_argument("--data_root", default=ROOT / "data", type=lambda path: Path(path).absolute(), help=where)

@@ -9,8 +9,6 @@ import study
 from corrzoo.files import table
 from corrzoo.leaderboard.rows import Spread
 
-PAIRS = 10_000
-"""Training pairs that a run must have seen to be shown."""
 ALPHAS = (0.05, 0.1, 0.15)
 NAMES = {
     "mirrorguided": "MirrorGuided",
@@ -45,10 +43,8 @@ def read(name: str) -> dict[str, Seeds]:
     """Results of a study by run, such as `actr`, `actr_no_multi_path` or `actr_untrained`, then by seed."""
     runs: dict[str, Seeds] = defaultdict(dict)
     for path in sorted((study.RESULTS / name).glob("*.json")):
-        result = json.loads(path.read_text())
-        if not result["trained"] or result["trained"]["pairs_seen"] >= PAIRS:
-            run, _, seed = path.stem.rpartition("-")
-            runs[run][int(seed)] = result
+        run, _, seed = path.stem.rpartition("-")
+        runs[run][int(seed)] = json.loads(path.read_text())
     return runs
 
 
@@ -150,7 +146,7 @@ def rates() -> str:
     rows = []
     for name in ("cub_frozen", "cub_finetuned", "synthetic"):
         for head, title in NAMES.items():
-            if found := study.tried_rates(study.Run(name, head, 0, PAIRS)):
+            if found := study.tried_rates(study.Run(name, head, 0, study.PAIRS)):
                 best = study.best_rate(found)
                 cells = [f"{found[lr]:.1f}" if lr in found else "" for lr in study.LEARNING_RATES]
                 bold = [f"**{c}**" if lr == best else c for lr, c in zip(study.LEARNING_RATES, cells, strict=True)]
@@ -179,7 +175,7 @@ def missing() -> str:
 
 def trains(name: str, head: str) -> bool:
     """Whether a study has something to train in a head."""
-    return study.trainable(study.Run(name, head, seed=0, pairs=PAIRS))
+    return study.trainable(study.Run(name, head, seed=0, pairs=study.PAIRS))
 
 
 def trained(name: str, head: str, runs: dict[str, Seeds], group: str = "") -> str:
@@ -236,7 +232,7 @@ def picture() -> Any:
                 ax.plot([seen or start for seen in points], list(points.values()), **style)
             elif not trains(name, head) and (found := read("cub_finetuned").get(head)):
                 ax.axhline(curve(found)[0], ls="--", **style | {"marker": None})  # before training
-        marks = [mark for mark in study.MARKS if mark <= PAIRS]
+        marks = [mark for mark in study.MARKS if mark <= study.PAIRS]
         ax.set_xscale("log")
         ax.set_xticks([mark or start for mark in marks], [f"{mark:,}" for mark in marks])
         ax.minorticks_off()
