@@ -1,4 +1,4 @@
-"""Write the README's leaderboard and docs/leaderboard.*, as `corrzoo leaderboard` does; --check verifies them instead.
+"""Write docs/leaderboard.*, as `corrzoo leaderboard` does; --check verifies them instead.
 
 python benchmarks/leaderboard.py [--check]
 """

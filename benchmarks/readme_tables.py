@@ -17,7 +17,7 @@ import study_tables
 from corrzoo.backbones import Backbone, get_spec, list_backbones
 from corrzoo.data.download import TERMS
 from corrzoo.files import table
-from corrzoo.scoring.protocols import PADDED, get_protocol, list_protocols
+from corrzoo.scoring.protocols import get_protocol, list_protocols
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,8 +36,6 @@ other image are given. `averages` are those that the authors report, the headlin
 released code, to compare with numbers that were published with it. It is never the default.
 
 """
-FLAWS = {"the threshold": "A", "padding counts": "B"}
-"""Beginning of the description of a flaw, and its letter in the README."""
 DATA = {
     "SPair-71k and SPair-U, PF-PASCAL, PF-WILLOW": "for research, under their authors' terms",
     "AP-10K, Caltech-101": "cc-by-4.0",
@@ -68,26 +66,6 @@ def protocols() -> str:
     return PROTOCOLS + table(["protocol", "scores", "length", "correct if", "averages", "flaw"], rows) + "\n"
 
 
-def presets() -> str:
-    """Short table: presets that score in the same way share a row; `bbox-kp-padded`, a flaw by itself, is left out."""
-    names: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for preset in dict.fromkeys(name.partition(":")[0] for name in list_protocols()):
-        found = [get_protocol(name) for name in list_protocols() if name.startswith(f"{preset}:")]
-        flaws = {
-            letter: [p.kind for p in found if start in p.flaw and p.kind != PADDED] for start, letter in FLAWS.items()
-        }
-        frames: dict[str, list[str]] = defaultdict(list)
-        for p in found:
-            frames[str(p.frame)].append(f"`{p.kind}`")
-        by_kind = [f"{frame} ({', '.join(kinds)})" if len(frames) > 1 else frame for frame, kinds in frames.items()]
-        told = [f"{letter} (`{'`, `'.join(kinds)}`)" for letter, kinds in flaws.items() if kinds]
-        lengths = ", ".join(f"`{p.kind}`" for p in found if p.kind != PADDED)
-        names[found[0].evaluated, ", ".join(by_kind), lengths, "; ".join(told)].append(f"`{preset}`")
-    rows = [[", ".join(same), *cells] for cells, same in names.items()]
-    rows.sort(key=lambda row: "default" not in row[0])
-    return table(["protocol", "scores", "frame", "lengths", "flaw"], rows)
-
-
 def licences() -> str:
     """Table of the licences of weights and datasets."""
     weights: dict[str, list[str]] = defaultdict(list)
@@ -111,7 +89,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="exit with 1 if a file is out of date")
     check = parser.parse_args().check
     written = {
-        ROOT / "README.md": {"protocols": presets(), "licences": licences()} | study_tables.both(),
+        ROOT / "README.md": {"licences": licences()} | study_tables.both(),
         ROOT / "docs" / "study.md": study_tables.both() | study_tables.page(),
     }
     docs = {"backbones.md": backbones(), "protocols.md": protocols()}

@@ -48,7 +48,7 @@ def test_the_python_examples_run(tmp_path, monkeypatch):
     assert names["found"].trg_points.shape == (2, 2) and [len(found.trg_points) for found in names["many"]] == [1, 2]
     corrzoo.save(names["matcher"], "saved")
     (block,) = blocks("README.md", "python")
-    exec(block.replace("runs/<run>/checkpoints/best.ckpt", "saved"), {})
+    exec(block.replace("runs/<head>-<backbone>/<run>/checkpoints/best.ckpt", "saved"), {})
 
 
 @pytest.mark.parametrize("name", re.findall(r"(?:`|^)corrzoo (\w+)", README, re.M))

@@ -246,4 +246,4 @@ def test_the_commands_of_the_readme_run():
             main(args)
     assert Path("pair/matches.csv").exists() and Path("matches/flow.flo").exists()
     corrzoo.save(corrzoo.create_matcher("Baseline", "timm/test_vit.r160_in1k", "random"), "saved")
-    exec(python.replace("runs/<run>/checkpoints/best.ckpt", "saved"), {})
+    exec(python.replace("runs/<head>-<backbone>/<run>/checkpoints/best.ckpt", "saved"), {})

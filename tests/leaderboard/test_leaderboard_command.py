@@ -7,7 +7,7 @@ import pytest
 from made_up import result
 
 from corrzoo.errors import ZooError
-from corrzoo.leaderboard import main
+from corrzoo.leaderboard import TABLES, main
 from corrzoo.leaderboard.papers import PAPERS, read_papers
 
 
@@ -18,26 +18,32 @@ def leaves(args):
     return leaving.value.code
 
 
+NO_MARKERS = rf"{TABLES} has no lines <!-- leaderboard -->"
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A folder like the repository's, with one result and a README that has the markers."""
+    """A folder like the repository's, with one result and a page that has the markers."""
     monkeypatch.chdir(tmp_path)
     study = tmp_path / "benchmarks" / "results" / "study"
     study.mkdir(parents=True)
     (study / "one.json").write_text(json.dumps(result(80.0)))
-    (tmp_path / "README.md").write_text("before\n<!-- leaderboard -->\nold\n<!-- /leaderboard -->\nafter\n")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "leaderboard.md").write_text(
+        "before\n<!-- leaderboard -->\nold\n<!-- /leaderboard -->\nafter\n"
+    )
     return tmp_path
 
 
 def test_files_are_written_and_checked(project, capsys):
     main([])
-    readme = (project / "README.md").read_text()
-    assert readme.startswith("before\n<!-- leaderboard -->\n### SPair-71k\n") and "\nold\n" not in readme
-    assert readme.endswith("<!-- /leaderboard -->\nafter\n") and "| 78.2 |" in readme and "| +1.8 |" in readme
-    assert {path.name for path in (project / "docs").iterdir()} == {"leaderboard.html", "leaderboard.csv"}
+    page = (project / "docs" / "leaderboard.md").read_text()
+    assert page.startswith("before\n<!-- leaderboard -->\n### SPair-71k\n") and "\nold\n" not in page
+    assert page.endswith("<!-- /leaderboard -->\nafter\n") and "| 78.2 |" in page and "| +1.8 |" in page
+    assert {path.suffix for path in (project / "docs").glob("leaderboard.*")} == {".html", ".csv", ".md"}
     assert leaves(["--check"]) == 0
     (project / "benchmarks" / "results" / "study" / "one.json").write_text(json.dumps(result(79.0)))
-    with pytest.raises(ZooError, match=r"docs/leaderboard\.html, .*README\.md: out of date"):
+    with pytest.raises(ZooError, match=r"docs/leaderboard\.html, .*docs/leaderboard\.md: out of date"):
         main(["--check"])
     main([])
     assert leaves(["--check"]) == 0
@@ -94,19 +100,22 @@ def test_corrupt_file_is_skipped_with_a_warning(project, capsys, content, why):
             lambda p: (p / "benchmarks/results/study/one.json").write_text("{}"),
             "no result files under benchmarks/results:",
         ),
-        (lambda p: (p / "README.md").write_text("no markers"), r"README\.md has no lines <!-- leaderboard -->"),
         (
-            lambda p: (p / "README.md").write_text("<!-- /leaderboard -->\n<!-- leaderboard -->\n"),
-            r"README\.md has no lines <!-- leaderboard -->",
+            lambda p: (p / TABLES).write_text("no markers"),
+            NO_MARKERS,
         ),
-        (lambda p: (p / "README.md").unlink(), r"README\.md has no lines <!-- leaderboard -->"),
+        (
+            lambda p: (p / TABLES).write_text("<!-- /leaderboard -->\n<!-- leaderboard -->\n"),
+            NO_MARKERS,
+        ),
+        (lambda p: (p / TABLES).unlink(), NO_MARKERS),
     ],
 )
 def test_bad_input_gives_a_one_line_error(project, break_it, message):
     break_it(project)
     with pytest.raises(ZooError, match=message) as error:
         main([])
-    assert "\n" not in str(error.value) and not (project / "docs").exists()
+    assert "\n" not in str(error.value) and not (project / "docs" / "leaderboard.html").exists()
 
 
 def test_papers_csv_may_come_from_a_spreadsheet(tmp_path):
@@ -128,7 +137,7 @@ def test_bad_papers_csv_gives_a_one_line_error(project, content, message):
         (project / "my.csv").write_text(content)
     with pytest.raises(ZooError, match=message) as error:
         main(["--papers", "my.csv"])
-    assert "\n" not in str(error.value) and not (project / "docs").exists()
+    assert "\n" not in str(error.value) and not (project / "docs" / "leaderboard.html").exists()
 
 
 def test_incomplete_file_is_not_read(project, capsys):
@@ -142,30 +151,30 @@ def test_error_names_a_missing_path(project):
         main(["nothere"])
 
 
-def test_outside_a_checkout_runs_are_read_and_no_readme_is_written(tmp_path, monkeypatch):
+def test_outside_a_checkout_runs_are_read_and_no_tables_are_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ZooError, match=r"^no such file or folder: runs$"):
         main([])
     results = tmp_path / "runs" / "Baseline" / "version_0" / "results"
     results.mkdir(parents=True)
     (results / "spair71k.json").write_text(json.dumps(result(80.0)))
-    (tmp_path / "README.md").write_text("my own project")
     main([])
-    assert (tmp_path / "README.md").read_text() == "my own project"
+    assert not (tmp_path / "docs" / "leaderboard.md").exists()
     assert "ViTSC, Table 1" in (tmp_path / "docs" / "leaderboard.csv").read_text()  # corrzoo's own papers.csv
 
 
-def test_results_given_by_path_do_not_change_the_readme(project):
-    before = (project / "README.md").read_text()
+def test_results_given_by_path_do_not_change_the_tables(project):
+    page = project / "docs" / "leaderboard.md"
+    before = page.read_text()
     main(["benchmarks/results", "--papers", "", "--out", "board"])
-    assert (project / "README.md").read_text() == before and (project / "board" / "leaderboard.html").is_file()
-    main(["benchmarks/results/study/one.json", "--readme", "README.md", "--out", "board"])
-    assert "### SPair-71k" in (project / "README.md").read_text()
+    assert page.read_text() == before and (project / "board" / "leaderboard.html").is_file()
+    main(["benchmarks/results/study/one.json", "--readme", "docs/leaderboard.md", "--out", "board"])
+    assert "### SPair-71k" in page.read_text()
 
 
 def test_either_all_files_are_written_or_none(project, monkeypatch):
     main([])
-    files = [*(project / "docs").iterdir(), project / "README.md"]
+    files = [*(project / "docs").iterdir()]
     before = [path.read_bytes() for path in files]
     (project / "benchmarks" / "results" / "study" / "one.json").write_text(json.dumps(result(79.0)))
     write, written = Path.write_bytes, []
@@ -180,4 +189,4 @@ def test_either_all_files_are_written_or_none(project, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         main([])
     assert [path.read_bytes() for path in files] == before and len(written) == 2
-    assert {*(project / "docs").iterdir(), project / "README.md"} == set(files)
+    assert set((project / "docs").iterdir()) == set(files)

@@ -1,4 +1,4 @@
-"""The command `corrzoo leaderboard`: result files and published numbers as a page, a CSV file and a README's tables."""
+"""The command `corrzoo leaderboard`: result files and published numbers as a page, a CSV file and Markdown tables."""
 
 import re
 import sys
@@ -13,20 +13,21 @@ from corrzoo.leaderboard.render import to_csv, to_html, to_markdown
 from corrzoo.leaderboard.results import find_results, rank, read_results
 
 START, END = "<!-- leaderboard -->\n", "<!-- /leaderboard -->"
-CHECKOUT = Path("benchmarks/results")
-"""Where a checkout of corrzoo keeps its result files. There the README has the tables as well."""
+CHECKOUT, TABLES = Path("benchmarks/results"), "docs/leaderboard.md"
+"""Where a checkout of corrzoo keeps its result files and their tables."""
 
 
 def main(args: Sequence[str]) -> None:
     """Run `corrzoo leaderboard` with these arguments.
 
     Raises:
-        ZooError: if there are no results, results contradict each other, or the README lacks the two markers.
+        ZooError: if there are no results, results contradict each other, or the file of the tables has no
+            markers.
     """
     parser = Parser(prog="corrzoo leaderboard", description="Write the leaderboard of result files and papers.")
     parser.add_argument("paths", nargs="*", type=Path, help="result files or folders (benchmarks/results, else runs)")
     parser.add_argument("--papers", default=PAPERS, help="CSV file of published numbers, '' for none (corrzoo's own)")
-    parser.add_argument("--readme", help="file with the two markers to write tables into (README.md in a checkout)")
+    parser.add_argument("--readme", help=f"file with the two markers to write tables into ({TABLES} in a checkout)")
     parser.add_argument("--out", default="docs", type=Path, help="folder for leaderboard.html and .csv (docs)")
     parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if a file is out of date")
     options = parser.parse_args(args)
@@ -45,7 +46,7 @@ def main(args: Sequence[str]) -> None:
         options.out / "leaderboard.html": to_html([*measured, *rank_papers(papers)]),
         options.out / "leaderboard.csv": to_csv(measured),
     }
-    if readme := options.readme or ("README.md" if in_checkout else ""):
+    if readme := options.readme or (TABLES if in_checkout else ""):
         texts[Path(readme)] = _filled(Path(readme), to_markdown(measured))
     if options.check:
         stale = [str(path) for path, text in texts.items() if not path.is_file() or path.read_bytes() != text.encode()]
