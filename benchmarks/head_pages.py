@@ -21,13 +21,13 @@ import torch
 import yaml
 
 import corrzoo
-from corrzoo.files import table
 from corrzoo.heads import HEADS, list_heads
 from corrzoo.leaderboard.papers import rank_papers, read_papers
 from corrzoo.leaderboard.render import to_markdown
 from corrzoo.leaderboard.results import find_results, rank, read_results
 from corrzoo.leaderboard.rows import Ranking
 from corrzoo.matcher import Matcher
+from corrzoo.tables import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "src" / "corrzoo" / "zoo_configs"
@@ -68,7 +68,8 @@ def options(cls: type[Matcher]) -> str:
     parameters = inspect.signature(cls.__init__).parameters.values()
     rows = [(p.name, p.default, told[p.name]) for p in parameters if p.name in told and p.default is not EMPTY]
     return (
-        table(["option", "default", "what it says"], [[f"`{n}`", f"`{shown(d)}`", text] for n, d, text in rows]) + "\n"
+        markdown(["option", "default", "what it says"], [[f"`{n}`", f"`{shown(d)}`", text] for n, d, text in rows])
+        + "\n"
     )
 
 
@@ -164,7 +165,7 @@ def settings(path: Path) -> str:
         if found := re.fullmatch(r" +([\w.]+): ([^#]+?)(?: +# (.*))?", line):
             name, value, source = found.groups(default="")
             rows.append([f"`{name}`", f"`{value}`", source])
-    return table(["option", "value", "source"], rows) + "\n"
+    return markdown(["option", "value", "source"], rows) + "\n"
 
 
 def parameters(head: str) -> str:
@@ -174,11 +175,10 @@ def parameters(head: str) -> str:
         said = yaml.safe_load(path.read_text())["model"]["init_args"]
         with torch.device("meta"):
             matcher = HEADS[head](**said)
-        inside = sum(p.numel() for backbone in matcher.backbones() for p in backbone.parameters())
-        own = sum(p.numel() for p in matcher.parameters()) - inside
+        own, inside = matcher.count_parameters()
         names = ", ".join(f"`{backbone.spec.key}`" for backbone in matcher.backbones())
         rows.append([link(path), names, f"{own / 1e6:,.2f} M", f"{inside / 1e6:,.1f} M"])
-    return table(["recipe", "backbone", "head", "backbone"], rows) + "\n"
+    return markdown(["recipe", "backbone", "head", "backbone"], rows) + "\n"
 
 
 def link(path: Path) -> str:
@@ -226,7 +226,7 @@ def page(head: str, measured: list[Ranking], published: list[Ranking]) -> str:
         *(
             [
                 f"## Ablations\n\nEach stacks on the recipe: `--config {first.stem} --config "
-                f"ablation/{head.lower()}/<file>`.\n\n{table(['file', 'what it is'], ablations)}\n"
+                f"ablation/{head.lower()}/<file>`.\n\n{markdown(['file', 'what it is'], ablations)}\n"
             ]
             if ablations
             else []
@@ -254,7 +254,7 @@ def index() -> str:
     """The list of pages, and what every head takes."""
     heads = [[f"[{name}]({name.lower()}.md)", split_docstring(HEADS[name].__doc__)[0][0]] for name in list_heads()]
     return (
-        f"# Heads\n\n{WRITTEN}\n\n{table(['head', 'what it is'], [[a, one_line(b)] for a, b in heads])}\n\n"
+        f"# Heads\n\n{WRITTEN}\n\n{markdown(['head', 'what it is'], [[a, one_line(b)] for a, b in heads])}\n\n"
         f"## Options of every head\n\n{options(Matcher)}"
     )
 
@@ -269,10 +269,10 @@ def api() -> str:
         parts.append(f"## `{name}`\n\n```python\n{name}{plain(signature)}\n```\n\n{text.strip()}\n")
         for title, body in zip(sections[::2], sections[1::2], strict=True):
             rows = re.findall(r"^    ([*\w]+): (.*(?:\n {8}.*)*)", body, flags=re.M)
-            listed = table([title, ""], [[f"`{a}`", one_line(b)] for a, b in rows])
+            listed = markdown([title, ""], [[f"`{a}`", one_line(b)] for a, b in rows])
             parts.append(f"{listed if rows else f'{title}: {one_line(body)}'}\n")
         if isinstance(thing, type) and (rows := members(thing)):
-            parts.append(f"{table(['member', ''], rows)}\n")
+            parts.append(f"{markdown(['member', ''], rows)}\n")
     return "\n".join(parts)
 
 

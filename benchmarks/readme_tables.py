@@ -16,8 +16,8 @@ import torch
 import study_tables
 from corrzoo.backbones import Backbone, get_spec, list_backbones
 from corrzoo.data.download import TERMS
-from corrzoo.files import table
 from corrzoo.scoring.protocols import get_protocol, list_protocols
+from corrzoo.tables import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,7 +54,7 @@ def backbones() -> str:
         size, spec = f"{backbone.num_params / 1e6:.1f} M", backbone.spec
         rows.append([f"`{key}`", f"`{spec.timm}`", patch, str(backbone.channels[0]), size, spec.licence, spec.note])
     titles = ["key", "timm name", "patch", "width", "parameters", "licence", "notes"]
-    return BACKBONES + table(titles, rows, numbers=(2, 3, 4)) + "\n"
+    return BACKBONES + markdown(titles, rows, numbers=(2, 3, 4)) + "\n"
 
 
 def protocols() -> str:
@@ -63,7 +63,7 @@ def protocols() -> str:
     for name in list_protocols():
         p = get_protocol(name)
         rows.append([f"`{p}`", p.evaluated, p.meaning, p.compare, ", ".join(p.averages), p.flaw])
-    return PROTOCOLS + table(["protocol", "scores", "length", "correct if", "averages", "flaw"], rows) + "\n"
+    return PROTOCOLS + markdown(["protocol", "scores", "length", "correct if", "averages", "flaw"], rows) + "\n"
 
 
 def licences() -> str:
@@ -72,7 +72,7 @@ def licences() -> str:
     for key in list_backbones():
         weights[get_spec(key).licence].append(f"`{key}`")
     rows = [[f"weights of {', '.join(keys)}", licence] for licence, keys in weights.items()]
-    return table(["what", "licence"], [*rows, *map(list, DATA.items())])
+    return markdown(["what", "licence"], [*rows, *map(list, DATA.items())])
 
 
 def marked(text: str, tables: dict[str, str]) -> str:

@@ -6,8 +6,8 @@ from statistics import fmean
 from typing import Any
 
 import study
-from corrzoo.files import table
 from corrzoo.leaderboard.rows import Spread
+from corrzoo.tables import markdown
 
 ALPHAS = (0.05, 0.1, 0.15)
 NAMES = {
@@ -75,7 +75,7 @@ def photographs() -> str:
         ]
         for head, title in NAMES.items()
     ]
-    return table([SCORES, "learns from", "untrained", "frozen features", "fine-tuned backbone"], rows, (2, 3, 4))
+    return markdown([SCORES, "learns from", "untrained", "frozen features", "fine-tuned backbone"], rows, (2, 3, 4))
 
 
 def synthetic() -> str:
@@ -84,7 +84,7 @@ def synthetic() -> str:
     rows = [
         [title, LEARNS[head], scores(runs, f"{head}_untrained"), scores(runs, head)] for head, title in NAMES.items()
     ]
-    return table([SCORES, "learns from", "untrained", "fine-tuned backbone"], rows, (2, 3))
+    return markdown([SCORES, "learns from", "untrained", "fine-tuned backbone"], rows, (2, 3))
 
 
 def transfer() -> str:
@@ -98,20 +98,21 @@ def transfer() -> str:
             cells += [untrained, after, scores(finetuned, head, group)]
         rows.append(cells)
     columns = [f"{group}{state}" for group in ("", "ducks, ") for state in ("zero-shot", "frozen", "fine-tuned")]
-    return table([f"{SCORES}; ducks @.10", *columns], rows, range(1, 7))
+    return markdown([f"{SCORES}; ducks @.10", *columns], rows, range(1, 7))
 
 
 def curves() -> str:
     """PCK @.10 of validation pairs by the number of training pairs seen, the mean over seeds."""
     rows = []
-    steps = [mark // study.BATCH * study.BATCH for mark in study.MARKS]  # scored after whole batches
+    marks = [mark for mark in study.MARKS if mark <= study.PAIRS]
+    steps = [mark // study.BATCH * study.BATCH for mark in marks]  # scored after whole batches
     for name in ("cub_frozen", "cub_finetuned", "synthetic"):
         runs = read(name)
         for head, title in NAMES.items():
             if found := runs.get(head):
                 points = curve(found)
                 rows.append([TITLES[name], title, *(f"{points[seen]:.1f}" if seen in points else "" for seen in steps)])
-    return table(["study", "head", *(f"{mark:,}" for mark in study.MARKS)], rows, range(2, 2 + len(study.MARKS)))
+    return markdown(["study", "head", *(f"{mark:,}" for mark in marks)], rows, range(2, 2 + len(marks)))
 
 
 def parts() -> str:
@@ -124,7 +125,7 @@ def parts() -> str:
             spreads = map(Spread.of, zip(*gains, strict=True))
             shown = [f"{'' if spread.mean < 0 else '+'}{spread}" for spread in spreads] or [MISSING] * len(ALPHAS)
             rows.append([NAMES[head], f"`{part}`", *shown])
-    return table(["head", "without", "@.05", "@.10", "@.15"], rows, (2, 3, 4))
+    return markdown(["head", "without", "@.05", "@.10", "@.15"], rows, (2, 3, 4))
 
 
 def left_out() -> str:
@@ -138,7 +139,7 @@ def left_out() -> str:
                 continue
             kinds = [scores(runs, run, kind) for kind in study.KINDS]
             rows.append([title, state, scores(runs, run), *kinds])
-    return table(["head", "", SCORES, *study.KINDS], rows, range(2, 3 + len(study.KINDS)))
+    return markdown(["head", "", SCORES, *study.KINDS], rows, range(2, 3 + len(study.KINDS)))
 
 
 def rates() -> str:
@@ -152,7 +153,7 @@ def rates() -> str:
                 bold = [f"**{c}**" if lr == best else c for lr, c in zip(study.LEARNING_RATES, cells, strict=True)]
                 rows.append([TITLES[name], title, *bold])
     columns = [f"{lr:g}" for lr in study.LEARNING_RATES]
-    return table(["study", "head", *columns], rows, range(2, 2 + len(columns)))
+    return markdown(["study", "head", *columns], rows, range(2, 2 + len(columns)))
 
 
 def missing() -> str:
@@ -167,7 +168,7 @@ def missing() -> str:
         shown = [f"`{run}` ({', '.join(map(str, without))})" for run, without in absent.items() if without]
         total, left = (sum(map(len, each.values())) for each in (wanted, absent))
         rows.append([TITLES[name], f"{total - left} of {total}", ", ".join(shown) or "nothing"])
-    return table(["study", "runs", f"{MISSING} (seeds)"], rows)
+    return markdown(["study", "runs", f"{MISSING} (seeds)"], rows)
 
 
 # ---------------------------------------------------------------------- cells

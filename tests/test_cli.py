@@ -286,6 +286,7 @@ def test_a_checkpoint_has_its_weights_and_their_origin(tmp_path):
         (["fit", *BASELINE, "--trainer.max_epoch=1"], "did you mean '--trainer.max_epochs'"),
         (["fit", "--config=zoo_configs/basline.yaml"], "did you mean 'zoo_configs/baseline.yaml'"),
         (["fit", "--config=baselin.yaml"], "did you mean 'baseline.yaml'"),
+        (["fit", "--config=lpmflow.yml"], "did you mean 'lpmflow.yaml'"),
         (["fit", "--config=ablation/lpmflow_no_larl.yaml"], "did you mean 'ablation/lpmflow/no_larl.yaml'"),
         (["fit", *BASELINE, "--model.lr=abc"], "model.lr 'abc': expected a number"),
         (["fit", *BASELINE, "--model.finetune=some"], "model.finetune 'some': expected a whole number or all, none"),

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from corrzoo.files import table, whole_file
+from corrzoo.files import whole_file
 
 
 def test_the_file_appears_when_it_is_complete(tmp_path):
@@ -44,7 +44,3 @@ def test_concurrent_writers_do_not_interfere(tmp_path):
     while any(writer.is_alive() for writer in writers):
         assert path.read_text() in contents
     assert not errors and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_markdown_table_escapes_bars_and_aligns_numbers():
-    assert table(["a", "n"], [["x|y", "1"]], [1]) == "| a | n |\n|---|--:|\n| x\\|y | 1 |"

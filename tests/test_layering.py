@@ -11,7 +11,7 @@ SRC = Path(__file__).resolve().parents[1] / "src" / "corrzoo"
 
 LAYERS = [
     {"errors", "precision", "losses", "files"},
-    {"types", "geometry", "optimizers"},
+    {"types", "geometry", "optimizers", "tables"},
     {"registry", "images", "commands"},
     {"ops", "backbones", "data", "visualize", "leaderboard", "recipes"},
     {"scoring", "inference"},

@@ -38,7 +38,7 @@ def test_plugins_with_a_comma_too_many():
 
 
 class Base:
-    def __init__(self, lr: float = 1.0, mode: Literal["a", "b"] = "a") -> None:
+    def __init__(self, lr: float = 1.0, mode: Literal["a", "b-c"] = "a") -> None:
         self.lr, self.mode = lr, mode
 
 
@@ -51,8 +51,8 @@ class Thing(Base):
 def test_create_passes_options_of_the_class_and_of_its_bases():
     things = Registry("thing")
     assert things.register(Thing) is Thing and things.options("Thing") == ["depth", "lr", "mode"]
-    made = things.create("Thing", "here", depth=4, mode="b")
-    assert (made.where, made.depth, made.mode, made.lr) == ("here", 4, "b", 1.0)
+    made = things.create("Thing", "here", depth=4, mode="b-c")
+    assert (made.where, made.depth, made.mode, made.lr) == ("here", 4, "b-c", 1.0)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,7 @@ def test_create_passes_options_of_the_class_and_of_its_bases():
         ({"zzz": 4}, r"thing 'Thing' has no option 'zzz': choose one of depth, lr, mode"),
         ({"depth": "six"}, r"thing 'Thing': .*depth.* Expected a <class 'int'>. Got value: six"),
         ({"mode": "c"}, r"thing 'Thing': .*mode.* Got value: c"),
+        ({"mode": "b_c"}, r"thing 'Thing': .*: did you mean 'b-c'"),
     ],
 )
 def test_create_refuses_unknown_options_and_wrong_values(options, message):

@@ -141,7 +141,7 @@ class ZooCLI(LightningCLI):
         """Copy the weights of `--init_from`, and print the model and its number of parameters."""
         if self.config.fit.init_from and not self.checkpoint:
             init_from(self.model, self.config.fit.init_from)
-        total = sum(p.numel() for p in self.model.parameters())
+        total = sum(self.model.count_parameters())
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         model = f"{type(self.model).__name__} on {self.model.hparams.backbone}"
         rank_zero_info(f"{model}: {total:,} parameters, {trained:,} of them trained")

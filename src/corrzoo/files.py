@@ -1,10 +1,10 @@
-"""Atomic writing, file locks, digests, the cache folder, and Markdown tables."""
+"""Atomic writing, file locks, digests, and the cache folder."""
 
 import fcntl
 import hashlib
 import os
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,10 +54,3 @@ def cache_folder() -> Path:
     if given := os.environ.get("CORRZOO_CACHE"):
         return Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "corrzoo"
-
-
-def table(titles: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[int] = ()) -> str:
-    """Write a Markdown table, without a final line break. `numbers` are the right-aligned columns, counted from 0."""
-    rule = "|".join("--:" if k in numbers else "---" for k in range(len(titles)))
-    cells = (" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows)
-    return "\n".join([f"| {' | '.join(titles)} |", f"|{rule}|", *(f"| {line} |" for line in cells)])

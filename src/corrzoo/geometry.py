@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from corrzoo.errors import ZooError
+from corrzoo.precision import full
 
 Size = tuple[int, int]
 """(height, width), as tensors are laid out; an image's *original* size in a Record or Pair is (w, h)."""
@@ -62,9 +63,9 @@ def sample(maps: Tensor, points: Tensor, image: Size) -> Tensor:
     """
     x, y = points.unbind(-1)
     grid = torch.stack([2 * x / image[1] - 1, 2 * y / image[0] - 1], dim=-1)  # (B, n, 2) in [-1, 1]
-    kind = torch.promote_types(maps.dtype, torch.float32)  # bfloat16 would round the points by up to 0.3 px of 320
-    grid = grid.unsqueeze(1).to(kind)
-    out = F.grid_sample(maps.to(kind), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    wide = full(maps)  # bfloat16 would round the points by up to 0.3 px of 320
+    grid = grid.unsqueeze(1).to(wide.dtype)
+    out = F.grid_sample(wide, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return out.to(maps.dtype).squeeze(2).transpose(1, 2)
 
 

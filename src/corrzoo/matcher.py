@@ -40,14 +40,14 @@ class Matcher(LightningModule, ABC):
         weights: `pretrained`, `random`, or the path of a local file.
         levels: Feature levels: block numbers (negative from the end), or CNN modules such as `layer3.22`, and
             `layer3.22:pre` for the map before that block's last ReLU. The last level when not given.
-        finetune: What of the backbone trains: `all`, `none`, or the number of its last blocks.
+        finetune: Which part of the backbone is trained: `all`, `none`, or the number of its last blocks.
         pos_interp: How a ViT's position embedding is resized: `official` (authors') or `timm`. Default: the backbone's.
         backbone_size: Image side for the backbone if it differs from the network image; true for the nearest
             multiple of its patch.
         lr: Learning rate of the head (ViTSC 5.2: 3e-5).
         backbone_lr: Learning rate of the backbone (ViTSC 5.2: 3e-6).
         optimizer: Which optimiser (ViTSC 5.2: Adam).
-        weight_decay: Decay of every parameter.
+        weight_decay: Weight decay of all parameters.
         schedule: Learning rate: `constant`, `cosine` (to zero), `one-cycle` (up, then to zero) or `step` (by epochs).
         warmup_steps: Optimiser steps over which the rate rises linearly, for `constant` and `cosine`.
         milestones: Epochs at which `step` multiplies the rate by `gamma`.
@@ -58,9 +58,9 @@ class Matcher(LightningModule, ABC):
             ViTSC, Baseline without `mutual`, and GeoAware unless it reads a `window` with `outside: zero`; others read
             out a volume that they have in memory.
         compile: Compile backbones and head by `torch.compile`. The first steps take minutes.
-        feature_cache_mb: Memory for features that are computed once an image: in evaluation, and as much again in
-            training with a frozen backbone (`finetune: none`) and without augmentation; 0 turns reuse off. In training,
-            MirrorGuided's mirror images and TransforMatcher's second backbone are not among them.
+        feature_cache_mb: Size in MB of the cache of image features: in evaluation, and as much again in training with
+            a frozen backbone (`finetune: none`) and without augmentation; 0 turns it off. In training it does not hold
+            MirrorGuided's mirror images, nor what TransforMatcher's second backbone computes.
     """
 
     hparams: Any
@@ -181,11 +181,11 @@ class Matcher(LightningModule, ABC):
     def training_features(self, pair: Pair) -> tuple[Features, Features]:
         """Prepared features of a training batch; those of a frozen backbone are computed once per image."""
         cache = self._training_features
-        # After an interruption the cache is still here, but the weights may change.
-        if cache is None or not self.trainer.training or min(ids := [*pair.src_id.tolist(), *pair.trg_id.tolist()]) < 0:
+        # An interrupted training leaves its cache here. Outside of training the weights may have changed since.
+        if cache is None or not self.trainer.training or not (numbers := pair.image_numbers()):
             return self.features(pair)
         images = self.backbone.normalise(torch.cat([pair.src_img, pair.trg_img]))
-        return self.prepare(cache(images, ids, self.backbone)).halves()
+        return self.prepare(cache(images, numbers, self.backbone)).halves()
 
     def match_images(
         self, src: ImageSource, trg: ImageSource, points: object = None, size: int | Size | None = None
@@ -200,6 +200,11 @@ class Matcher(LightningModule, ABC):
     def backbones(self) -> list[Backbone]:
         """The backbone, and any other that the head has."""
         return [module for module in self.modules() if isinstance(module, Backbone)]
+
+    def count_parameters(self) -> tuple[int, int]:
+        """Number of parameters of the head, and of its backbones."""
+        inside = sum(p.numel() for backbone in self.backbones() for p in backbone.parameters())
+        return sum(p.numel() for p in self.parameters()) - inside, inside
 
     def load_weights(self) -> "Matcher":
         """Load the backbones' pretrained weights, once."""
@@ -219,9 +224,9 @@ class Matcher(LightningModule, ABC):
         values = torch.stack([term.detach() for term in terms.values()])
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if processes() > 1 and every and (self.global_step + 1) % every == 0:
-            values = over_processes(values) / processes()  # in steps that are logged; between, this process's share
+            values = over_processes(values) / processes()  # a collective call, so in logged steps alone
         logged = {f"train/{name}": value for name, value in zip(terms, values, strict=True)}
-        self.log_dict(logged, batch_size=len(pair.index))  # a value for the progress bar would be read in every step
+        self.log_dict(logged, batch_size=len(pair.index))  # not prog_bar: the bar would wait for the GPU in every step
         return terms["loss"]
 
     def setup(self, stage: str) -> None:
@@ -250,7 +255,7 @@ class Matcher(LightningModule, ABC):
 
     def on_fit_end(self) -> None:
         self._training_features = None
-        self._know_training(describe_training(self.trainer) or self.trained)
+        self._set_trained(describe_training(self.trainer) or self.trained)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         if not (groups := self.param_groups()):
@@ -273,27 +278,27 @@ class Matcher(LightningModule, ABC):
                 callback.check()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._know_training(checkpoint.get("trained"))
+        self._set_trained(checkpoint.get("trained"))
         self.before = (self.trained or {}).get("before")
 
-    def _know_training(self, trained: dict[str, Any] | None) -> None:
+    def _set_trained(self, trained: dict[str, Any] | None) -> None:
         self.trained = trained
         self.image_size = (trained or {}).get("size") or self.image_size
 
     # ------------------------------------------------------------------ evaluation
 
-    def _evaluate(self, loaders: Any) -> None:
+    def _start_evaluation(self, loaders: Any) -> None:
         h = self.load_weights().hparams
         self.evaluation = Evaluation(self, loaders, h.protocol, h.alphas, h.feature_cache_mb)
 
     def on_validation_start(self) -> None:
-        self._evaluate(self.trainer.val_dataloaders)
+        self._start_evaluation(self.trainer.val_dataloaders)
 
     def on_test_start(self) -> None:
-        self._evaluate(self.trainer.test_dataloaders)
+        self._start_evaluation(self.trainer.test_dataloaders)
 
     def on_predict_start(self) -> None:
-        self._evaluate(self.trainer.predict_dataloaders)
+        self._start_evaluation(self.trainer.predict_dataloaders)
         self.evaluation.check_keypoints()  # before predicting: an error later would lose the other datasets' points
 
     def validation_step(self, pair: Pair, batch_idx: int, dataloader_idx: int = 0) -> None:

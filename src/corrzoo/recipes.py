@@ -30,7 +30,8 @@ def find(name: str) -> str:
     if recipe.is_file():
         return str(recipe)
     here = [str(path) for path in Path(name).parent.glob("*.yaml")] if suffix else []
-    names = [f"{prefix}{path.relative_to(FOLDER).with_suffix(suffix)}" for path in sorted(FOLDER.rglob("*.yaml"))]
+    ending = ".yaml" if suffix else ""
+    names = [f"{prefix}{path.relative_to(FOLDER).with_suffix(ending)}" for path in sorted(FOLDER.rglob("*.yaml"))]
     hint = nearest(name, [*here, *names]) or f": give the path of a file, or a recipe of {FOLDER}"
     raise ZooError(f"--config {name}: no such file here or among corrzoo's recipes{hint}")
 
@@ -50,7 +51,7 @@ def resolve(args: Sequence[str]) -> list[str]:
         elif option:
             given, value = value, find(value)
             model = _model_in(value)
-            new = class_name(model.get("class_path", "") if isinstance(model, dict) else str(model))
+            new = class_name(str(model.get("class_path", "") if isinstance(model, dict) else model))
             path = Path(value)
             family = path.parent.name if path.parent.parent.name == "ablation" else ""
             if not (head or new) and (model or family):

@@ -20,6 +20,12 @@ def nearest(name: str, options: Iterable[str]) -> str:
     return f": did you mean {by_lower[close[0]]!r}?" if close else ""
 
 
+def suggestion(name: str, options: Iterable[str]) -> str:
+    """': did you mean ...?' with the closest of `options`, or ': choose one of ...' with all of them."""
+    options = sorted(options)
+    return nearest(name, options) or f": choose one of {', '.join(options)}"
+
+
 class Registry(Generic[T]):
     """Registered things by name. `kind` is what errors call one of them, such as "backbone"."""
 
@@ -53,8 +59,7 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         if name not in self._things:
-            hint = nearest(name, self._things) or f": choose one of {', '.join(sorted(self._things))}"
-            raise ZooError(f"unknown {self.kind} {name!r}{hint}")
+            raise ZooError(f"unknown {self.kind} {name!r}{suggestion(name, self._things)}")
         return self._things[name]
 
     def __contains__(self, name: object) -> bool:
@@ -87,7 +92,10 @@ def import_plugins(names: str | list[str]) -> list[str]:
 
 
 def _parser(cls: Any) -> Any:
-    """A parser of a class's options, read from its signature and those of its bases: not of the `args` of `create`."""
+    """A parser with an option for each parameter of a class and of its bases.
+
+    Positional parameters without a default are left out: `create` takes them as `args`.
+    """
     from jsonargparse import ArgumentParser  # here, as `import corrzoo.ops` needs torch alone
 
     parameters = inspect.signature(cls).parameters.values()
@@ -102,8 +110,7 @@ def _checked(what: str, cls: Any, options: dict[str, Any]) -> dict[str, Any]:
     parser = _parser(cls)
     known = list(parser.get_defaults().keys())
     for name in options.keys() - known:
-        hint = nearest(name, known) or f": choose one of {', '.join(sorted(known))}"
-        raise ZooError(f"{what} has no option {name!r}{hint}")
+        raise ZooError(f"{what} has no option {name!r}{suggestion(name, known)}")
     functions = {name: value for name, value in options.items() if callable(value)}  # not values of a command line
     plain = {name: value for name, value in options.items() if name not in functions}
     try:
@@ -111,6 +118,6 @@ def _checked(what: str, cls: Any, options: dict[str, Any]) -> dict[str, Any]:
     except ArgumentError as error:
         message = one_line(error)
         value = message.rsplit(": ", 1)[-1]
-        choices = re.findall(r"'(\w+)'", " ".join(re.findall(r"Literal\[(.*?)\]", message)))
+        choices = re.findall(r"'([^']+)'", " ".join(re.findall(r"Literal\[(.*?)\]", message)))
         hint = nearest(value, choices) or (f": expected one of {', '.join(dict.fromkeys(choices))}" if choices else "")
         raise ZooError(f"{what}: {message}{hint}") from error

@@ -115,8 +115,13 @@ class Pair(NamedTuple):
 
     def swapped(self) -> "Pair":
         """The same pairs with source and target exchanged, to predict source points from target points."""
-        other = {f: f.replace("src", "trg") if f.startswith("src") else f.replace("trg", "src") for f in self._fields}
-        return Pair(**{f: getattr(self, other[f]) for f in self._fields})
+        other = {"src": "trg", "trg": "src"}
+        return self._replace(**{f: getattr(self, other[f[:3]] + f[3:]) for f in self._fields if f[:3] in other})
+
+    def image_numbers(self) -> list[int]:
+        """Numbers of all images, sources first; empty if one is unknown, as after augmentation."""
+        numbers = [*self.src_id.tolist(), *self.trg_id.tolist()]
+        return numbers if min(numbers) >= 0 else []
 
 
 class Features(NamedTuple):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -81,7 +82,10 @@ def test_scored_predictions_equal_the_test_of_the_model():
     main(["predict", *TINY, "--trainer.callbacks=null"])
     (tested,), (predictions,) = Path().glob("runs/*/*/results/spair71k.json"), Path().glob("runs/*/*/predictions/*.csv")
     main(["score", str(predictions), "--dataset=spair71k", "--root=.", "--out=scored"])
-    scored, tested = json.loads(Path("scored/spair71k-default-bbox.json").read_text()), json.loads(tested.read_text())
+    scored, tested = (
+        json.loads(Path("scored/spair71k-spair71k-default-bbox.json").read_text()),
+        json.loads(tested.read_text()),
+    )
     for name in (
         "pck",
         "breakdown",
@@ -113,8 +117,8 @@ def test_the_leaderboard_ranks_them():
     write("wrong.csv", wrong)
     for name, supervision in (("truth", "none"), ("wrong", "none")):
         args = [f"{name}.csv", "--dataset=spair71k", "--root=.", f"--supervision={supervision}", "--method=M " + name]
-        main(["score", *args, "--source=https://example.org", f"--out=results/{name}"])
-        Path(f"results/{name}/spair71k-default-bbox.json").rename(f"results/{name}.json")
+        main(["score", *args, "--source=https://example.org"])
+    assert sorted(os.listdir("results")) == ["M-truth-spair71k-default-bbox.json", "M-wrong-spair71k-default-bbox.json"]
     main(["leaderboard", "results", "--out=."])
     rows = [row for row in read("leaderboard.csv") if row["measure"] == "PCK @0.1" and not row["group"]]
     found = [(row["place"], row["head"], float(row["measured"]), row["source"]) for row in rows]
@@ -132,7 +136,7 @@ def test_every_query_is_answered_once():
         "line 2: pair 0, keypoint 0: expected a finite point": [rows[0] | {"x": "nan"}, *rows[1:]],
         "line 2: expected whole numbers": [rows[0] | {"index": 0.5}, *rows[1:]],
         "lies in the src image, but the protocol evaluates the trg image": [{"image": "src"} | row for row in rows],
-        "expected a CSV file with a line of titles and the columns index": [{"index": 0}],
+        "has no column 'keypoint': expected a CSV file with a header line and the columns index": [{"index": 0}],
     }
     for message, content in broken.items():
         write("p.csv", content)
@@ -143,7 +147,7 @@ def test_every_query_is_answered_once():
     assert "predict in the src" in said or "predict in the trg" in said
     assert "unknown protocol" in failing(*args, "--protocol", "defalt")
     assert "no such file: q.csv" in failing("score", "q.csv", "--dataset=spair71k", "--root=.")
-    assert "expected image files with keypoints" in failing("queries", "synthetic")
+    assert "has no image files with keypoints: choose ap10k, cub, " in failing("queries", "synthetic")
     assert "has no split 'tets'" in failing("queries", "spair71k", "--root=.", "--split=tets")
 
 
@@ -163,6 +167,6 @@ def test_the_worked_example_of_the_docs_runs(tmp_path, capsys):
     exec(python, {})
     run(second)
     assert {path.name for path in Path("results").iterdir()} == {
-        "pfwillow-default-bbox-kp.json", "pfwillow-hpf-bbox-kp.json"
+        "same-place-pfwillow-default-bbox-kp.json", "same-place-pfwillow-hpf-bbox-kp.json"
     }  # fmt: skip
-    assert "same place" in Path("docs/leaderboard.html").read_text()
+    assert "same place" in Path("board/leaderboard.html").read_text()

@@ -5,8 +5,9 @@ import csv
 import pytest
 from made_up import result
 
+from corrzoo.data import list_datasets
 from corrzoo.leaderboard.papers import read_papers
-from corrzoo.leaderboard.render import to_csv, to_html, to_markdown
+from corrzoo.leaderboard.render import WORDS, to_csv, to_html, to_markdown
 
 
 def test_markdown_cell_is_empty_if_not_measured(board):
@@ -24,6 +25,10 @@ def test_markdown_cell_is_empty_if_not_measured(board):
         **{"#": "1", "method": "GSF", "backbone": "dinov2_b14", "supervision": "weak", "seeds": "1"},
         **{"PCK @0.05": "30.0", "PCK @0.1": "60.0", "ms / pair": "", "head params (M)": "0.000"},
     }
+
+
+def test_every_dataset_has_a_name_for_readers():
+    assert set(list_datasets()) <= WORDS.keys()
 
 
 def test_markdown_folds_a_long_table(board):

@@ -127,7 +127,7 @@ def test_papers_csv_may_come_from_a_spreadsheet(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"no published numbers at my\.csv: correct --papers"),
+        (None, r"no such file: my\.csv"),
         ("paper,table\na,b\n", "my.csv has no column 'label'"),
         (PAPERS.read_text().replace("35.6,%", "many,%"), "the value 'many' of actr_poster, comparison is not a number"),
     ],

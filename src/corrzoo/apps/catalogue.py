@@ -63,7 +63,7 @@ def heads(_: Path) -> Table:
         options = yaml.safe_load(recipe.read_text())["model"]["init_args"] if recipe.is_file() else {}
         with torch.device("meta"):  # nothing is allocated or initialised
             head = HEADS.create(name, **options | {"weights": "random"})
-        own = sum(p.numel() for p in head.parameters()) - sum(p.numel() for p in head.backbone.parameters())
+        own, _ = head.count_parameters()
         about = (HEADS[name].__doc__ or "").partition("\n")[0]
         rows.append([name, f"{own:,}", recipe.stem if recipe.is_file() else "", head.hparams.backbone, about])
     return "head | parameters | recipe | its backbone | description", rows

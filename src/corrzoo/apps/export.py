@@ -45,7 +45,6 @@ def main(args: list[str]) -> None:
     matcher = matcher_of(options)
     size = matcher.image_size
     program = export(matcher, (size, size) if isinstance(size, int) else size)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(options.out) as partial:
         if options.out.suffix == ".pt2":
             with partial.open("wb") as file:

@@ -1,11 +1,11 @@
 """What `corrzoo match` is asked: two images, an image and a folder, or a CSV file of pairs, with their query points."""
 
-import csv
 import os
 from pathlib import Path
 from typing import NamedTuple
 
 from corrzoo.errors import ZooError
+from corrzoo.tables import read_csv
 
 SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 """Names of image files in a folder end in one of these."""
@@ -35,7 +35,7 @@ def list_queries(a: str | None, b: str | None, pairs: str | None, points: str | 
                 str(folder / row["trg"]),
                 read_points(row["points"], pairs, folder) if row.get("points") else common,
             )
-            for row in read_columns(Path(pairs), ("src", "trg"))
+            for row in read_csv(Path(pairs), ("src", "trg"))
         ]
     if pairs or not (a and b):
         raise ZooError("expected two images, or an image and a folder, or --pairs alone; --help lists the options")
@@ -54,7 +54,7 @@ def read_points(text: str, source: str, folder: Path = Path()) -> Points:
         ZooError: if the text has another form; `source` is where it was given.
     """
     if os.path.isfile(folder / text):  # unlike Path.is_file, it takes text that is too long for a path
-        text = "; ".join(f"{row['x']},{row['y']}" for row in read_columns(folder / text, ("x", "y")))
+        text = "; ".join(f"{row['x']},{row['y']}" for row in read_csv(folder / text, ("x", "y")))
     try:
         points = [[float(number) for number in point.split(",")] for point in text.strip("; ").split(";")]
     except ValueError:
@@ -62,22 +62,3 @@ def read_points(text: str, source: str, folder: Path = Path()) -> Points:
     if not points or any(len(point) != 2 for point in points):
         raise ZooError(f"{source} {text!r}: expected x,y; x,y; ... such as '120,80; 200.5,91', or a CSV file")
     return points
-
-
-def read_columns(path: Path, names: tuple[str, ...]) -> list[dict[str, str]]:
-    """Rows of a CSV file that has at least these columns.
-
-    Raises:
-        ZooError: if the file is missing, is not text, or lacks a column.
-    """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, restval="", skipinitialspace=True))
-    except FileNotFoundError:
-        raise ZooError(f"no such file: {path}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ZooError(f"{path} is not a CSV file: {error}") from error
-    for name in names:
-        if not rows or name not in rows[0]:
-            raise ZooError(f"{path}: expected a CSV file with a line of titles and the columns {', '.join(names)}")
-    return rows

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import time
 from collections.abc import Iterator
 from math import isfinite
@@ -10,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from corrzoo.apps.pairs import read_columns
 from corrzoo.callbacks.results import describe_scores, versions, write_csv, write_json
 from corrzoo.data import DATASETS, create_dataset
 from corrzoo.data.pairs import PairDataset
@@ -18,6 +18,7 @@ from corrzoo.errors import Parser, ZooError
 from corrzoo.registry import import_plugins
 from corrzoo.scoring.pck import ALPHAS, PCK
 from corrzoo.scoring.protocols import Protocol, get_protocol
+from corrzoo.tables import read_csv
 from corrzoo.types import Record
 
 QUERIES = """Write the query points of a dataset as a CSV file, for a method outside corrzoo.
@@ -44,15 +45,17 @@ def read_dataset(name: str, options: argparse.Namespace) -> tuple[PairDataset, l
     """The dataset that the options name, and its pairs.
 
     Raises:
-        ZooError: if its images are rendered or mirrored, or it has no keypoints.
+        ZooError: if its images are rendered or mirrored, or its pairs have no keypoints.
     """
     if options.plugins:
         import_plugins(options.plugins)
     dataset = create_dataset(name, options.root, options.split)
     records = [dataset.record(index) for index in range(len(dataset))] if dataset.images else []
-    if not records or dataset.outlines or any(record.flip for record in records):
-        usable = ", ".join(n for n in DATASETS.names() if DATASETS[n].folder and not DATASETS[n].outlines)
-        raise ZooError(f"{name}, split {options.split}: expected image files with keypoints: {usable}; val or test")
+    if not any(len(record.src_kps) for record in records) or any(record.flip for record in records):
+        classes = map(DATASETS.__getitem__, DATASETS.names())
+        usable = ", ".join(c.name for c in classes if c.folder and not c.outlines and "test" in c.splits)
+        told = f"{name}, split {options.split}, has no image files with keypoints"
+        raise ZooError(f"{told}: choose {usable}; split val or test")
     return dataset, records
 
 
@@ -101,16 +104,18 @@ def main(args: list[str]) -> None:
     add_dataset(parser)
     options = parser.parse_args(args)
     dataset, records = read_dataset(options.dataset, options)
+    options.method = options.method or options.predictions.stem
     protocols = [get_protocol(name, dataset.threshold) for name in options.protocol]
     if len({protocol.evaluated for protocol in protocols}) > 1:
         names = " ".join(options.protocol)
-        raise ZooError(f"--protocol {names}: some predict in the src image, others in the trg image")
+        raise ZooError(f"--protocol {names}: some predict in the src image, others in the trg image; give one kind")
     points = read_predictions(options.predictions, records, protocols[0].evaluated)
     for protocol in protocols:
         metric = PCK(protocol, ALPHAS, dataset.categories)
         for index, (pred, record) in enumerate(zip(points, records, strict=True)):
             metric.update(pred, record, index, dataset.categories.index(record.category))
-        path = options.out / f"{dataset.name}-{str(protocol).replace(':', '-')}.json"
+        words = filter(None, [options.method, options.label, dataset.name, str(protocol)])
+        path = options.out / (re.sub(r"[^\w.-]+", "-", "-".join(words)) + ".json")
         result = describe_scores(metric, dataset)
         write_json(path, about(options) | result)
         scores = ", ".join(f"{title} {result['pck'][key]:.1f}" for title, _, key in metric.columns())
@@ -121,7 +126,7 @@ def about(options: argparse.Namespace) -> dict[str, object]:
     """Fields of a result file that a run of corrzoo knows by itself."""
     return {
         "label": options.label,
-        "head": options.method or options.predictions.stem,
+        "head": options.method,
         "backbone": options.backbone,
         "source": options.source,
         "supervision": options.supervision,
@@ -139,7 +144,7 @@ def read_predictions(path: Path, records: list[Record], evaluated: str) -> list[
     """
     expected = [len(record.trg_kps) for record in records]
     points = [torch.full((n, 2), torch.nan, dtype=torch.float64) for n in expected]
-    for line, row in enumerate(read_columns(path, ("index", "keypoint", "x", "y")), 2):
+    for line, row in enumerate(read_csv(path, ("index", "keypoint", "x", "y")), 2):
         try:
             index, keypoint, x, y = int(row["index"]), int(row["keypoint"]), float(row["x"]), float(row["y"])
         except (TypeError, ValueError) as error:

@@ -12,6 +12,6 @@ __all__ = ["PICTURES", "MatchImages", "ResultsWriter", "ScoreTable", "default_ca
 
 
 def default_callbacks() -> list[Callback]:
-    """Callbacks of every run: compilation, finite-loss check, result files, pictures, stop signals, random state."""
+    """Callbacks of every run: compilation, finite-loss check, result files, pictures, stop signals, exact resume."""
     pictures = MatchImages(kinds=list(PICTURES), stages=["predict"])
     return [Compile(), FiniteLoss(), ResultsWriter(), pictures, StopSignals(), ExactResume()]

@@ -35,15 +35,16 @@ def name_run(config: "Namespace", command: str, root: Path) -> None:
         options.name = group
     numbered = logger and str(getattr(logger, "class_path", "")).endswith(("CSVLogger", "TensorBoardLogger"))
     if command != "fit" and numbered and options.version is None:
-        options.version = _free(Path(options.save_dir, options.name or ""), command, config.ckpt_path).name
+        options.version = _new_folder(Path(options.save_dir, options.name or ""), command, config.ckpt_path).name
     if not trainer.default_root_dir and (trainer.fast_dev_run or "save_dir" not in options):
-        trainer.default_root_dir = str(_free(root / group, command, config.ckpt_path))
+        trainer.default_root_dir = str(_new_folder(root / group, command, config.ckpt_path))
 
 
-def _free(runs: Path, command: str, checkpoint: str | None) -> Path:
+def _new_folder(runs: Path, command: str, checkpoint: str | None) -> Path:
     """A new folder in `runs` for a command on a checkpoint."""
     source = Path(checkpoint or "").parent
-    name = f"{source.parent.name}-" * (source.name == "checkpoints" and command != "fit") + command
+    of_run = command != "fit" and source.name == "checkpoints"
+    name = f"{source.parent.name}-{command}" if of_run else command
     return next(path for i in count(1) if not (path := runs / (name if i == 1 else f"{name}-{i}")).exists())
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from corrzoo import visualize
 from corrzoo.callbacks.folder import run_folder
 from corrzoo.errors import check_above_zero
+from corrzoo.geometry import resize_points
 from corrzoo.inference import foreground_maps
 from corrzoo.registry import nearest
 from corrzoo.scoring.evaluation import predict_points
@@ -92,7 +93,7 @@ class MatchImages(Callback):
         pred = predict_points(module, asked, features=lambda _: features)
         right = correct_points(pred, pair, metric.protocol, self.alpha)
         H, W = pair.src_img.shape[-2:]
-        shown = pred * (pred.new_tensor([W, H]) / asked.trg_size).unsqueeze(1)
+        shown = resize_points(pred, asked.trg_size, pred.new_tensor([W, H]))
         titles = [dataset.categories[c] for c in pair.category.tolist()]
         src_img, trg_img, first = asked.src_img.cpu(), asked.trg_img.cpu(), asked.src_kps[:, :1]
 

@@ -1,7 +1,5 @@
 """Result files of a run, and score tables in the terminal."""
 
-import csv
-import io
 import json
 import os
 import platform
@@ -27,6 +25,7 @@ from corrzoo.data.pairs import PairDataset
 from corrzoo.files import sha256, write_text
 from corrzoo.ops import resolve_backend
 from corrzoo.scoring.metric import BenchmarkMetric
+from corrzoo.tables import csv_text
 from corrzoo.types import Pair, ZooError
 
 
@@ -172,7 +171,7 @@ def describe_run(trainer: Trainer, module: Any, dataset: str) -> dict[str, Any]:
     Only the first process calls this, so it must not make a collective call.
     """
     data = getattr(trainer, "datamodule", None)
-    backbone = sum(p.numel() for b in module.backbones() for p in b.parameters())
+    own, inside = module.count_parameters()
     checkpoint = trainer.ckpt_path
     return {
         "head": type(module).__name__,
@@ -181,8 +180,8 @@ def describe_run(trainer: Trainer, module: Any, dataset: str) -> dict[str, Any]:
         "weights": module.hparams.weights,
         "dataset_options": (data.hparams.options or {}).get(dataset, {}) if data else {},
         "resolution": data.hparams.image_size if data else None,
-        "params_backbone": backbone,
-        "params_head": sum(p.numel() for p in module.parameters()) - backbone,
+        "params_backbone": inside,
+        "params_head": own,
         "checkpoint": str(checkpoint) if checkpoint else None,
         "checkpoint_sha256": sha256(checkpoint) if checkpoint and os.path.isfile(checkpoint) else None,  # not of a URL
         "precision": str(trainer.precision),
@@ -260,12 +259,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str] = ()) -> None:
     """Write a CSV file atomically. Its columns are `columns`, or the keys of the first row."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=columns or list(rows[0] if rows else ()), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
     writable(path.parent)
-    write_text(path, text.getvalue())
+    write_text(path, csv_text(rows, columns))
 
 
 def _now(device: torch.device) -> float:

@@ -31,7 +31,7 @@ def list_augments() -> list[str]:
 
 def flip(sample: Pair, rng: torch.Generator) -> Pair:
     """Mirror both images together with p = 0.5, as in SFNet's training pairs."""
-    return mirror(sample) if _chance(0.5, rng) else sample
+    return mirror(sample) if chance(0.5, rng) else sample
 
 
 def photometric(sample: Pair, rng: torch.Generator) -> Pair:
@@ -61,7 +61,7 @@ def crop(sample: Pair, rng: torch.Generator, p: float = 0.7, around: Around = "o
         ZooError: if a pair has nothing to crop around, as warps of one image.
     """
     for side in ("src", "trg"):
-        if _chance(p, rng):
+        if chance(p, rng):
             sample = _crop_side(sample, side, rng, around)
     return sample
 
@@ -122,7 +122,7 @@ def recolour(image: Tensor, rng: torch.Generator) -> Tensor:
         _jitter,
     ]
     for change in changes:
-        if _chance(0.2, rng):
+        if chance(0.2, rng):
             image = change(image, rng)
     return image
 
@@ -160,7 +160,8 @@ def _jitter(image: Tensor, rng: torch.Generator) -> Tensor:
     return image
 
 
-def _chance(p: float, rng: torch.Generator) -> bool:
+def chance(p: float, rng: torch.Generator) -> bool:
+    """True with probability p."""
     return uniform(0, 1, rng) < p
 
 

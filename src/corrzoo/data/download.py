@@ -19,7 +19,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 
 from corrzoo.errors import ZooError, one_line
 from corrzoo.files import locked, sha256
-from corrzoo.registry import nearest
+from corrzoo.registry import suggestion
 
 ATTEMPTS = 5
 """our choice: connections per call. The next call resumes where the last one stopped."""
@@ -106,8 +106,7 @@ def download(name: str, root: str | Path) -> Path:
             would write outside its folder.
     """
     if name not in SOURCES:
-        hint = nearest(name, SOURCES) or f": choose one of {', '.join(SOURCES)}"
-        raise ZooError(f"no download is known for dataset {name!r}{hint}")
+        raise ZooError(f"no download is known for dataset {name!r}{suggestion(name, SOURCES)}")
     folder, parts = Path(root).expanduser() / SOURCES[name][0], SOURCES[name][1]
     if folder.exists():
         return folder

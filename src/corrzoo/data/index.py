@@ -198,7 +198,7 @@ def cached_index(
 
     See `files_state` for `sources`, `pair_folder` and `salt`.
     """
-    path, state = cache_folder() / f"{key}.npz", files_state(sources, salt, pair_folder)
+    path, state = cache_folder() / f"{key}.npz", files_state(sources, f"{FORMAT}{salt}", pair_folder)
     if not refresh and (cached := _load(path, state)):
         return cached
     index = build()
@@ -220,7 +220,7 @@ def files_state(sources: list[Path], salt: str = "", pair_folder: Path | None = 
     Raises:
         ZooError: if a source is missing.
     """
-    digest = hashlib.blake2b(f"{FORMAT}{salt}".encode(), digest_size=16)
+    digest = hashlib.blake2b(salt.encode(), digest_size=16)
     for source in sources:
         try:
             folder = source != pair_folder and source.is_dir()

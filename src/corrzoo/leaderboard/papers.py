@@ -1,6 +1,5 @@
 """Published numbers: papers.csv, and rankings of its methods."""
 
-import csv
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from corrzoo.errors import ZooError
 from corrzoo.leaderboard.rows import Ranking, Row, Spread
+from corrzoo.tables import read_csv
 
 PAPERS = Path(__file__).with_name("papers.csv")
 COLUMNS = (
@@ -29,16 +29,9 @@ def read_papers(path: Path = PAPERS) -> list[dict[str, str]]:
     """Read papers.csv; docs/papers.md describes its columns.
 
     Raises:
-        ZooError: if the file does not exist, lacks a column, or has a value that is not a number.
+        ZooError: if the file cannot be read, lacks a column, or has a value that is not a number.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, restval=""))
-    except FileNotFoundError as error:
-        raise ZooError(f"no published numbers at {path}: correct --papers, or give --papers '' for none") from error
-    for name in COLUMNS:
-        if not rows or name not in rows[0]:
-            raise ZooError(f"{path} has no column {name!r}: expected {', '.join(COLUMNS)}")
+    rows = read_csv(path, COLUMNS)
     for row in rows:
         if not re.fullmatch(r"\d+(\.\d+)?", row["value"]):
             raise ZooError(f"{path}: the value {row['value']!r} of {row['paper']}, {row['table']} is not a number")

@@ -1,15 +1,13 @@
 """Rankings as Markdown, CSV and one HTML page."""
 
-import csv
-import io
 import json
 import re
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
-from corrzoo.files import table
 from corrzoo.leaderboard.rows import Ranking, Row, Spread
+from corrzoo.tables import csv_text, markdown
 
 COSTS = {
     "ms_per_pair": ("ms / pair", ",.1f"),
@@ -26,9 +24,10 @@ WORDS = {
     "cub": "CUB-200-2011",
     "caltech101": "Caltech-101",
     "ap10k": "AP-10K",
-    "spair_u": "SPair-U",
+    "spair71k_u": "SPair-U",
     "synthetic": "synthetic pairs",
     "synthetic_warps": "synthetic warps",
+    "voc_warps": "warps of VOC 2012",
     "none": "training-free (zero-shot)",
 }
 """Names of datasets and kinds of supervision, for readers."""
@@ -120,7 +119,7 @@ def to_markdown(rankings: Sequence[Ranking]) -> str:
         folded = len(rows) > FOLD or ranking.dataset.startswith("synthetic")
         lines += [f"<details><summary>{len(rows)} rows</summary>", ""] if folded else []
         numbers = [k for k, name in enumerate(titles) if any(_number(row[name]) is not None for row in rows)]
-        lines += [table(titles, ([_plain(text_of(t, row[t])) for t in titles] for row in rows), numbers), ""]
+        lines += [markdown(titles, ([_plain(text_of(t, row[t])) for t in titles] for row in rows), numbers), ""]
         lines += ["</details>", ""] if folded else []
     return "\n".join(lines)
 
@@ -145,11 +144,7 @@ def to_csv(rankings: Sequence[Ranking]) -> str:
                 line["difference"] = None if group else row.difference(measure)
                 line["source"] = "" if group else row.source
                 lines.append({key: _no_formula(value) for key, value in line.items()})
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, lines[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
+    return csv_text(lines)
 
 
 def _no_formula(value: Any) -> Any:

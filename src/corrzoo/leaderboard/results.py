@@ -1,4 +1,4 @@
-"""Result files: read, checked, and ranked where they are comparable."""
+"""Result files: read, completed, and ranked where they are comparable."""
 
 import json
 import re
@@ -48,7 +48,7 @@ def read_results(files: Iterable[Path], warn: Callable[[str], None]) -> list[dic
     for path in files:
         try:
             result = json.loads(path.read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite)
-            result = checked(result) | {"path": str(path), "study": path.resolve().parent.name}
+            result = completed(result) | {"path": str(path), "study": path.resolve().parent.name}
             json.dumps(result, ensure_ascii=False).encode()  # fails on lone surrogates, which no output file can hold
             rank([result])
         except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError, OSError) as error:
@@ -64,7 +64,7 @@ def _finite(text: str) -> float:
     return float(text)
 
 
-def checked(result: Any) -> dict[str, Any]:
+def completed(result: Any) -> dict[str, Any]:
     """The content of a result file with the fields that files of corrzoo 0.1.0 lack.
 
     Raises:
@@ -72,6 +72,7 @@ def checked(result: Any) -> dict[str, Any]:
     """
     if not isinstance(result, dict):
         raise ValueError(f"expected an object, got a {type(result).__name__}")
+    result = dict(result)
     for name in ("head", "backbone", "dataset", "split", "protocol"):
         if not isinstance(result.get(name), str):
             raise ValueError(f"no text field {name!r}")
@@ -139,7 +140,7 @@ def _ranking(results: Sequence[dict[str, Any]], papers: Sequence[dict[str, str]]
         (one, path), (other, its_path), *_ = versions.items()
         raise ZooError(f"{path} is of corrzoo {one} and {its_path} of {other}: measure again, or leave one out")
     runs: dict[str, dict[int | None, dict[str, Any]]] = defaultdict(dict)
-    for result in _completed(results):
+    for result in _with_switches(results):
         seeds, seed = runs[_identity(result)], result.get("seed")
         if seed in seeds:
             raise ZooError(f"{result['path']} repeats {seeds[seed]['path']}, seed {seed}: keep one, or label them")
@@ -167,7 +168,7 @@ def _ranking(results: Sequence[dict[str, Any]], papers: Sequence[dict[str, str]]
     return ranking
 
 
-def _completed(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _with_switches(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The results, each with the switches that are off in others of its head, which older files may lack."""
     off: dict[str, dict[str, Any]] = defaultdict(dict)
     for result in results:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from corrzoo.geometry import Size, cell_centres
 from corrzoo.precision import full, full_precision
-from corrzoo.registry import nearest
+from corrzoo.registry import suggestion
 from corrzoo.types import ZooError
 
 Window = Literal["none", "argmax", "crop"]
@@ -140,8 +140,7 @@ def check_window(
     elif not temperature > 0:
         raise ZooError(f"temperature must be positive, got {temperature}")
     if window not in get_args(Window):
-        known = nearest(window, get_args(Window)) or f": choose one of {', '.join(get_args(Window))}"
-        raise ZooError(f"unknown window {window!r}{known}")
+        raise ZooError(f"unknown window {window!r}{suggestion(window, get_args(Window))}")
     if window == "argmax" and not (sigma or 0) > 1e-6:  # at 1e-20, 2 sigma² is 0 in float32
         raise ZooError(f"window 'argmax' needs sigma above 1e-6, got {sigma}")
     if window == "crop":

@@ -63,11 +63,10 @@ class Evaluation:
 
     def features(self, pair: Pair) -> tuple[Features, Features]:
         """Prepared features of both images, from the cache if possible."""
-        ids = [*pair.src_id.tolist(), *pair.trg_id.tolist()]
-        if min(ids) < 0:
+        if not (numbers := pair.image_numbers()):
             return self.matcher.features(pair)
         images = self.matcher.backbone.normalise(torch.cat([pair.src_img, pair.trg_img]))
-        return self.cache(images, ids, lambda new: self.matcher.prepare(self.matcher.backbone(new))).halves()
+        return self.cache(images, numbers, lambda new: self.matcher.prepare(self.matcher.backbone(new))).halves()
 
     def check_keypoints(self) -> None:
         """Raise ZooError if a dataset has outlines instead of keypoints to predict."""

@@ -8,9 +8,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from corrzoo.backbones.specs import get_spec
-from corrzoo.files import table
-from corrzoo.leaderboard.results import checked, scores
+from corrzoo.leaderboard.results import completed, scores
 from corrzoo.matcher import Matcher
+from corrzoo.tables import markdown
 from corrzoo.types import ZooError
 
 LICENCES = ("apache-2.0", "bsd-3-clause", "cc-by-nc-4.0", "mit")
@@ -52,7 +52,7 @@ def model_card(matcher: "Matcher", config: dict[str, Any], results: Sequence[str
     spec, head = get_spec(matcher.hparams.backbone), config["head"]
     summary, _, _ = (type(matcher).__doc__ or "").partition("\n")
     trained = config["trained"] or next((row["trained"] for row in rows if row.get("trained")), None)
-    backbone, total = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (matcher.backbone, matcher))
+    own, inside = matcher.count_parameters()
     front = ModelCardData(
         license=spec.licence if spec.licence in LICENCES else "other",
         license_name=None if spec.licence in LICENCES else spec.licence,
@@ -64,8 +64,8 @@ def model_card(matcher: "Matcher", config: dict[str, Any], results: Sequence[str
     )
     about = {
         "head": f"{head}: {summary}",
-        "backbone": f"`{spec.key}` (timm's `{spec.timm}`), {backbone:.1f} M parameters",
-        "parameters": f"{total:.1f} M in all",
+        "backbone": f"`{spec.key}` (timm's `{spec.timm}`), {inside / 1e6:.1f} M parameters",
+        "parameters": f"{(own + inside) / 1e6:.1f} M in all",
         "network image": f"{config['image_size']} px",
         "trained on": _training(trained),
         "licence": f"{spec.licence}, the licence of the backbone's weights; datasets have their own",
@@ -75,7 +75,7 @@ def model_card(matcher: "Matcher", config: dict[str, Any], results: Sequence[str
         head=head,
         backbone=spec.key,
         plugin="" if config["module"].startswith("corrzoo.") else f", {config['module']}",
-        about=table(["", ""], list(about.items())),
+        about=markdown(["", ""], list(about.items())),
         scores=_scores(rows),
         options=json.dumps(config["options"], indent=1),
     )
@@ -91,7 +91,7 @@ def read_result(result: str | Path | dict[str, Any], config: dict[str, Any]) -> 
     try:
         row = result if isinstance(result, dict) else json.loads(Path(result).read_text())
         found = row["head"], row["backbone"]
-        row = checked(row)
+        row = completed(row)
         scores(row), row["pairs"]
     except OSError as error:
         raise ZooError(f"cannot read the result file {name}: {error.strerror}") from error
@@ -121,7 +121,7 @@ def _scores(rows: list[dict[str, Any]]) -> str:
         lines.append([row["dataset"], str(row["pairs"]), f"`{row['protocol']}`", *cells])
     titles = ["dataset", "pairs", "protocol", *measures]
     note = "Scores of different protocols are not comparable, see `corrzoo.scoring.protocols`."
-    return f"## Scores\n\n{table(titles, lines, [1, *range(3, len(titles))])}\n\n{note}\n\n"
+    return f"## Scores\n\n{markdown(titles, lines, [1, *range(3, len(titles))])}\n\n{note}\n\n"
 
 
 def _eval_results(row: dict[str, Any]) -> list[EvalResult]:

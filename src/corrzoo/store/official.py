@@ -12,7 +12,7 @@ from torch import Tensor
 from corrzoo.backbones.weights import key_faults, read_state
 from corrzoo.heads import HEADS
 from corrzoo.matcher import Matcher
-from corrzoo.registry import nearest
+from corrzoo.registry import suggestion
 from corrzoo.types import ZooError
 
 Names: TypeAlias = "dict[str, str | tuple[str, Names]]"
@@ -252,7 +252,7 @@ def load_official(
         ZooError: if the name is unknown, the file cannot be read safely, or keys or shapes do not fit.
     """
     if name not in LAYOUTS:
-        raise ZooError(f"unknown checkpoint {name!r}{nearest(name, LAYOUTS) or f': expected one of {list(LAYOUTS)}'}")
+        raise ZooError(f"unknown checkpoint {name!r}{suggestion(name, LAYOUTS)}")
     if as_tested and name != "lpmflow":
         raise ZooError(f"as_tested=True with {name!r}: expected 'lpmflow', as only its test script changes weights")
     layout = LAYOUTS[name]

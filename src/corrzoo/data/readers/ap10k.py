@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,11 +17,12 @@ from corrzoo.data.pairs import DATASETS, AnnotatedImage, FolderDataset
 from corrzoo.data.readers import symmetry
 from corrzoo.data.readers.tables import read_box, read_json
 from corrzoo.geometry import Size
-from corrzoo.registry import nearest
 from corrzoo.types import Record, ZooError
 
-SUBSETS = {"intra-species": "", "cross-species": "_cross_species", "cross-family": "_cross_family"}
-"""The benchmark's parts, as the authors call them, and the suffixes of their folders."""
+Subset = Literal["intra-species", "cross-species", "cross-family"]
+"""The benchmark's parts, as the authors call them."""
+SUFFIXES: dict[Subset, str] = {"intra-species": "", "cross-species": "_cross_species", "cross-family": "_cross_family"}
+"""Of their folders."""
 
 
 @DATASETS.register
@@ -42,19 +43,16 @@ class AP10K(FolderDataset):
     groups = symmetry.AP10K_GROUPS
 
     def __init__(
-        self, root: str | Path, split: str, size: int | Size = 224, *, subset: str = "intra-species", **options: Any
+        self, root: str | Path, split: str, size: int | Size = 224, *, subset: Subset = "intra-species", **options: Any
     ) -> None:
-        if subset not in SUBSETS:
-            told = f"{self.name} has no subset {subset!r}{nearest(subset, SUBSETS)}"
-            raise ZooError(f"{told}: choose from {', '.join(SUBSETS)}")
-        if split in ("trn", "train") and SUBSETS[subset]:
+        if split in ("trn", "train") and SUFFIXES[subset]:
             raise ZooError(f"{self.name}: the subset {subset} has no training pairs: train on intra-species")
         self.subset = subset
         super().__init__(root, split, size, **options)
 
     def sources(self) -> list[Path]:
         self._images, self._animals = self.need(self.home / "JPEGImages"), self.need(self.home / "ImageAnnotation")
-        self._pairs = self.need(self.home / "PairAnnotation" / f"{self.split}{SUBSETS[self.subset]}")
+        self._pairs = self.need(self.home / "PairAnnotation" / f"{self.split}{SUFFIXES[self.subset]}")
         self.pair_folder = self._pairs
         self._names = sorted(name for name in os.listdir(self._pairs) if name.endswith(".json"))
         self.categories = sorted({_category(name) for name in self._names})

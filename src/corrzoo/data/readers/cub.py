@@ -75,11 +75,14 @@ class CUB(FolderDataset):
     def title(self) -> str:
         """The name, with the number of species, or else of images, and "crops" if the copy is partial."""
         _, paths, species = self._images()
-        found = [number for path, number in zip(paths, species.tolist(), strict=True) if os.path.isfile(path)]
-        notes = [f"{len(found):,} images"] if len(found) < IMAGES else []
-        if (kinds := len(set(found))) < SPECIES:
-            notes = [f"{kinds} species"]
-        notes += ["crops"] if (self._index.sizes == CROP).all() else []
+        found = species[[os.path.isfile(path) for path in paths]]
+        notes = []
+        if (kinds := len(np.unique(found))) < SPECIES:
+            notes.append(f"{kinds} species")
+        elif len(found) < IMAGES:
+            notes.append(f"{len(found):,} images")
+        if (self._index.sizes == CROP).all():
+            notes.append("crops")
         return f"{self.name} ({', '.join(notes)})" if notes else self.name
 
     def variant(self) -> str:

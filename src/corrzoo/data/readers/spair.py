@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Collection, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from corrzoo.data.pairs import DATASETS, FolderDataset, Groups
 from corrzoo.data.readers import symmetry
@@ -35,10 +35,14 @@ class SPair71k(FolderDataset):
     groups: ClassVar[Groups] = symmetry.SPAIR71K_GROUPS
 
     def __init__(
-        self, root: str | Path, split: str, size: int | Size = 224, *, layout: str = "large", **options: Any
+        self,
+        root: str | Path,
+        split: str,
+        size: int | Size = 224,
+        *,
+        layout: Literal["large", "small"] = "large",
+        **options: Any,
     ) -> None:
-        if layout not in ("large", "small"):
-            raise ZooError(f"{self.name} has no layout {layout!r}: choose large or small")
         self.layout = layout
         super().__init__(root, split, size, **options)
 

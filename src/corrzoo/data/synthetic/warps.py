@@ -8,7 +8,7 @@ import csv
 import operator
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from scipy.interpolate import RBFInterpolator
 from torch import Tensor
 
-from corrzoo.data.augment import uniform
+from corrzoo.data.augment import chance, uniform
 from corrzoo.data.pairs import DATASETS, Augment, PairDataset
 from corrzoo.data.readers.pfpascal import CATEGORIES as VOC_CATEGORIES
 from corrzoo.data.synthetic.pairs import RenderedDataset
@@ -126,7 +126,7 @@ class VOCWarps(WarpDataset):
         split: str,
         size: int | Size = 224,
         *,
-        images: str = "trainval",
+        images: Literal["train", "val", "trainval"] = "trainval",
         exclude: str = "PF-PASCAL/test_pairs.csv",
         **options: Any,
     ) -> None:
@@ -172,7 +172,7 @@ def warp_pair(sample: Pair, mask: Tensor, rng: torch.Generator) -> Pair:
     `mask` (H, W) in [0, 1] is the object in the image. A view's mask leaves out what the other view does not show.
     """
     image = sample.src_img
-    turn = -1.0 if uniform(0, 1, rng) < 0.5 else 1.0  # for both views: left and right must remain distinguishable
+    turn = -1.0 if chance(0.5, rng) else 1.0  # for both views: left and right must remain distinguishable
     places = [random_warp(size_of(image), rng) * torch.tensor([turn, 1.0]) for _ in range(2)]
     views = [_read_at(image.float(), at).round().clamp(0, 255).to(torch.uint8) for at in places]
     seen = [footprint(at) for at in places]
@@ -191,7 +191,7 @@ def random_warp(image: Size, rng: torch.Generator) -> Tensor:
     3 x 3 control points, each moved by up to `BEND`.
     """
     at = cell_centres(image, (2, 2)) - 1
-    if uniform(0, 1, rng) < 0.5:
+    if chance(0.5, rng):
         at = at + bend(at, (torch.rand(9, 2, generator=rng) * 2 - 1) * BEND)
     affine = torch.eye(2, 3) + SPREAD * torch.randn(2, 3, generator=rng)
     return (at @ affine[:, :2].T + affine[:, 2]).unflatten(0, image)

@@ -1,0 +1,44 @@
+"""Tables as CSV and as Markdown."""
+
+import csv
+import io
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from corrzoo.errors import ZooError
+
+
+def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Rows of a CSV file, by the titles in its first line.
+
+    Raises:
+        ZooError: if the file is missing, is not text, has no row, or lacks one of `columns`.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file, restval="", skipinitialspace=True))
+    except FileNotFoundError:
+        raise ZooError(f"no such file: {path}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ZooError(f"{path} is not a CSV file: {error}") from error
+    if missing := [name for name in columns if not rows or name not in rows[0]]:
+        told = f"expected a CSV file with a header line and the columns {', '.join(columns)}"
+        raise ZooError(f"{path} has no column {missing[0]!r}: {told}")
+    return rows
+
+
+def csv_text(rows: Sequence[dict[str, Any]], columns: Sequence[str] = ()) -> str:
+    """Rows as CSV text. The columns are `columns`, or the keys of the first row."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns or list(rows[0] if rows else ()), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[int] = ()) -> str:
+    """A Markdown table, without a final line break. `numbers` are the right-aligned columns, counted from 0."""
+    rule = "|".join("--:" if k in numbers else "---" for k in range(len(titles)))
+    cells = (" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows)
+    return "\n".join([f"| {' | '.join(titles)} |", f"|{rule}|", *(f"| {line} |" for line in cells)])
