@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from corrzoo.errors import ZooError
-from corrzoo.precision import full
+from corrzoo.precision import full, full_precision
 
 Size = tuple[int, int]
 """(height, width), as tensors are laid out; an image's *original* size in a Record or Pair is (w, h)."""
@@ -71,8 +71,9 @@ def sample(maps: Tensor, points: Tensor, image: Size) -> Tensor:
 
 def cosine_maps(src: Tensor, trg: Tensor, points: Tensor, image: Size) -> Tensor:
     """Cosines (B, n, h, w) of source features (B, C, h', w') at points (B, n, 2) with target features (B, C, h, w)."""
-    rows = F.normalize(sample(src, points, image), dim=2)
-    return torch.einsum("bnc,bchw->bnhw", rows, F.normalize(trg, dim=1))
+    with full_precision(src):
+        rows = F.normalize(sample(full(src), points, image), dim=2)
+        return torch.einsum("bnc,bchw->bnhw", rows, F.normalize(full(trg), dim=1))
 
 
 def transfer(points: Tensor, flow: Tensor, image: Size) -> Tensor:
@@ -113,10 +114,11 @@ def pseudo_flow(
     near = near & mask.unsqueeze(-1)
     covered = near.any(1)  # (B, h*w)
     weight = near.to(src_kps.dtype)
-    mean_src = torch.einsum("bkn,bkc->bnc", weight, src_kps) / weight.sum(1).clamp(min=1).unsqueeze(-1)
+    with full_precision(src_kps):  # bfloat16 would round the target by up to 1 px of 512
+        mean_src = torch.einsum("bkn,bkc->bnc", weight, src_kps) / weight.sum(1).clamp(min=1).unsqueeze(-1)
     order = torch.arange(1, near.shape[1] + 1, device=near.device).view(1, -1, 1)
     last = (near * order).argmax(1)  # (B, h*w), the highest covering index
-    flow = torch.gather(trg_kps, 1, last.unsqueeze(-1).expand(-1, -1, 2)) - mean_src
+    flow = trg_kps.take_along_dim(last.unsqueeze(-1), 1) - mean_src
     flow = flow.masked_fill(~covered.unsqueeze(-1), 0)
     return flow.transpose(1, 2).unflatten(2, grid), covered.unflatten(1, grid)
 

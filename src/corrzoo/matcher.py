@@ -129,11 +129,12 @@ class Matcher(LightningModule, ABC):
         return mean_where(*self.keypoint_errors(match, pair))
 
     def keypoint_errors(self, match: Match, pair: Pair, radius: float | None = None) -> Term:
-        """Distance of the flow (B, h, w) from the pseudo-flow, in cells, and which cells a keypoint supervises.
+        """Distance of the flow from the pseudo-flow (B, h, w), in cells, and which cells a keypoint supervises.
 
-        A keypoint supervises a square; `radius` is half its side in cells. our choice where a paper gives none:
-        ACTR's and LPMFlow's share of the image (CATs has twice as much), and at least 17/32 of a cell, so that every
-        keypoint supervises the cell it lies in.
+        A keypoint supervises the cells in a square around it; `radius` is half the square's side in cells. our choice
+        where a paper gives none: ACTR's and LPMFlow's share of the image (CATs has twice as much), and at least 17/32
+        of a cell, so that every keypoint supervises the cell it lies in. The released code of CATs, ACTR and LPMFlow
+        leaves out a cell that its keypoint does not move. our choice: it counts.
         """
         image, grid = size_of(pair.src_img), size_of(match.flow)
         stride = max(image) / max(grid)

@@ -98,6 +98,15 @@ def test_half_precision_trains(head, dtype):
     assert learnt and not [name for name in learnt if torch.equal(before[name], model.get_parameter(name))]
 
 
+@pytest.mark.parametrize("head", [head for head in CASES if head != "NCNet"])  # whose loss runs its network
+def test_autocast_does_not_change_the_loss_of_a_match(head):
+    model, pair = build(head).eval(), batch()
+    match = model(pair.src_img, pair.trg_img)
+    exact = model.loss(match, pair)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model.loss(match, pair), exact, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("head", SUPERVISED)
 def test_one_pair_is_overfitted(head):
     options = {"lr": 3e-3, "steps": 150, "keypoints": 9} | OVERFIT.get(head, {})

@@ -5,6 +5,7 @@ import torch
 
 import corrzoo
 from corrzoo.data import PairDataset
+from corrzoo.scoring.evaluation import predict_points
 from hostless import hostless
 from small import CASES, build
 
@@ -38,6 +39,6 @@ def test_training_step(head, options):
 @pytest.mark.parametrize(("head", "options"), STEPS)
 def test_evaluation_step(head, options):
     model, pair = build(head, **options).eval(), batch()
-    with torch.no_grad(), hostless():
-        points = model.match_points(*model.features(pair), pair.src_kps)
-    assert points.device.type == "cpu" and torch.isfinite(points).all()
+    with hostless():
+        points = predict_points(model, pair)
+    assert points.shape == pair.trg_kps.shape and torch.isfinite(points).all()

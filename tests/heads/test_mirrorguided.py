@@ -286,6 +286,13 @@ def test_numbers_learn_ten_times_as_fast_and_do_not_decay():
     assert {group["name"] for group in build().param_groups()} == {"backbone"}
 
 
+def test_numbers_of_a_backbone_learn_at_its_rate():
+    model = learning(lr=0.01, backbone_lr=1e-4, finetune="all")
+    model.backbone.gain = torch.nn.Parameter(torch.tensor(1.0))  # such as NFNet's
+    (group,) = [group for group in model.param_groups() if any(p is model.backbone.gain for p in group["params"])]
+    assert (group["name"], group["lr"]) == ("backbone", 1e-4)
+
+
 def match_of_mirror_image(mirrored):
     """Matches of an image with its mirror image or with itself, so that one hypothesis is exact."""
     model, src = learning(finetune="none"), features(3)

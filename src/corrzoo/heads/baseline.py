@@ -6,14 +6,13 @@
 from typing import Any, ClassVar, Literal
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from corrzoo import ops
 from corrzoo.errors import check_above_zero
 from corrzoo.geometry import bilinear_cells, cell_centres, cells_to_pixels, points_to_flow, sample, size_of
 from corrzoo.heads.guidance import mutual_confidence
-from corrzoo.heads.levels import cells_of, rows_of, stack_levels, stride_grid
+from corrzoo.heads.levels import COLDEST, cells_of, rows_of, stack_levels, stride_grid
 from corrzoo.matcher import HEADS, Matcher
 from corrzoo.types import Features, Match
 
@@ -25,7 +24,8 @@ WINDOWS = {"soft": "none", "kernel": "argmax", "window": "crop"}
 class Baseline(Matcher):
     """The Baseline of ViTSC (section 3.1): match by cosine similarity, read the position by a soft-argmax.
 
-    Untrained, it measures a backbone's features. Trained, the backbone learns through the EPE (eq. 6).
+    Untrained, it measures a backbone's features. Trained, the backbone learns through the EPE (eq. 6). our choice: the
+    EPE is on the grid of `stride`; section 3.1 enlarges the flow to the image.
 
     Args:
         stride: Resize all feature maps to this stride (3.1: 8).
@@ -88,9 +88,8 @@ class Baseline(Matcher):
         if self.point_query == "features":
             return self._match_rows(sample(src.maps[0], points, image), src, trg).to(points.dtype)
         cells, weights = bilinear_cells(points, grid, image)  # (B, n, 4)
-        rows = rows_of(src)
-        picked = rearrange(cells, "b n four -> b (n four) 1").expand(-1, -1, rows.shape[-1])
-        matched = self._match_rows(rows.gather(1, picked), src, trg)  # (B, n*4, 2)
+        rows = rows_of(src).take_along_dim(cells.flatten(1).unsqueeze(2), 1)  # (B, n*4, C)
+        matched = self._match_rows(rows, src, trg)  # (B, n*4, 2)
         centres = cell_centres(grid, image, points.device, matched.dtype)[cells]  # (B, n, 4, 2)
         flow = matched.unflatten(1, (-1, 4)) - centres
         return points + (weights.unsqueeze(-1) * flow).sum(2)
@@ -100,7 +99,7 @@ class Baseline(Matcher):
         grid, columns = size_of(trg.maps[0]), rows_of(trg)  # (B, h*w, C)
         how: dict[str, Any] = {"window": WINDOWS.get(self.readout, "none"), "radius": self.radius}
         how["sigma"] = self.sigma or 0.25 * max(grid)
-        temperature = self.temperature.clamp(min=1e-3)
+        temperature = self.temperature.clamp(min=COLDEST)
         if self.mutual:
             best_of_column = ops.mutual(rows_of(src), columns).col_max.unsqueeze(1)
             scores = ops.correlation(rows, columns).relu()  # (B, N, h*w)

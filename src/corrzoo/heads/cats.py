@@ -118,6 +118,7 @@ class CATs(Matcher):
         features = [rearrange(level, "b c h w -> b (h w) c") for level in projected]  # none without appearance
         tokens = torch.cat([scores, torch.stack(features, dim=1)], dim=-1) if features else scores  # (B, L, g*g, D)
         shape = (-1, -1, self.grid, self.grid, -1)
+        # (1, L, g, g, D)
         position = torch.cat([self.pos_embed_x.expand(shape), self.pos_embed_y.expand(shape)], dim=-1)
         return self.to_scores(self.blocks(tokens + position.flatten(2, 3)))
 
@@ -126,10 +127,7 @@ class CATs(Matcher):
         return read_flow(points, self.match(src, trg).flow, size_of(src.image), self.read)
 
     def loss(self, match: Match, pair: Pair) -> Tensor:
-        """EPE in cells against the pseudo-flow around the keypoints.
-
-        The released code leaves out a cell that its keypoint does not move. our choice: it counts.
-        """
+        """EPE in cells against the pseudo-flow around the keypoints."""
         return mean_where(*self.keypoint_errors(match, pair, RADIUS))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from corrzoo import ops
 from corrzoo.data.pairs import mirror
 from corrzoo.geometry import Size, cells_to_pixels, check_keypoints, pixels_to_cells, points_to_flow, size_of
-from corrzoo.heads.levels import cells_of, resize, rows_of, stack_levels
+from corrzoo.heads.levels import cells_of, expected_cells, resize, rows_of, stack_levels
 from corrzoo.losses import Term, mean_where, pair_means
 from corrzoo.matcher import HEADS, Matcher
 from corrzoo.precision import full, full_precision
@@ -57,6 +57,7 @@ class GeoAware(Matcher):
         grid: Cells per side of the descriptors' grid, or [h, w]; every level is resized to it (released code: 60).
         width: Channels of the descriptors, a multiple of 128 (released code: 768).
         network: Ablation: the aggregation network. Without it, the descriptors are the normalised levels (zero-shot).
+            our choice: each level is normalised; the authors normalise the three of Stable Diffusion together.
         dropout: Share of the network's input that is dropped in training (released code: 0.2).
         dense: Ablation: the dense loss, beside the sparse one.
         noise: Deviation of the dense loss's ground truth, as a share of half of `noise_length` (released code: 0.1).
@@ -128,7 +129,7 @@ class GeoAware(Matcher):
     def aggregate(self, levels: list[Tensor]) -> Tensor:
         """Levels (B, C_i, h_i, w_i) -> their weighted sum (B, width, h, w) after the bottlenecks."""
         levels = [self.dropout(resize(level, self.grid)) for level in levels]
-        maps = torch.stack([block(level) for block, level in zip(self.bottlenecks, levels, strict=True)])
+        maps = torch.stack([block(level) for block, level in zip(self.bottlenecks, levels, strict=True)])  # (L, B, ...)
         if self.mixing_weights is None:
             return maps[0]
         return torch.einsum("l,lbchw->bchw", self.mixing_weights.softmax(0), maps)
@@ -142,12 +143,11 @@ class GeoAware(Matcher):
 
     def find(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Positions (B, N, 2) in cells of the target, for descriptors (B, N, C) and the target's (B, h*w, C)."""
-        temperature = rows.new_full((), TEMPERATURE, dtype=full(rows[:0]).dtype)
         if self.readout == "window" and self.outside == "zero":
             scores = zero_outside(ops.correlation(rows, columns, normalize=False), self.grid, self.window)
-            return ops.readout(scores, self.grid, temperature).xy
+            return ops.readout(scores, self.grid, TEMPERATURE).xy
         how: dict[str, Any] = {"window": WINDOWS.get(self.readout, "none"), "sigma": self.window, "radius": self.window}
-        found = ops.match(rows, columns, self.grid, temperature, normalize=False, backend=self.backend, **how)
+        found = ops.match(rows, columns, self.grid, TEMPERATURE, normalize=False, backend=self.backend, **how)
         return (cells_of(found.argmax, self.grid) + 0.5).to(found.xy) if self.readout == "argmax" else found.xy
 
     def match_points(self, src: Features, trg: Features, points: Tensor) -> Tensor:
@@ -231,17 +231,15 @@ class GeoAware(Matcher):
 
         The flow is read at the whole cell around a point. The ground truth has noise in training.
         """
-        index, (h, w) = cell_of(points.src, self.grid), self.grid
+        index = cell_of(points.src, self.grid)
         with full_precision(src):
             weights = (pick(src, index) @ trg.mT / TEMPERATURE).softmax(2)  # (B, K, h*w)
-            xy = torch.stack([self.x_normal.repeat(h), self.y_normal.repeat_interleave(w)], dim=1)  # (h*w, 2)
-            x, y = ((weights @ xy + 1) / 2).unbind(2)
-            found = torch.stack([x * (w - 1), y * (h - 1)], dim=2) + 0.5
+            found = expected_cells(weights, self.x_normal, self.y_normal)  # (B, K, 2)
             truth = points.trg - points.src
             if self.training and self.noise:
                 deviation = (self.noise * points.length / 2).view(-1, 1, 1)
                 truth = truth + deviation * torch.randn_like(truth)
-            error = found - (cells_of(index, self.grid) + 0.5) - truth
+            error = found - cells_of(index, self.grid) - truth
             error = torch.where(points.mask.unsqueeze(2), error, 1)  # the root's gradient is infinite at zero
             return pair_means(torch.linalg.vector_norm(error, dim=2), points.mask)
 
@@ -343,4 +341,4 @@ def cell_of(points: Tensor, grid: Size) -> Tensor:
 
 def pick(rows: Tensor, index: Tensor) -> Tensor:
     """Rows (B, K, C) of (B, N, C) by their numbers (B, K)."""
-    return rows.gather(1, index.unsqueeze(2).expand(-1, -1, rows.shape[2]))
+    return rows.take_along_dim(index.unsqueeze(2), 1)

@@ -29,10 +29,10 @@ def mutual_confidence(scores: Tensor, best_of_column: Tensor | None = None) -> T
 
 
 def truncate(confidence: Tensor, rho: float) -> tuple[Tensor, Tensor]:
-    """T(X, rho) of eq. 5 for confidences (B, N, M): X where X > rho, with its gradient, else 0.
+    """T(X, rho) of eq. 5 for confidences X (B, N, M): X where X > rho, else 0. Also the confident cells S (B, N), bool.
 
-    Also the set S of confident cells (B, N) bool. If no match of a pair passes, the best matches of its `FALLBACK` most
-    confident rows do, so that S is never empty.
+    The gradient is 1 where X is kept and 0 elsewhere. S has the source cells that keep a match. A pair that would keep
+    none keeps the best matches of its `FALLBACK` most confident cells, so that S is never empty.
     """
     kept = confidence > rho
     best = confidence.amax(2)  # (B, N)

@@ -48,6 +48,20 @@ def rows_of(features: Features) -> Tensor:
     return rearrange(features.maps[0], "b c h w -> b (h w) c")
 
 
+COLDEST = 1e-3
+"""our choice: the lowest temperature that is learned. A parameter that falls below it counts as this, and stays."""
+
+
+def expected_cells(weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Mean cell indices (..., 2) under weights (..., h*w) that sum to one, by trained coordinates.
+
+    x (w,) of the columns and y (h,) of the rows run from -1 at the first cell to 1 at the last one.
+    """
+    xy = torch.stack([x.repeat(len(y)), y.repeat_interleave(len(x))], dim=1)  # (h*w, 2)
+    mean_x, mean_y = ((weights @ xy + 1) / 2).unbind(-1)
+    return torch.stack([mean_x * (len(x) - 1), mean_y * (len(y) - 1)], dim=-1)
+
+
 def cells_of(index: Tensor, grid: Size) -> Tensor:
     """Columns and rows (..., 2) of cells that are numbered row by row; centres are half a cell further."""
     return torch.stack([index % grid[1], index // grid[1]], dim=-1)

@@ -371,7 +371,7 @@ def self_contrast(tokens: Tensor, masked: Tensor, neighbours: Tensor) -> Tensor:
     """
     with full_precision(tokens):
         tokens = full(tokens)
-        query = F.normalize(tokens.gather(1, masked.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])), dim=-1)
+        query = F.normalize(tokens.take_along_dim(masked.unsqueeze(-1), 1), dim=-1)  # (B, m, C)
         around = F.normalize(neighbours.to(tokens.dtype)[masked - 1] @ tokens[:, 1:].detach(), dim=-1)  # (B, m, C)
         positive = (query * around).sum(-1, keepdim=True)  # (B, m, 1)
         own = torch.eye(masked.shape[1], dtype=torch.bool, device=tokens.device)

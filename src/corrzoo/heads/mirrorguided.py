@@ -1,6 +1,6 @@
 """MirrorGuided: confident matches guide all others, in the image or in its mirror image. The zoo's own head.
 
-It combines parts that its page in docs/heads measures: cosines as in `Baseline`, a residual network on the features of
+It combines cosines as in `Baseline`, a residual network on the features of
 an image and its mirror image, the consensus of neighbouring matches (NCNet, without its network), GSF's confident
 matches, guidance field and modulation (its eqs. 4 to 8, without a parameter), and a choice between the source and its
 mirror image (as in GeoAware). Equations are numbered in the order of the code.
@@ -33,13 +33,23 @@ class Guided(NamedTuple):
 
     scores: Tensor  # (B, N, h', w') scores C
     field: Tensor  # (B, 2, h, w) guidance displacements G' in cells
-    support: Tensor  # (B,) mean of the best modulated scores
+    support: Tensor  # (B,) mean best modulated score of the source's cells, plus that of the target's
+
+
+class Hypotheses(NamedTuple):
+    """Modulated scores of n points under both hypotheses; without `mirror`, of the first alone."""
+
+    plain: Tensor  # (B, n, M) of the source
+    mirrored: Tensor | None = None  # (B, n, M) of its mirror image
+    ratio: Tensor | None = None  # (B,) support of the mirror image / support of the source
 
 
 @HEADS.register
 class MirrorGuided(Matcher):
-    """Guided matching of the source and of its mirror image; the better supported of both gives the matches.
+    """Match the source and its mirror image, each guided by its own confident matches, and keep one of the two.
 
+    The support of a match is how high the best scores of its cells are (eq. 7). The mirror image is kept if its support
+    is more than `margin` times the source's (eq. 8).
     With `layers: 0` it has no parameter, and a backbone that is fine-tuned learns through the EPE of `Matcher`. The
     constants are chosen on validation pairs by benchmarks/mirrorguided_constants.py. With layers, a network updates the
     features, and how much consensus and guidance count is learned. Before training, it equals the head without layers.
@@ -117,11 +127,10 @@ class MirrorGuided(Matcher):
                 self.margin = nn.Parameter(torch.tensor(margin))
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Optimiser groups as in `Matcher`. our choice: single numbers learn ten times as fast, and do not decay."""
-        groups = super().param_groups()
-        numbers = [p for p in self.parameters() if not p.ndim and p.requires_grad]
-        for group in groups:
-            group["params"] = [p for p in group["params"] if p.ndim]
+        """Optimiser groups as in `Matcher`. our choice: learned scalars have ten times the rate and no decay."""
+        numbers = [p for p in self.parameters(recurse=False) if p.requires_grad]  # not a backbone's own numbers
+        own = {id(number) for number in numbers}
+        groups = [g | {"params": [p for p in g["params"] if id(p) not in own]} for g in super().param_groups()]
         groups.append({"name": "numbers", "params": numbers, "lr": 10 * self.hparams.lr, "weight_decay": 0.0})
         return [group for group in groups if group["params"]]
 
@@ -141,79 +150,6 @@ class MirrorGuided(Matcher):
     def unit_map(self, levels: list[Tensor], grid: Size) -> Tensor:
         """Levels (B, C_i, h_i, w_i) as one map (B, C, h, w) of unit length in every cell."""
         return F.normalize(stack_levels([full(level) for level in levels], grid, self.remove_mean), dim=1)
-
-    def match(self, src: Features, trg: Features) -> Match:
-        """The match of every cell's centre; `correlation` has the scores (B, N, M) they were read from.
-
-        For eqs. 9 and 10, `extras` has the cosines (B, N, M) and what `hypotheses` returns. our choice: without EPE the
-        features learn from the cosines alone, as consensus and guidance blur what tells neighbouring cells apart.
-        """
-        grid, image = size_of(src.maps[0]), size_of(src.image)
-        points = cell_centres(grid, image, src.image.device, src.maps[0].dtype).expand(len(src.image), -1, -1)
-        extras = {}
-        if self.row_weight and torch.is_grad_enabled():
-            extras["cosines"] = ops.correlation(rows_of(src), rows_of(trg))
-            if not self.epe_weight:
-                src, trg = (x._replace(maps=[x.maps[0].detach()]) for x in (src, trg))
-        found = self.hypotheses(src, trg, points)
-        if extras and self.learns:
-            extras |= dict(zip(("plain", "mirrored", "ratio"), found, strict=False))
-        scores = self.chosen(*found)
-        return Match(points_to_flow(self.read(scores, trg), grid, image), scores, extras)
-
-    def loss(self, match: Match, pair: Pair) -> dict[str, Tensor]:
-        """EPE, eq. 9 for the cosines and, if guidance is learned, for the modulated scores, and eq. 10."""
-        terms = {"epe": self.keypoint_errors(match, pair)} if self.epe_weight else {}
-        grid, mask, ratio = size_of(match.flow), pair.kps_mask, match.extras.get("ratio")
-        volumes = {name: scores for name, scores in match.extras.items() if name != "ratio"}
-        rows = {name: row_cross_entropy(x, self.row_temperature, pair, grid) for name, x in volumes.items()}
-        terms |= {name: (rows[name], mask) for name in ("cosines", "plain") if name in rows}  # eq. 9
-        if ratio is not None:
-            logit = (ratio.detach().clamp(min=EPS) / self.learned("margin")).log() / CHOICE
-            plain, mirrored = (pair_means(rows[x].detach(), mask)[0] for x in ("plain", "mirrored"))
-            terms["choice"] = torch.lerp(plain, mirrored, logit.sigmoid()), mask.any(1)  # eq. 10
-        return weighted_means(terms, {name: self.epe_weight if name == "epe" else self.row_weight for name in terms})
-
-    def match_points(self, src: Features, trg: Features, points: Tensor) -> Tensor:
-        """Matches of points (B, n, 2), whose scores are interpolated: finer than to interpolate the flow."""
-        return self.read(self.scores_at(src, trg, points), trg).to(points.dtype)
-
-    def heat_maps(self, src: Features, trg: Features, points: Tensor) -> Tensor:
-        """The modulated scores of the points (B, n, h', w')."""
-        return self.scores_at(src, trg, points).unflatten(2, size_of(trg.maps[0]))
-
-    def read(self, scores: Tensor, trg: Features) -> Tensor:
-        """Soft-argmax of scores (B, n, M) in the window around their maximum: positions (B, n, 2) in pixels."""
-        grid = size_of(trg.maps[0])
-        found = ops.readout(scores, grid, self.temperature, "crop", radius=self.radius).xy
-        return cells_to_pixels(found, grid, size_of(trg.image))
-
-    def scores_at(self, src: Features, trg: Features, points: Tensor) -> Tensor:
-        """Modulated scores (B, n, M) of points (B, n, 2), by the hypothesis that eq. 8 chooses."""
-        return self.chosen(*self.hypotheses(src, trg, points))
-
-    def chosen(self, plain: Tensor, *mirrored_and_ratio: Tensor) -> Tensor:
-        """Eq. 8: the scores (B, n, M) for the source or, if there are any and the ratio says so, its mirror image."""
-        if not mirrored_and_ratio:
-            return plain
-        mirrored, ratio = mirrored_and_ratio
-        return torch.where((ratio > self.learned("margin")).view(-1, 1, 1), mirrored, plain)
-
-    def hypotheses(self, src: Features, trg: Features, points: Tensor) -> tuple[Tensor, ...]:
-        """Modulated scores (B, n, M) for the source; with `mirror`, also for its mirror image, and a ratio (B,).
-
-        The ratio is that of the mirror image's support to the source's.
-        """
-        source, target, (height, width) = src.maps[0], trg.maps[0], size_of(src.image)
-        with full_precision(source):
-            if not self.mirror:
-                return (self.modulated_at(self.guide(source, target), points, (height, width)),)
-            guided = self.guide(torch.cat([source, mirror_image(source)]), target.repeat(2, 1, 1, 1))
-            x, y = points.unbind(-1)
-            both = torch.cat([points, torch.stack([width - x, y], -1)])  # (2B, n, 2)
-            plain, mirrored = self.modulated_at(guided, both, (height, width)).chunk(2)
-            support, support_mirrored = guided.support.chunk(2)
-            return plain, mirrored, support_mirrored / support.clamp(min=EPS)
 
     def guide(self, source: Tensor, target: Tensor) -> Guided:
         """Eqs. 2 to 7 for maps (B, C, h, w) of the source and (B, C, h', w') of the target."""
@@ -235,12 +171,6 @@ class MirrorGuided(Matcher):
         floor = self.learned("floor")
         return floor * scores + (1 - floor) * modulate(scores, centre, cells, self.c_m)
 
-    def learned(self, name: str) -> float | Tensor:
-        """Eq. 11 for `share`, `floor` or `margin`: start + strength (learned - start)."""
-        value, start = getattr(self, name), 1.0 if name == "share" else self.hparams[name]
-        changed = self.learns and self.strength < 1
-        return torch.lerp(torch.full_like(value, start), value, self.strength) if changed else value
-
     def modulated_at(self, guided: Guided, points: Tensor, image: Size) -> Tensor:
         """Modulated scores (B, n, M) of points (B, n, 2) in pixels: scores and field interpolated between cells."""
         grid, grid_trg = size_of(guided.field), size_of(guided.scores)
@@ -248,3 +178,78 @@ class MirrorGuided(Matcher):
         volume = rearrange(guided.scores, "b (h w) hh ww -> b (hh ww) h w", h=grid[0])
         centre = pixels_to_cells(points, grid, image) + sample(guided.field, points, image)
         return self.modulated(sample(volume, points, image), centre, cells)
+
+    def hypotheses(self, src: Features, trg: Features, points: Tensor) -> Hypotheses:
+        """Match points (B, n, 2) of the source and, with `mirror`, the same points of its mirror image."""
+        source, target, (height, width) = src.maps[0], trg.maps[0], size_of(src.image)
+        with full_precision(source):
+            if not self.mirror:
+                return Hypotheses(self.modulated_at(self.guide(source, target), points, (height, width)))
+            guided = self.guide(torch.cat([source, mirror_image(source)]), target.repeat(2, 1, 1, 1))
+            x, y = points.unbind(-1)
+            both = torch.cat([points, torch.stack([width - x, y], -1)])  # (2B, n, 2)
+            plain, mirrored = self.modulated_at(guided, both, (height, width)).chunk(2)
+            support, support_mirrored = guided.support.chunk(2)
+            return Hypotheses(plain, mirrored, support_mirrored / support.clamp(min=EPS))
+
+    def chosen(self, found: Hypotheses) -> Tensor:
+        """Eq. 8: the scores (B, n, M) of the source or, where the ratio is above the margin, of its mirror image."""
+        if found.mirrored is None or found.ratio is None:
+            return found.plain
+        return torch.where((found.ratio > self.learned("margin")).view(-1, 1, 1), found.mirrored, found.plain)
+
+    def read(self, scores: Tensor, trg: Features) -> Tensor:
+        """Soft-argmax of scores (B, n, M) in the window around their maximum: positions (B, n, 2) in pixels."""
+        grid = size_of(trg.maps[0])
+        found = ops.readout(scores, grid, self.temperature, "crop", radius=self.radius).xy
+        return cells_to_pixels(found, grid, size_of(trg.image))
+
+    def scores_at(self, src: Features, trg: Features, points: Tensor) -> Tensor:
+        """Modulated scores (B, n, M) of points (B, n, 2), by the hypothesis that eq. 8 chooses."""
+        return self.chosen(self.hypotheses(src, trg, points))
+
+    def match(self, src: Features, trg: Features) -> Match:
+        """The match of every cell's centre; `correlation` has the scores (B, N, M) they were read from.
+
+        For eqs. 9 and 10, `extras` has the cosines (B, N, M) and what `hypotheses` returns. our choice: without EPE the
+        features learn from the cosines alone, as consensus and guidance blur what tells neighbouring cells apart.
+        """
+        grid, image = size_of(src.maps[0]), size_of(src.image)
+        points = cell_centres(grid, image, src.image.device, src.maps[0].dtype).expand(len(src.image), -1, -1)
+        extras = {}
+        if self.row_weight and torch.is_grad_enabled():
+            extras["cosines"] = ops.correlation(rows_of(src), rows_of(trg))
+            if not self.epe_weight:
+                src, trg = (x._replace(maps=[x.maps[0].detach()]) for x in (src, trg))
+        found = self.hypotheses(src, trg, points)
+        if extras and self.learns:
+            extras |= {name: x for name, x in found._asdict().items() if x is not None}
+        scores = self.chosen(found)
+        return Match(points_to_flow(self.read(scores, trg), grid, image), scores, extras)
+
+    def match_points(self, src: Features, trg: Features, points: Tensor) -> Tensor:
+        """Matches of points (B, n, 2), whose scores are interpolated: finer than to interpolate the flow."""
+        return self.read(self.scores_at(src, trg, points), trg).to(points.dtype)
+
+    def heat_maps(self, src: Features, trg: Features, points: Tensor) -> Tensor:
+        """The modulated scores of the points (B, n, h', w')."""
+        return self.scores_at(src, trg, points).unflatten(2, size_of(trg.maps[0]))
+
+    def loss(self, match: Match, pair: Pair) -> dict[str, Tensor]:
+        """EPE, eq. 9 for the cosines and, if guidance is learned, for the modulated scores, and eq. 10."""
+        terms = {"epe": self.keypoint_errors(match, pair)} if self.epe_weight else {}
+        grid, mask, ratio = size_of(match.flow), pair.kps_mask, match.extras.get("ratio")
+        volumes = {name: scores for name, scores in match.extras.items() if name != "ratio"}
+        rows = {name: row_cross_entropy(x, self.row_temperature, pair, grid) for name, x in volumes.items()}
+        terms |= {name: (rows[name], mask) for name in ("cosines", "plain") if name in rows}  # eq. 9
+        if ratio is not None:
+            logit = (ratio.detach().clamp(min=EPS) / self.learned("margin")).log() / CHOICE
+            plain, mirrored = (pair_means(rows[x].detach(), mask)[0] for x in ("plain", "mirrored"))
+            terms["choice"] = torch.lerp(plain, mirrored, logit.sigmoid()), mask.any(1)  # eq. 10
+        return weighted_means(terms, {name: self.epe_weight if name == "epe" else self.row_weight for name in terms})
+
+    def learned(self, name: str) -> float | Tensor:
+        """Eq. 11 for `share`, `floor` or `margin`: start + strength (learned - start)."""
+        value, start = getattr(self, name), 1.0 if name == "share" else self.hparams[name]
+        changed = self.learns and self.strength < 1
+        return torch.lerp(torch.full_like(value, start), value, self.strength) if changed else value

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from corrzoo import ops
-from corrzoo.geometry import Size, cell_centres, cells_to_pixels, size_of
+from corrzoo.geometry import Size, cells_to_pixels, size_of
 from corrzoo.heads.levels import cells_of, nearly_unit, stack_levels
 from corrzoo.losses import next_in_batch
 from corrzoo.matcher import HEADS, Matcher
@@ -91,18 +91,19 @@ class NCNet(Matcher):
         best, k = scores.argmax(2), self.relocalization  # (B, h*w), the first of equal ones
         grid = volume.shape[2], volume.shape[3]
         cells = k * cells_of(best, size_of(volume))  # (B, h*w, 2)
-        own = k * (cell_centres(grid, grid, scores.device) - 0.5)  # (h*w, 2)
+        own = k * cells_of(torch.arange(scores.shape[1], device=scores.device), grid)  # (h*w, 2)
         if k > 1:
             at = offsets.flatten(3).flatten(1, 2).gather(2, best.unsqueeze(2)).squeeze(2)  # (B, h*w), of k^4
             own, cells = own + cells_of(at // k**2, (k, k)), cells + cells_of(at % k**2, (k, k))
-        moved = cells_to_pixels(cells - own, size_of(src.maps[0]), size_of(src.image))
+        moved = cells_to_pixels((cells - own).to(scores.dtype), size_of(src.maps[0]), size_of(src.image))
         flow = rearrange(moved, "b (h w) xy -> b xy h w", h=grid[0])
         return Match(flow, scores, {"cells": cells, "src": src.maps[0], "trg": trg.maps[0]})
 
     def volume(self, src: Tensor, trg: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines (B, 1, h, w, h', w') of features (B, C, h, w), pooled; and which of k^4 each is, without its axis 1.
+        """Cosines (B, 1, h, w, h', w') of features (B, C, h, w) and (B, C, h', w').
 
-        No cosine is clipped and no row normalised, unlike in the papers before.
+        With `relocalization` k, the maximum of each k x k x k x k block, and its place in the block, 0 to k^4 - 1:
+        (B, h, w, h', w') int64. No cosine is clipped and no row normalised, unlike in the papers before.
         """
         with full_precision(src):
             cosines = torch.einsum("bchw,bcij->bhwij", src, trg)
@@ -200,7 +201,7 @@ def read_corners(points: Tensor, cells: Tensor, src_grid: Size, trg_grid: Size) 
     for dx, dy in ((0, 0), (1, 0), (0, 1), (1, 1)):
         index = (top + dy).clamp(max=h - 1) * w + (left + dx).clamp(max=w - 1)
         share = (x if dx else 1 - x) * (y if dy else 1 - y)
-        found = found + share.unsqueeze(-1) * cells.gather(1, index.long().unsqueeze(-1).expand(-1, -1, 2))
+        found = found + share.unsqueeze(-1) * cells.take_along_dim(index.long().unsqueeze(-1), 1)
     x, y = found.unbind(-1)
     return 1 + torch.stack([x / max(columns - 1, 1), y / max(rows - 1, 1)], dim=-1) * (FRAME - 1)
 

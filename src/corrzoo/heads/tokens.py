@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from corrzoo.geometry import Size, cells_to_pixels, sample, size_of, transfer
-from corrzoo.heads.levels import resize
+from corrzoo.heads.levels import expected_cells, resize
 from corrzoo.matcher import Matcher
 from corrzoo.precision import full, full_precision
 from corrzoo.types import Features, ZooError
@@ -294,7 +294,8 @@ class SoftArgmax(nn.Module):
     """The expected target cell under softmax(scores / 0.02), as a flow.
 
     The coordinates of rows and columns, from -1 at the first cell's centre to 1 at the last one's, are trained
-    parameters, so `ops.readout` with its fixed cells cannot be used.
+    parameters, so `ops.readout` with its fixed cells cannot be used. In the released code they train by mistake, as it
+    sets `requires_grad` of the tensor inside the parameter; its checkpoints have their trained values.
     """
 
     x_normal: nn.Parameter
@@ -311,12 +312,10 @@ class SoftArgmax(nn.Module):
 
     def forward(self, scores: Tensor) -> Tensor:
         """(B, g*g, g*g) -> (B, 2, g, g), in cells."""
-        g = self.grid
         with full_precision(scores):
             weights = (full(scores) / TEMPERATURE).softmax(-1)
-            xy = torch.stack([self.x_normal.repeat(g), self.y_normal.repeat_interleave(g)], dim=1)  # (g*g, 2)
-            found = (weights @ xy + 1) * ((g - 1) / 2)  # (B, g*g, 2), cell indices
-            return rearrange(found, "b (h w) xy -> b xy h w", h=g) - self.cells
+            found = expected_cells(weights, self.x_normal, self.y_normal)  # (B, g*g, 2)
+            return rearrange(found, "b (h w) xy -> b xy h w", h=self.grid) - self.cells
 
 
 def upscale(flow: Tensor) -> Tensor:

@@ -235,7 +235,8 @@ def read_points(points: Tensor, matched: Tensor, reach: float) -> Tensor:
     offset = points.to(matched.dtype).unsqueeze(2) - lattice(side, matched)  # (B, n, G*G, 2)
     distance = (offset.square().sum(-1) + EPS).sqrt()
     weights = (reach * (2 / (side - 1)) - distance).clamp(min=0)
-    return (weights / (weights.sum(-1, keepdim=True) + EPS)) @ matched
+    with full_precision(matched):
+        return (weights / (weights.sum(-1, keepdim=True) + EPS)) @ matched
 
 
 def to_flow(matched: Tensor, image: Size) -> Tensor:

@@ -6,6 +6,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from corrzoo.geometry import Size, bilinear_cells, check_keypoints, sample, size_of
+from corrzoo.heads.levels import COLDEST
 from corrzoo.precision import full
 from corrzoo.types import Pair, ZooError
 
@@ -71,21 +72,23 @@ class Bottleneck(nn.Sequential):
 
 
 def row_cross_entropy(scores: Tensor, temperature: float | Tensor, pair: Pair, grid: Size) -> Tensor:
-    """Cross-entropy (B, K) of each keypoint's row against the cells around its match, the mean of both ways.
+    """Cross-entropy (B, K) of each keypoint's match, the mean of source to target and target to source.
 
-    A keypoint's row is interpolated between cells. The probability of its match is spread bilinearly over four cells.
+    A keypoint's scores against all cells of the other image are interpolated bilinearly from the four cells around it.
+    A softmax over the other image's cells makes them probabilities. The label is the keypoint's position there: the
+    bilinear weights of the four cells around it, which sum to one.
 
     Args:
         scores: (B, N, N) of every source cell against every target cell.
-        temperature: Of the softmax; a learned one of less than 0.001 counts as 0.001, as in `Baseline`.
+        temperature: Of the softmax. A learned one below `COLDEST` counts as `COLDEST`.
         pair: Keypoints in pixels of network images of one size.
         grid: (h, w) of both images, h * w = N.
     """
     check_keypoints(pair.src_kps)
-    logits = scores / (temperature.clamp(min=1e-3) if isinstance(temperature, Tensor) else temperature)
+    logits = scores / (temperature.clamp(min=COLDEST) if isinstance(temperature, Tensor) else temperature)
     image, found = size_of(pair.src_img), []
     for volume, kps, truth in (logits.mT, pair.src_kps, pair.trg_kps), (logits, pair.trg_kps, pair.src_kps):
-        rows = sample(volume.unflatten(2, grid), kps, image)  # (B, K, N)
+        rows = sample(volume.unflatten(2, grid), kps, image)  # (B, N, h, w) read at K points: (B, K, N)
         cells, weights = bilinear_cells(truth, grid, image)  # (B, K, 4)
         found.append(-(weights * F.log_softmax(rows, 2).gather(2, cells)).sum(2))
     return (found[0] + found[1]) / 2

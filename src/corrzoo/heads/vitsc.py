@@ -24,7 +24,7 @@ from corrzoo.geometry import (
     sample,
     size_of,
 )
-from corrzoo.heads.levels import resize, stack_levels, stride_grid
+from corrzoo.heads.levels import COLDEST, resize, stack_levels, stride_grid
 from corrzoo.losses import Term, pair_means, weighted_means
 from corrzoo.matcher import HEADS, Matcher
 from corrzoo.precision import full
@@ -124,24 +124,27 @@ class ViTSC(Matcher):
     def match(self, src: Features, trg: Features) -> Match:
         """Flow (B, 2, H, W) of every source pixel; `extras` has the enhanced features for the triplet loss."""
         image, trg_image = size_of(src.image), size_of(trg.image)
-        a, b = src.maps[0], trg.maps[0]
-        if self.perception is not None:
-            a, b = self.perception(a, b)
-        a, b = resize(a, stride_grid(image, STRIDE)), resize(b, stride_grid(trg_image, STRIDE))  # (B, C, H/8, W/8)
+        a, b = self.enhance(src, trg)  # (B, C, H/8, W/8) each
         flow = self.initial_flow(a, b, image, trg_image)  # (B, 2, H/8, W/8)
         local = self.look_up(flow, src, trg) if self.guided else None  # (B, (2r + 1)^2, H/8, W/8)
         flow = resize(flow, image) if self.upsampler is None else self.upsampler(flow, local, image)
         return Match(flow, extras={"src": a, "trg": b})
 
+    def enhance(self, src: Features, trg: Features) -> tuple[Tensor, Tensor]:
+        """F^A' and F^B' of eq. 7 on the grid that is matched, (B, C, H/8, W/8) each."""
+        a, b = src.maps[0], trg.maps[0]
+        if self.perception is not None:
+            a, b = self.perception(a, b)
+        return resize(a, stride_grid(size_of(src.image), STRIDE)), resize(b, stride_grid(size_of(trg.image), STRIDE))
+
     def heat_maps(self, src: Features, trg: Features, points: Tensor) -> Tensor:
         """Cosines of the enhanced features, from which the initial flow is read."""
-        enhanced = self.match(src, trg).extras
-        return cosine_maps(enhanced["src"], enhanced["trg"], points, size_of(src.image))
+        return cosine_maps(*self.enhance(src, trg), points, size_of(src.image))
 
     def initial_flow(self, a: Tensor, b: Tensor, src_image: Size, trg_image: Size) -> Tensor:
         """M of eq. 4: features (B, C, h, w) of source and target -> flow (B, 2, h, w) in pixels."""
         rows, columns = (rearrange(x, "b c h w -> b (h w) c") for x in (a, b))
-        grid, temperature = size_of(b), self.temperature.clamp(min=1e-3)
+        grid, temperature = size_of(b), self.temperature.clamp(min=COLDEST)
         sigma = self.sigma or 0.25 * max(grid)
         cells = ops.match(rows, columns, grid, temperature, "argmax", sigma, backend=self.backend).xy  # (B, h*w, 2)
         return points_to_flow(cells_to_pixels(cells, grid, trg_image), size_of(a), src_image)
@@ -160,7 +163,10 @@ class ViTSC(Matcher):
         return local.mT.unflatten(2, grid)
 
     def loss(self, match: Match, pair: Pair) -> dict[str, Tensor]:
-        """Eq. 11: EPE in pixels around the keypoints, and the triplet loss of the features at the keypoints."""
+        """Eq. 11: EPE in pixels around the keypoints, and the triplet loss at the keypoints.
+
+        our choice: the triplet loss (eq. 10, of features F) reads the enhanced features.
+        """
         terms = {"epe": self.keypoint_errors(match, pair)}
         if self.triplet_weight:
             src = sample(match.extras["src"], pair.src_kps, size_of(pair.src_img))

@@ -36,8 +36,8 @@ def conv4d(volume: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     filters = weight.movedim(2, 0).flatten(0, 1)  # (k * D, C, k, k, k)
     out = F.conv3d(rows.flatten(0, 1), filters, padding=radius)  # (B * h, k * D, w, H, W)
     out = out.unflatten(0, (batch, h)).unflatten(2, (kernel, -1))  # (B, h, k, D, w, H, W)
-    out = F.pad(out, (0, 0) * 5 + (radius, radius))
-    total = out[:, :h, 0]
+    out = F.pad(out, (0, 0) * 5 + (radius, radius))  # (B, h + 2r, k, D, w, H, W)
+    total = out[:, :h, 0]  # (B, h, D, w, H, W)
     for i in range(1, kernel):
         total = total + out[:, i : i + h, i]
     total = total.movedim(1, 2)

@@ -24,7 +24,7 @@ Piece = tuple[slice, slice]
 
 
 class Rows(NamedTuple):
-    """What rows of products are reduced to."""
+    """The results of all rows of a batch, which the epilogue writes, and the options that it reads."""
 
     kind: str
     """A position by the window "none", "argmax" or "crop"; or "square": the scores of a square of cells."""
@@ -37,7 +37,7 @@ class Rows(NamedTuple):
     values: Tensor
     """Positions (B, N, 2) in cells, or scores (B, N, side²)."""
     argmax: Tensor  # (B, N) int64
-    lse: Tensor  # (B, N), log2 of the sum of 2^z
+    lse: Tensor  # (B, N), log2 of sum_j 2^z_ij, from which the backward computes the probabilities again
     a: Tensor  # (B, N), ones if features are not normalised
     b: Tensor  # (B, M)
 
@@ -68,7 +68,7 @@ def read_out(block: Tensor, at: Piece, rows: Rows) -> None:
 def score_gradients(
     block: Tensor, at: Piece, rows: Rows, grad: Tensor, out: Tensor, known: bool, temperature: bool
 ) -> Tensor | None:
-    """Write gradients of the products (b, r, M) to `out`; return the points' part of -T dT, if `temperature`.
+    """Write the gradients of the products (b, r, M) to `out`; if `temperature`, return -T dL/dT, summed over the rows.
 
     `block` has logits if `known`, else products, and may then be `out`. With v_j the centre of cell j, the gradient of
     a logit is p_j <dxy, v_j - xy>.

@@ -1,7 +1,10 @@
-"""The loop: strips of rows of the correlation, each one library GEMM and an epilogue; and its torch operators.
+"""The loop over strips of a correlation, and its torch operators.
 
-A strip holds products <f_i, g_j> of the features as they are, summed in full precision. The epilogue applies the norms,
-so that half-precision features lose nothing. It is `epilogue` (torch, any device) or `kernels` (Triton, CUDA).
+A correlation has a score for each of N source points and M target cells, and may not fit in memory. So a strip, some of
+its rows, is computed at a time, by one matrix product (GEMM). What reduces each row of a strip to one result is called
+its epilogue: `epilogue` in torch (any device), or `kernels` in Triton (CUDA). The product takes the features as they
+are and sums in float32 or float64. The epilogue divides by their lengths: features of half precision would be rounded
+once more if they were normalised first.
 """
 
 import importlib.util

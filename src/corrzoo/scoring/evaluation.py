@@ -29,9 +29,10 @@ def predict_points(
     """
     asked = pair if query == "src" else pair.swapped()
     src, trg = (features or matcher.features)(asked)
-    points = matcher.match_keypoints(src, trg, asked).double()
-    H, W = asked.src_img.shape[-2:]
-    return resize_points(points, asked.trg_size.new_tensor([W, H]).double(), asked.trg_size.double())
+    x, y = matcher.match_keypoints(src, trg, asked).double().unbind(-1)  # (B, K) each
+    w, h = asked.trg_size.double().unsqueeze(1).unbind(-1)  # (B, 1) each
+    H, W = size_of(asked.src_img)
+    return torch.stack([x * (w / W), y * (h / H)], dim=-1)
 
 
 class Evaluation:
