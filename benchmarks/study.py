@@ -87,6 +87,17 @@ ZERO_SHOT: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "pfwillow/mirrorguided-lite0": ("", (*UNTRAINED["mirrorguided"], "data/pfwillow.yaml"), ()),
 }
 """Runs of `zero_shot` by result file: label, files of zoo_configs, and options."""
+WITHOUT = {
+    "no mirror image": ("--model.mirror=false",),
+    "no consensus": ("--model.consensus=0",),
+    "no guidance": ("--model.floor=1",),
+    "cosines alone": ("--model.mirror=false", "--model.consensus=0", "--model.floor=1"),
+}
+"""Parts that MirrorGuided matches without, and the options that leave them out."""
+for _data in ("cub", "pfwillow"):
+    for _label, _options in WITHOUT.items():
+        _name = f"{_data}/mirrorguided-{_label.replace(' ', '-')}-lite0"
+        ZERO_SHOT[_name] = (_label, (*UNTRAINED["mirrorguided"], f"data/{_data}.yaml"), _options)
 for _head, _files in UNTRAINED.items():
     ZERO_SHOT[f"cub/{_head}-lite0"] = ("", (*_files, "data/cub.yaml"), ())
 for _n in range(3):
