@@ -210,9 +210,10 @@ def page(head: str, measured: list[Ranking], published: list[Ranking]) -> str:
     ablations = [[link(path), about(path)] for path in sorted(CONFIGS.glob(f"ablation/{head.lower()}/*.yaml"))]
     bases = [f"As of [`{base.__name__}`](../../{source_of(base)}):\n\n{options(base)}" for base in family(cls)[1:-1]]
     first, *others = recipes(head)
+    hand = by_hand(PAGES / f"{head.lower()}.md")
     parts = [
         f"# {head}",
-        WRITTEN,
+        HAND if hand else WRITTEN,
         inspect.cleandoc(module.__doc__ or ""),
         f"## What is implemented\n\n[`{source}`](../../{source})",
         *split_docstring(cls.__doc__)[0],
@@ -231,7 +232,7 @@ def page(head: str, measured: list[Ranking], published: list[Ranking]) -> str:
             if ablations
             else []
         ),
-        by_hand(PAGES / f"{head.lower()}.md"),
+        hand,
         "## Measured\n",
         to_markdown(measured) or "Nothing yet.",
         "## Published\n",
@@ -240,10 +241,8 @@ def page(head: str, measured: list[Ranking], published: list[Ranking]) -> str:
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
-WRITTEN = (
-    "*Written by `python benchmarks/head_pages.py` from docstrings, configurations and result files. "
-    "Sections between the ablations and `Measured` are written by hand.*"
-)
+WRITTEN = "*Written by `python benchmarks/head_pages.py` from docstrings, configurations and result files.*"
+HAND = WRITTEN[:-1] + " Sections between the ablations and `Measured` are written by hand.*"
 
 
 def source_of(cls: type) -> Path:

@@ -6,7 +6,7 @@ COMMANDS = {
     "validate": (LIGHTNING, "score a head on validation pairs"),
     "test": (LIGHTNING, "score a head on test pairs, and write result files"),
     "predict": (LIGHTNING, "write the predicted points of test pairs"),
-    "list": ("corrzoo.apps.catalogue:main", "list heads, backbones, datasets, protocols or recipes"),
+    "list": ("corrzoo.apps.catalogue:main", "list heads, backbones, datasets, protocols or configs (the recipes)"),
     "queries": ("corrzoo.apps.score:write_queries", "write the query points of a dataset for a method outside corrzoo"),
     "score": ("corrzoo.apps.score:main", "score predictions of any method, without a model"),
     "match": ("corrzoo.apps.match:main", "match points of one image to another"),

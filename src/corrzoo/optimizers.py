@@ -54,7 +54,7 @@ def total_steps(trainer: Trainer, option: str) -> int:
     """
     steps = trainer.estimated_stepping_batches
     if steps == math.inf:
-        raise ZooError(f"{option} is over a training that has no end: set --trainer.max_epochs or max_steps")
+        raise ZooError(f"{option} needs the number of steps: set --trainer.max_epochs or --trainer.max_steps")
     return int(steps)
 
 
