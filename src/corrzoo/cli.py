@@ -16,9 +16,10 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from corrzoo import recipes
+from corrzoo.callbacks.checkpoints import Checkpoints, WholeFiles
 from corrzoo.callbacks.config import SaveConfig
 from corrzoo.callbacks.folder import name_run
-from corrzoo.callbacks.resume import Checkpoints, Stopped, WholeFiles
+from corrzoo.callbacks.signals import Stopped
 from corrzoo.data.module import PairsDataModule
 from corrzoo.errors import ZooError, one_line
 from corrzoo.heads import HEADS

@@ -6,7 +6,8 @@ from corrzoo.callbacks.compiling import Compile
 from corrzoo.callbacks.finite import FiniteLoss
 from corrzoo.callbacks.pictures import PICTURES, MatchImages
 from corrzoo.callbacks.results import ResultsWriter, ScoreTable
-from corrzoo.callbacks.resume import ExactResume, StopSignals
+from corrzoo.callbacks.resume import ExactResume
+from corrzoo.callbacks.signals import StopSignals
 
 __all__ = ["PICTURES", "MatchImages", "ResultsWriter", "ScoreTable", "default_callbacks"]
 
