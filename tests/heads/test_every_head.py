@@ -98,6 +98,12 @@ def test_half_precision_trains(head, dtype):
     assert learnt and not [name for name in learnt if torch.equal(before[name], model.get_parameter(name))]
 
 
+@pytest.mark.parametrize("head", CASES)
+def test_a_float64_model_matches_in_float64(head):
+    images = torch.randn(2, 1, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert build(head).double().eval()(*images).flow.dtype == torch.float64
+
+
 @pytest.mark.parametrize("head", [head for head in CASES if head != "NCNet"])  # whose loss runs its network
 def test_autocast_does_not_change_the_loss_of_a_match(head):
     model, pair = build(head).eval(), batch()
