@@ -1,10 +1,12 @@
-"""Atomic files and Markdown tables."""
+"""Files appear when they are complete."""
 
+import json
 import threading
 
 import pytest
 
-from corrzoo.files import whole_file
+from corrzoo.files import whole_file, writable, write_json
+from corrzoo.types import ZooError
 
 
 def test_the_file_appears_when_it_is_complete(tmp_path):
@@ -44,3 +46,24 @@ def test_concurrent_writers_do_not_interfere(tmp_path):
     while any(writer.is_alive() for writer in writers):
         assert path.read_text() in contents
     assert not errors and list(tmp_path.iterdir()) == [path]
+
+
+def test_files_are_written_atomically(tmp_path, monkeypatch):
+    path = tmp_path / "deeper" / "r.json"
+    write_json(path, {"a": 1})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+    def full_disk(self, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(path, {"a": 2})
+    monkeypatch.undo()
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_an_unwritable_folder_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ZooError, match=r"cannot write results into .*file"):
+        writable(tmp_path / "file" / "results")

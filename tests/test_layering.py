@@ -10,9 +10,9 @@ import pytest
 SRC = Path(__file__).resolve().parents[1] / "src" / "corrzoo"
 
 LAYERS = [
-    {"errors", "precision", "losses", "files"},
-    {"types", "geometry", "optimizers", "tables"},
-    {"registry", "images", "commands"},
+    {"errors", "precision", "losses"},
+    {"files", "types", "geometry", "optimizers"},
+    {"tables", "registry", "images", "commands"},
     {"ops", "backbones", "data", "visualize", "leaderboard", "recipes"},
     {"scoring", "inference"},
     {"callbacks"},

@@ -2,7 +2,7 @@ import csv
 
 import pytest
 
-from corrzoo.tables import csv_text, markdown, read_csv
+from corrzoo.tables import csv_text, markdown, read_csv, write_csv
 from corrzoo.types import ZooError
 
 
@@ -32,3 +32,10 @@ def test_what_cannot_be_read_is_an_error(tmp_path, content, message):
 
 def test_a_markdown_table_escapes_bars():
     assert markdown(["a", "n"], [["x|y", "1"]], [1]) == "| a | n |\n|---|--:|\n| x\\|y | 1 |"
+
+
+def test_csv_columns_are_the_keys(tmp_path):
+    write_csv(tmp_path / "r.csv", [{"index": 0, "pck": 50.0}, {"index": 1, "pck": 25.0}])
+    assert (tmp_path / "r.csv").read_text() == "index,pck\n0,50.0\n1,25.0\n"
+    write_csv(tmp_path / "r.csv", [], ("index", "pck"))
+    assert (tmp_path / "r.csv").read_text() == "index,pck\n"

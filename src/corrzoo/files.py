@@ -2,11 +2,16 @@
 
 import fcntl
 import hashlib
+import json
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from corrzoo.errors import ZooError
 
 
 @contextmanager
@@ -31,6 +36,26 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     """Write a binary file atomically."""
     with whole_file(path) as partial:
         partial.write_bytes(content)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file atomically."""
+    writable(path.parent)
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def writable(folder: Path) -> Path:
+    """Create a folder if it is missing, and return it.
+
+    Raises:
+        ZooError: if it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ZooError(f"cannot write results into {folder}: {error.strerror}; choose another folder") from error
+    return folder
 
 
 @contextmanager

@@ -17,8 +17,8 @@ from corrzoo import inference
 from corrzoo.backbones import Backbone
 from corrzoo.backbones.cache import FeatureCache
 from corrzoo.callbacks import default_callbacks
+from corrzoo.callbacks.describe import describe_training
 from corrzoo.callbacks.finite import FiniteLoss
-from corrzoo.callbacks.results import describe_training
 from corrzoo.geometry import Size, cosine_maps, pseudo_flow, sample, size_of, transfer
 from corrzoo.images import ImageSource
 from corrzoo.losses import Term, endpoint_errors, mean_where, over_processes, processes

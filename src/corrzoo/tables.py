@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from corrzoo.errors import ZooError
+from corrzoo.files import writable, write_text
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
@@ -35,6 +36,12 @@ def csv_text(rows: Sequence[dict[str, Any]], columns: Sequence[str] = ()) -> str
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str] = ()) -> None:
+    """Write a CSV file atomically. Its columns are `columns`, or the keys of the first row."""
+    writable(path.parent)
+    write_text(path, csv_text(rows, columns))
 
 
 def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[int] = ()) -> str:

@@ -12,12 +12,12 @@ from torchvision.transforms.functional import pil_to_tensor
 from corrzoo import visualize
 from corrzoo.apps import add_model, matcher_of
 from corrzoo.apps.pairs import Query, list_queries
-from corrzoo.callbacks.results import write_csv, write_json
 from corrzoo.errors import Parser, ZooError
-from corrzoo.files import whole_file, write_bytes
+from corrzoo.files import whole_file, write_bytes, write_json
 from corrzoo.images import as_rgb
 from corrzoo.inference import GRID, MAX_CYCLE_ERROR, ImagePair, open_pair
 from corrzoo.matcher import Matcher
+from corrzoo.tables import write_csv
 
 COLUMNS = ("src_x", "src_y", "trg_x", "trg_y", "cycle_error", "confident")
 ABOUT = """Match points of one image to another, or of many pairs with one model.

@@ -11,14 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from corrzoo.callbacks.results import describe_scores, versions, write_csv, write_json
+from corrzoo.callbacks.describe import describe_scores, versions
 from corrzoo.data import DATASETS, create_dataset
 from corrzoo.data.pairs import PairDataset
 from corrzoo.errors import Parser, ZooError
+from corrzoo.files import write_json
 from corrzoo.registry import import_plugins
 from corrzoo.scoring.pck import ALPHAS, PCK
 from corrzoo.scoring.protocols import Protocol, get_protocol
-from corrzoo.tables import read_csv
+from corrzoo.tables import read_csv, write_csv
 from corrzoo.types import Record
 
 QUERIES = """Write the query points of a dataset as a CSV file, for a method outside corrzoo.

@@ -1,16 +1,7 @@
 """Result files of a run, and score tables in the terminal."""
 
-import json
-import os
-import platform
-import resource
-import subprocess
-import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +11,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Column, Table
 
+from corrzoo.callbacks.describe import describe_run, describe_scores, peak_memory_mb, seed
 from corrzoo.callbacks.folder import run_folder
-from corrzoo.data.pairs import PairDataset
-from corrzoo.files import sha256, write_text
+from corrzoo.files import writable, write_json
 from corrzoo.ops import resolve_backend
 from corrzoo.scoring.metric import BenchmarkMetric
-from corrzoo.tables import csv_text
-from corrzoo.types import Pair, ZooError
+from corrzoo.tables import write_csv
+from corrzoo.types import Pair
 
 
 class ResultsWriter(Callback):
@@ -81,9 +72,9 @@ class ResultsWriter(Callback):
             result = {"label": self.label} | describe_run(trainer, pl_module, name)
             result |= {
                 "trained": pl_module.trained,
-                "seed": pl_module.trained.get("seed") if pl_module.trained else _seed(),
+                "seed": pl_module.trained.get("seed") if pl_module.trained else seed(),
                 "ms_per_pair": 1000 * self._seconds[which] / max(self._pairs[which], 1),  # features are cached
-                "peak_memory_mb": _peak_memory_mb(pl_module.device),
+                "peak_memory_mb": peak_memory_mb(pl_module.device),
             }
             if self.table:
                 Console().print(breakdown_table(name, metric, scores))
@@ -148,75 +139,6 @@ class ScoreTable(Callback):
         Console().print(table)
 
 
-def describe_scores(metric: BenchmarkMetric, dataset: PairDataset) -> dict[str, Any]:
-    """Dataset, protocol and scores of a result. A collective call: every process must make it."""
-    values = {key: value.item() for key, value in metric.compute().items()}
-    breakdown = metric.breakdown()
-    return {
-        "dataset": dataset.name,
-        "dataset_title": dataset.title,
-        "split": dataset.split,
-        "fingerprint": dataset.fingerprint(),
-        **metric.describe(),
-        "measures": [list(column) for column in metric.columns()],
-        "pairs": sum(row["pairs"] for row in breakdown["category"].values()),
-        metric.name.lower().replace(" ", "_"): values,
-        "breakdown": breakdown,
-    }
-
-
-def describe_run(trainer: Trainer, module: Any, dataset: str) -> dict[str, Any]:
-    """Describe the model of a result: options, data, cost, checkpoint, machine and versions.
-
-    Only the first process calls this, so it must not make a collective call.
-    """
-    data = getattr(trainer, "datamodule", None)
-    own, inside = module.count_parameters()
-    checkpoint = trainer.ckpt_path
-    return {
-        "head": type(module).__name__,
-        "options": {k: v for k, v in dict(module.hparams).items() if not k.startswith("_")},
-        "backbone": module.hparams.backbone,
-        "weights": module.hparams.weights,
-        "dataset_options": (data.hparams.options or {}).get(dataset, {}) if data else {},
-        "resolution": data.hparams.image_size if data else None,
-        "params_backbone": inside,
-        "params_head": own,
-        "checkpoint": str(checkpoint) if checkpoint else None,
-        "checkpoint_sha256": sha256(checkpoint) if checkpoint and os.path.isfile(checkpoint) else None,  # not of a URL
-        "precision": str(trainer.precision),
-        "processes": trainer.world_size,
-        "device": torch.cuda.get_device_name() if module.device.type == "cuda" else platform.processor() or "cpu",
-        "backend": resolve_backend(module.backend, next(module.parameters())),
-        "versions": versions(),
-        "commit": _commit(),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def describe_training(trainer: Trainer) -> dict[str, Any] | None:
-    """Training data and schedule of the weights, for checkpoints; None before the first step."""
-    if not trainer.global_step:
-        return None
-    data = getattr(trainer, "datamodule", None)
-    options = dict(data.hparams) if data else {}
-    dataset, batch = options.get("train"), options.get("batch_size")  # the batch of all processes together
-    batches = trainer.fit_loop.epoch_loop.batch_progress.total.ready
-    return {
-        "dataset": dataset,
-        "options": (options.get("options") or {}).get(dataset, {}),
-        "augment": options.get("augment"),
-        "size": options.get("image_size"),
-        "batch_size": batch,
-        "max_epochs": trainer.max_epochs,
-        "max_steps": trainer.max_steps,
-        "steps": trainer.global_step,
-        "pairs_seen": batch and batches * batch,  # repetitions included
-        "seed": _seed(),
-        **({"before": before} if (before := trainer.lightning_module.before) else {}),
-    }
-
-
 def breakdown_table(name: str, metric: BenchmarkMetric, scores: dict[str, Any]) -> Table:
     """Scores by category, over all pairs, and of geometry-aware keypoints; `scores` are from `describe_scores`."""
     values, breakdown = scores[metric.name.lower().replace(" ", "_")], scores["breakdown"]
@@ -237,65 +159,7 @@ def _table(title: str, words: str, *numbers: str) -> Table:
     return Table(words, *(Column(name, justify="right") for name in numbers), title=title)
 
 
-def writable(folder: Path) -> Path:
-    """Create a folder if it is missing, and return it.
-
-    Raises:
-        ZooError: if it cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ZooError(f"cannot write results into {folder}: {error.strerror}; choose another folder") from error
-    return folder
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file atomically."""
-    writable(path.parent)
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def write_csv(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str] = ()) -> None:
-    """Write a CSV file atomically. Its columns are `columns`, or the keys of the first row."""
-    writable(path.parent)
-    write_text(path, csv_text(rows, columns))
-
-
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def _seed() -> int | None:
-    return int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None
-
-
-def _peak_memory_mb(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def versions() -> dict[str, str]:
-    """Versions of corrzoo and the packages that results depend on."""
-    installed = {package: version(package) for package in ("corrzoo", "lightning", "timm")}
-    return installed | {"torch": torch.__version__, "python": platform.python_version()}
-
-
-@cache
-def _commit() -> str | None:
-    """Commit of the checkout that holds this file, with '+' for uncommitted changes; None outside a checkout."""
-    here = Path(__file__)
-    try:
-        # a virtual environment can be inside another project's repository
-        _git("ls-files", "--error-unmatch", here.name, folder=here.parent)
-        return _git("describe", "--always", "--abbrev=40", "--dirty=+", folder=here.parent)
-    except (OSError, subprocess.CalledProcessError):  # git is not installed, or no checkout
-        return None
-
-
-def _git(*words: str, folder: Path) -> str:
-    return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
