@@ -5,7 +5,6 @@ each layer of a network of kernels of 5 and 16 channels. Ratios are medians of r
 """
 
 import argparse
-import csv
 import re
 import statistics
 import time
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from corrzoo.ops.convolution import conv4d, conv4d_reference
+from corrzoo.tables import write_csv
 
 LAYERS = ((1, 16), (16, 16), (16, 1))
 
@@ -66,10 +66,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = [measure(*layer, args) | {"bf16": args.bf16, "torch": torch.__version__} for layer in LAYERS]
     name = re.sub(r"\W+", "_", torch.cuda.get_device_name() if args.device == "cuda" else "cpu").lower()
-    with (args.out / f"conv4d_{name}.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, fieldnames=rows[0], lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
+    write_csv(args.out / f"conv4d_{name}.csv", rows)
     for row in rows:
         print(row)
 

@@ -15,7 +15,6 @@ it), `corrzoo` (ours), `learned` (with a temperature that has a gradient), `befo
 """
 
 import argparse
-import csv
 import importlib
 import io
 import itertools
@@ -37,6 +36,7 @@ from torch import Tensor
 
 from corrzoo import ops
 from corrzoo.ops import reference, strips
+from corrzoo.tables import write_csv
 
 C, TEMPERATURE, SIGMA = 768, 0.02, 7.0
 CPU_CASES = [("float32", 16, 16), ("float32", 32, 4), ("float32", 64, 1), ("float32", 128, 1)]
@@ -264,12 +264,7 @@ def tune(args: argparse.Namespace, end: float) -> list[dict[str, object]]:
 
 
 def write(rows: list[dict[str, object]], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        table = csv.DictWriter(
-            file, fieldnames=list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n"
-        )
-        table.writeheader()
-        table.writerows(rows)
+    write_csv(path, rows, list(dict.fromkeys(k for row in rows for k in row)))
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ are in the system's cache, taken by turns; ratios are medians over the rounds. R
 """
 
 import argparse
-import csv
 import json
 import os
 import statistics
@@ -26,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from corrzoo.data import PairDataset, create_dataset
 from corrzoo.data.readers.spair import CATEGORIES
+from corrzoo.tables import write_csv
 
 RESULTS = Path(__file__).parent / "results"
 SPLITS = {"trn": (range(0, 55), 53_340), "val": (range(55, 73), 5_384), "test": (range(73, 100), 12_234)}
@@ -208,14 +208,6 @@ def measure(root: Path, rounds: int, sample: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def save(name: str, rows: list[dict[str, Any]]) -> None:
-    """Write a table into the results' folder."""
-    with open(RESULTS / name, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def main() -> None:
     """Write the dataset, measure, keep the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -234,7 +226,7 @@ def main() -> None:
         os.environ["CORRZOO_CACHE"] = str(root / "cache")
         if not (root / "SPair-71k").exists():
             write(root, ["trn"])
-        save("data.csv", measure(root, args.rounds, args.sample))
+        write_csv(RESULTS / "data.csv", measure(root, args.rounds, args.sample))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ computed once; half an hour on one CPU core. Writes benchmarks/results/mirrorgui
 """
 
 import argparse
-import csv
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from corrzoo.data import PairDataset
 from corrzoo.geometry import resize_points
 from corrzoo.heads import MirrorGuided
 from corrzoo.scoring.pck import PCK
+from corrzoo.tables import write_csv
 from corrzoo.types import Features, Pair
 
 OUT = Path(__file__).parent / "results" / "mirrorguided_constants.csv"
@@ -102,10 +102,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for option in ORDER:
         rows += scan(model, kinds, option)
-        with OUT.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(OUT, rows)
 
 
 def scan(model: MirrorGuided, kinds: dict[str, Kind], option: str) -> list[dict[str, Any]]:

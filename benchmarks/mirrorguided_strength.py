@@ -8,7 +8,6 @@ so `synthetic` and `pfwillow` have objects that the head has never seen. A stren
 """
 
 import argparse
-import csv
 import logging
 from dataclasses import replace
 
@@ -16,6 +15,7 @@ from lightning.pytorch import Trainer
 
 import corrzoo
 from corrzoo.data.module import PairsDataModule
+from corrzoo.tables import write_csv
 from study import RESULTS, RUNS, Run, learning_rate
 
 STRENGTHS = (1.0, 0.7, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
@@ -47,7 +47,4 @@ if __name__ == "__main__":
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     cases = [{"seed": seed, "strength": strength} for seed in args.seeds for strength in STRENGTHS]
     rows = [case | scores(**case, root=args.root) for case in cases]
-    with (RESULTS / "mirrorguided_strength.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(RESULTS / "mirrorguided_strength.csv", rows)

@@ -24,6 +24,7 @@ import corrzoo
 from corrzoo.data.module import PairsDataModule
 from corrzoo.scoring.evaluation import predict_points
 from corrzoo.scoring.pck import PCK
+from corrzoo.tables import write_csv
 from corrzoo.types import Features, Pair
 
 BACKBONE = {"backbone": "efficientnet_lite0", "levels": ["blocks.2.1", "blocks.4.2"], "lr": 1e-3, "backbone_lr": 1e-3}
@@ -164,10 +165,7 @@ def main() -> None:
             row = measure(head, precision, args)
             rows[head, precision] = {name: round(v, 4) if isinstance(v, float) else v for name, v in row.items()}
             print(*(f"{name} {value}," for name, value in rows[head, precision].items()), flush=True)
-            with path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, list(rows[head, precision]), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows.values())
+            write_csv(path, list(rows.values()), list(rows[head, precision]))
     print(path)
 
 

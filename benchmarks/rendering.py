@@ -11,7 +11,6 @@ for `bf16`; without dropout. The input is tokens of iBOT's shape.
 """
 
 import argparse
-import csv
 import itertools
 import statistics
 import time
@@ -30,6 +29,7 @@ from corrzoo.callbacks.compiling import compile_matcher
 from corrzoo.geometry import size_of
 from corrzoo.heads import ACTR, LPMFlow, actr, lpmflow, tokens
 from corrzoo.matcher import Matcher
+from corrzoo.tables import write_csv
 from corrzoo.types import Features, Match
 
 HEADS = tokens.ATTENTION_HEADS
@@ -228,10 +228,7 @@ def main() -> None:
             row |= {"rendering_mib": round(memory[PLAIN_WAY]), "threads": args.threads, "torch": torch.__version__}
             rows.append(row)
             print(row, flush=True)
-    with (args.out / "rendering_cpu.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, fieldnames=rows[0], lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
+    write_csv(args.out / "rendering_cpu.csv", rows)
 
 
 def seconds(model: Matcher, src: Features, trg: Features, way: str) -> float:

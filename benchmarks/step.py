@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from corrzoo.callbacks.compiling import compile_matcher
 from corrzoo.heads import HEADS
+from corrzoo.tables import write_csv
 from corrzoo.types import Pair, ZooError
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -225,12 +226,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     for row in [*(csv.DictReader(path.open()) if path.exists() else ()), *rows]:
         key = tuple(str(row[name]) for name in KEY)
         table[key] = table.get(key, {}) | row
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        fields = max(table.values(), key=len)
-        writer = csv.DictWriter(file, fieldnames=fields, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table.values())
+    write_csv(path, list(table.values()), list(max(table.values(), key=len)))
 
 
 def cases(args: argparse.Namespace) -> list[tuple[str, str, list[str], bool]]:
