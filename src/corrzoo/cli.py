@@ -144,8 +144,7 @@ class ZooCLI(LightningCLI):
             init_from(self.model, self.config.fit.init_from)
         total = sum(self.model.count_parameters())
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        model = f"{type(self.model).__name__} on {self.model.hparams.backbone}"
-        rank_zero_info(f"{model}: {total:,} parameters, {trained:,} of them trained")
+        rank_zero_info(f"{self.model.title}: {total:,} parameters, {trained:,} of them trained")
 
     def before_test(self) -> None:
         """Turn Lightning's table off: `ResultsWriter` prints one."""

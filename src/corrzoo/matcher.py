@@ -110,6 +110,11 @@ class Matcher(LightningModule, ABC):
         """Headline numbers of the last evaluation, as logged."""
         self._training_features: FeatureCache | None = None
 
+    @property
+    def title(self) -> str:
+        """Head and backbone in words: "ACTR on ibot_b16"."""
+        return f"{type(self).__name__} on {self.hparams.backbone}"
+
     # ------------------------------------------------------------------ what a head provides
 
     @abstractmethod

@@ -58,7 +58,7 @@ class Server(ThreadingHTTPServer):
     def state(self) -> dict[str, Any]:
         """Name of the model and sizes of the images, for the page."""
         sizes = {side: image.size for side, image in zip(SIDES, self.images, strict=True)}
-        return {"model": f"{type(self.matcher).__name__} on {self.matcher.hparams.backbone}", "sizes": sizes}
+        return {"model": self.matcher.title, "sizes": sizes}
 
     def replace(self, side: int, content: bytes) -> dict[str, Any]:
         """Replace the image of one side, and return the new state."""

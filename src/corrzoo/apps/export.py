@@ -51,7 +51,7 @@ def main(args: list[str]) -> None:
                 torch.export.save(program, file)
         else:
             partial.write_bytes(to_onnx(program))
-    print(f"{type(matcher).__name__} on {matcher.hparams.backbone}, network image {size}: {options.out}")
+    print(f"{matcher.title}, network image {size}: {options.out}")
 
 
 def export(matcher: Matcher, size: tuple[int, int]) -> ExportedProgram:

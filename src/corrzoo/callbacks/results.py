@@ -129,8 +129,7 @@ class ScoreTable(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero:
             return
-        model = f"{type(pl_module).__name__} on {pl_module.hparams.backbone}"
-        table = _table(f"{model}, validation pairs, {trainer.global_step} steps", "", "before", "after")
+        table = _table(f"{pl_module.title}, validation pairs, {trainer.global_step} steps", "", "before", "after")
         if not self.after:
             table.caption = "Not measured after training: the run ended before its first validation."
         for key in self.before | self.after:

@@ -103,7 +103,7 @@ def init_from(matcher: Matcher, path: str | Path) -> None:
     other = load(path)
     weights = other.state_dict()
     if faults := key_faults(weights, matcher.state_dict()):
-        raise ZooError(f"{path}, {type(other).__name__} on {other.hparams.backbone}, does not fit this model: {faults}")
+        raise ZooError(f"{path}, {other.title}, does not fit this model: {faults}")
     matcher.load_state_dict(weights)
     matcher.before = (other.trained or {}).get("dataset")
 
