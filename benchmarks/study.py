@@ -58,7 +58,7 @@ ABLATIONS = {
 }
 """By head, the files of zoo_configs/ablation that the study runs."""
 DATASETS = {"cub_frozen": "cub", "cub_finetuned": "cub", "synthetic": "synthetic", "leave_one_out": "leave_one_out"}
-LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 TRIED_FIRST = (3e-4, 1e-3, 3e-3)
 SWEEP = 0.12
 """Share of the pairs that each learning rate is tried for."""

@@ -217,7 +217,9 @@ def test_the_learning_rate_is_the_best_on_validation_pairs(folders):
     assert study.learning_rate(run) == study.learning_rate(replace(run, study="leave_one_out")) == 1e-3
     with pytest.raises(RuntimeError, match="were not tried"):  # for so many pairs
         study.learning_rate(replace(run, pairs=20_000))
-    assert "| photographs (CUB), frozen features | ACTR |  | 20.0 | **31.5** | 8.0 |  |  |  |" in study_tables.rates()
+    assert (
+        "| photographs (CUB), frozen features | ACTR |  | 20.0 | **31.5** | 8.0 |  |  |  |  |" in study_tables.rates()
+    )
 
 
 @pytest.mark.parametrize(
@@ -227,7 +229,7 @@ def test_the_learning_rate_is_the_best_on_validation_pairs(folders):
         ({3e-4: 1.0, 1e-3: 2.0, 3e-3: 1.0}, []),
         ({3e-4: 1.0, 1e-3: 2.0, 3e-3: 3.0}, [1e-2]),
         ({3e-4: 1.0, 1e-3: 2.0, 3e-3: 3.0, 1e-2: 4.0}, [3e-2]),
-        ({3e-4: 1.0, 1e-3: 2.0, 3e-3: 3.0, 1e-2: 4.0, 3e-2: 5.0, 1e-1: 6.0}, []),  # the largest of all
+        ({3e-4: 1.0, 1e-3: 2.0, 3e-3: 3.0, 1e-2: 4.0, 3e-2: 5.0, 1e-1: 6.0, 3e-1: 7.0}, []),  # the largest of all
         ({3e-4: 3.0, 1e-3: 2.0, 3e-3: 1.0}, [1e-4]),
     ],
 )
