@@ -54,10 +54,10 @@ def test_rehearsal_runs_every_part(tmp_path):
         assert [row["head"] for row in rows] == heads and all(float(row["step_ratio"]) > 0 for row in rows)
     (metrics,) = (out / "fit").rglob("metrics.csv")
     assert any(row["val/pck@0.1"] for row in read(metrics))
-    studied = sorted(path.name for path in (out / "study" / "synthetic").glob("*.json"))
-    assert studied == ["gsf-0.json", "gsf_untrained-0.json"]
+    studied = sorted(f"{path.parent.name}/{path.name}" for path in (out / "study").glob("synthetic*/*.json"))
+    assert studied == ["synthetic/gsf_untrained-0.json", "synthetic_160/gsf-0.json"]
     with tarfile.open(out / "results.tgz") as tar:
-        assert {"./parts.csv", "./step_cpu.csv", "./study/synthetic/gsf-0.json"} <= set(tar.getnames())
+        assert {"./parts.csv", "./step_cpu.csv", "./study/synthetic_160/gsf-0.json"} <= set(tar.getnames())
 
 
 def test_parts_without_time_or_without_their_modules_are_skipped_with_the_reason(tmp_path, without_jsonargparse):

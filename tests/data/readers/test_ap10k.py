@@ -60,7 +60,7 @@ def test_faults_are_named(tmp_path: Path) -> None:
     with pytest.raises(ZooError, match=r"put JPEGImages, ImageAnnotation and PairAnnotation into .*prepare_ap10k"):
         create_dataset("ap10k", tmp_path, "test")
     write_ap10k(tmp_path)
-    with pytest.raises(ZooError, match="'cross-specie': did you mean 'cross-species'"):
+    with pytest.raises(ZooError, match="Got value: cross-specie: did you mean 'cross-species'"):
         create_dataset("ap10k", tmp_path, "test", subset="cross-specie")
     with pytest.raises(ZooError, match="cross-family has no training pairs"):
         create_dataset("ap10k", tmp_path, "trn", subset="cross-family")

@@ -119,7 +119,7 @@ def test_small_layout(tmp_path: Path) -> None:
     write_spair(tmp_path)
     assert len(create_dataset("spair71k", tmp_path, "trn", layout="small")) == 2
     assert len(create_dataset("spair71k", tmp_path, "trn")) == 4
-    with pytest.raises(ZooError, match="'big': expected one of large, small"):
+    with pytest.raises(ZooError, match="Got value: big: expected one of large, small"):
         create_dataset("spair71k", tmp_path, "trn", layout="big")
 
 
