@@ -1,4 +1,4 @@
-"""Atomic writing, file locks, digests, and the cache folder."""
+"""Atomic writing of text, bytes and JSON, file locks, digests, and the cache folder."""
 
 import fcntl
 import hashlib

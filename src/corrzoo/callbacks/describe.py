@@ -95,10 +95,12 @@ def versions() -> dict[str, str]:
 
 
 def seed() -> int | None:
+    """The seed that Lightning's `seed_everything` has set; None without one."""
     return int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None
 
 
 def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory in MiB: allocated on a GPU, or resident of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
