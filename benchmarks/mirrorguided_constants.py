@@ -76,10 +76,7 @@ def score(model: MirrorGuided, kind: Kind, margins: list[float]) -> list[tuple[l
     metrics = [(PCK("default:bbox", (0.05, 0.1, 0.15)), PCK("default:bbox", (0.1,))) for _ in margins]
     for (pair, src, trg), same in zip(kind.pairs, kind.same, strict=True):
         plain, mirrored, ratio = model.hypotheses(src, trg, pair.src_kps)
-        found = [
-            resize_points(model.read(s, trg).double(), torch.tensor([SIZE, SIZE]), pair.trg_size)
-            for s in (plain, mirrored)
-        ]
+        found = [resize_points(model.read(s, trg).double(), (SIZE, SIZE), pair.trg_size) for s in (plain, mirrored)]
         for margin, (every, kept) in zip(margins, metrics, strict=True):
             points = found[int(ratio.item() > margin)]
             every.update(points, pair)

@@ -18,6 +18,8 @@ def test_resize_points_scales_each_axis_by_its_own_ratio():
     points = torch.tensor([[[10.0, 20.0], [0.0, 0.0]]])
     out = geometry.resize_points(points, torch.tensor([[100.0, 50.0]]), torch.tensor([[200.0, 25.0]]))
     assert out.tolist() == [[[20, 10], [0, 0]]]
+    assert geometry.resize_points(points, (100, 50), torch.tensor([[200.0, 25.0]])).tolist() == out.tolist()
+    assert geometry.resize_points(points[0], (100, 50), (200, 25)).tolist() == out[0].tolist()
 
 
 def test_cells_to_pixels_and_back():

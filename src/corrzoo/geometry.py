@@ -40,9 +40,11 @@ def cell_centres(
     return torch.stack([xx, yy], dim=-1).reshape(h * w, 2)
 
 
-def resize_points(points: Tensor, old: Tensor, new: Tensor) -> Tensor:
-    """Points (..., n, 2) of an image of size `old` (..., 2), in the same image at size `new`; sizes are (w, h)."""
-    return points * (new / old).unsqueeze(-2)
+def resize_points(points: Tensor, old: tuple[int, int] | Tensor, new: tuple[int, int] | Tensor) -> Tensor:
+    """Points (..., n, 2) of an image of size `old`, in the same image at size `new`: (w, h), or tensors (..., 2)."""
+    (w, h), (W, H) = (size.unsqueeze(-2).unbind(-1) if isinstance(size, Tensor) else size for size in (old, new))
+    x, y = points.unbind(-1)
+    return torch.stack([x * (W / w), y * (H / h)], dim=-1)
 
 
 def cells_to_pixels(cells: Tensor, grid: Size, image: Size) -> Tensor:

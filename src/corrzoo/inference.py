@@ -104,9 +104,9 @@ class _Pairs:
     trg_features: Features
 
     @property
-    def network(self) -> Tensor:
+    def network(self) -> Size:
         """(w, h) of the network image."""
-        return torch.tensor(size_of(self.src_features.image)[::-1])
+        return size_of(self.src_features.image)[::-1]
 
     def queries(self, points: list[Tensor]) -> Tensor:
         """(B, N, 2) source points in network pixels on the model's device, with zeros after the last of each pair."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from corrzoo import visualize
 from corrzoo.callbacks.folder import run_folder
 from corrzoo.errors import check_above_zero
-from corrzoo.geometry import resize_points
+from corrzoo.geometry import resize_points, size_of
 from corrzoo.inference import foreground_maps
 from corrzoo.registry import nearest
 from corrzoo.scoring.evaluation import predict_points
@@ -92,8 +92,7 @@ class MatchImages(Callback):
         features = module.eval().features(asked)
         pred = predict_points(module, asked, features=lambda _: features)
         right = correct_points(pred, pair, metric.protocol, self.alpha)
-        H, W = pair.src_img.shape[-2:]
-        shown = resize_points(pred, asked.trg_size, pred.new_tensor([W, H]))
+        shown = resize_points(pred, asked.trg_size, size_of(pair.src_img)[::-1])
         titles = [dataset.categories[c] for c in pair.category.tolist()]
         src_img, trg_img, first = asked.src_img.cpu(), asked.trg_img.cpu(), asked.src_kps[:, :1]
 

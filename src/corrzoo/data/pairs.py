@@ -143,18 +143,19 @@ class PairDataset(Dataset[Pair], ABC):
         # One numpy array for many numbers: making a tensor of each takes longer than reading the images.
         numbers = torch.from_numpy(np.array([i, src, trg, self.categories.index(record.category), *flags]))
         index, src_id, trg_id, category = numbers[:4].unbind()
-        sizes = torch.from_numpy(np.array([record.src_size, record.trg_size, self.size[::-1]], dtype=np.float64))
-        src_size, trg_size, new = sizes.unbind()  # (w, h) each
+        sizes = torch.from_numpy(np.array([record.src_size, record.trg_size], dtype=np.float32))
+        src_size, trg_size = sizes.unbind()  # (w, h) each
+        network = self.size[::-1]
         kps_ids, mirror_ids = torch.from_numpy(self._ids(record)).unbind()
         mask = torch.ones(len(record.src_kps), dtype=torch.bool)
         sample = Pair(
             src_img=image(src),
             trg_img=image(trg),
-            src_kps=resize_points(record.src_kps, src_size, new).float(),
-            trg_kps=resize_points(record.trg_kps, trg_size, new).float(),
+            src_kps=resize_points(record.src_kps, record.src_size, network).float(),
+            trg_kps=resize_points(record.trg_kps, record.trg_size, network).float(),
             kps_mask=mask,
-            src_size=src_size.float(),
-            trg_size=trg_size.float(),
+            src_size=src_size,
+            trg_size=trg_size,
             src_box=torch.full((4,), torch.nan) if record.src_box is None else record.src_box.float(),
             trg_box=torch.full((4,), torch.nan) if record.trg_box is None else record.trg_box.float(),
             index=index,

@@ -29,10 +29,8 @@ def predict_points(
     """
     asked = pair if query == "src" else pair.swapped()
     src, trg = (features or matcher.features)(asked)
-    x, y = matcher.match_keypoints(src, trg, asked).double().unbind(-1)  # (B, K) each
-    w, h = asked.trg_size.double().unsqueeze(1).unbind(-1)  # (B, 1) each
-    H, W = size_of(asked.src_img)
-    return torch.stack([x * (w / W), y * (h / H)], dim=-1)
+    found = matcher.match_keypoints(src, trg, asked).double()
+    return resize_points(found, size_of(asked.src_img)[::-1], asked.trg_size.double())
 
 
 class Evaluation:
@@ -113,21 +111,16 @@ class Evaluation:
         """Transfer outlines in both ways: source vertices to the target, and target pixels to the source mask."""
         src, trg = self.features(pair)
         image = size_of(src.image)
-        network = _wh(image[::-1])
         records = [self.datasets[which].record(index) for index in pair.index.tolist()]
-        vertices = [resize_points(r.src_polygon, _wh(r.src_size), network).float() for r in records]
+        vertices = [resize_points(r.src_polygon, r.src_size, image[::-1]).float() for r in records]
         padded = pad_sequence(vertices, batch_first=True).to(src.image.device)
         matched = self.matcher.match_points(src, trg, padded).cpu().double()
         back = self.matcher.match(trg, src).flow.cpu().float()
         for k, r in enumerate(records):
-            polygon = resize_points(matched[k, : len(vertices[k])], network, _wh(r.trg_size))
+            polygon = resize_points(matched[k, : len(vertices[k])], image[::-1], r.trg_size)
             w, h = r.trg_size
             seen = transfer(cell_centres((h, w), image)[None], back[k : k + 1], image)[0].double()
-            seen = resize_points(seen, network, _wh(r.src_size)).unflatten(0, (h, w))
+            seen = resize_points(seen, image[::-1], r.src_size).unflatten(0, (h, w))
             mask, gt = warp_mask(polygon_mask(r.src_polygon, r.src_size), seen), polygon_mask(r.trg_polygon, r.trg_size)
             index, category = int(pair.index[k]), int(pair.category[k])
             self.metrics[which].update(polygon_mask(polygon, r.trg_size), mask, gt, index, category)
-
-
-def _wh(size: tuple[int, int]) -> Tensor:
-    return torch.tensor(size, dtype=torch.float64)

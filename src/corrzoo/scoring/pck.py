@@ -124,7 +124,7 @@ def _pair_side(pair: Pair, side: str) -> Side:
     """Annotations of one image of each pair, in original pixels."""
     kps, size, box = (getattr(pair, f"{side}_{what}").cpu().double() for what in ("kps", "size", "box"))
     H, W = getattr(pair, f"{side}_img").shape[-2:]
-    points = resize_points(kps, size.new_tensor([W, H]), size)
+    points = resize_points(kps, (W, H), size)
     # Resizing to float32 network pixels and back moves an integer annotation by up to 1e-4 px. Undo it: it would decide
     # ties with integer predictions, and the integer that VisualAI rounds down to.
     whole = points.round()
