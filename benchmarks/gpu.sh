@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measure everything that is to be measured on a GPU, in at most nine minutes on one H100:
 #   bash benchmarks/gpu.sh OUT               # tables, results and logs in OUT, all of them in OUT/results.tgz
-#   bash benchmarks/gpu.sh OUT --rehearse    # every part on a CPU, tiny and not compiled
+#   bash benchmarks/gpu.sh OUT --rehearse    # every part on a CPU, tiny, and one model compiled
 #
 # Needs torch, triton, timm, lightning, the other dependencies of corrzoo, and pytest. A part that needs a module that is
 # not installed is skipped; wheels in OUT/../data/wheels are installed first. CUB_200_2011/ and PF-WILLOW/ are read from
@@ -52,19 +52,19 @@ if [ $DEVICE = cuda ]; then
   part steps_one timm 30 40 "${steps[@]}" --heads ACTR --precisions bf16 --out "$OUT/one"
   count=50 jobs=5
   fit=()
-  studies="cub_frozen cub_finetuned synthetic"
   study=(--device cuda --jobs 5 --pairs 1600 --data_root "$DATA")
 else
   part op_tests pytest 0 300 -m pytest -p no:cacheprovider tests/ops/test_functional.py -k "mutual and cpu"
   part op torch 0 300 benchmarks/correlation.py --grids 16 --windows plain --methods corrzoo eager --rounds 1 --out "$OUT"
   steps=(benchmarks/step.py --backbones timm/test_vit.r160_in1k --size 64 --rounds 1 --precisions bf16)
   part steps timm 0 300 "${steps[@]}" --heads $HEADS --options '{"levels": null}' --out "$OUT"
+  compile=() && command -v "${CXX:-g++}" > /dev/null && compile=(--compile)
   part steps_authors timm 0 300 "${steps[@]}" --heads ACTR --options "$recompute" --out "$OUT/authors"
-  part steps_one timm 0 300 "${steps[@]}" --heads Baseline --out "$OUT/one"
+  part steps_one timm 0 300 "${steps[@]}" --heads Baseline "${compile[@]}" --out "$OUT/one"
   count=2 jobs=2
   fit=(--trainer.accelerator cpu --trainer.devices 1 --trainer.strategy auto)
-  studies=synthetic
-  study=(--pairs 160 --heads gsf --option '--data.options={synthetic: {length: {trn: 160, val: 16, test: 16}}}')
+  study=(--pairs 160 --heads gsf --data_root "$DATA" --option=--trainer.limit_test_batches=2
+    --option '--data.options={synthetic: {length: {trn: 160, val: 16, test: 16}}}')
 fi
 has "$LITE" || fit+=(--model.weights random)
 
@@ -76,7 +76,7 @@ for head in $HEADS; do
 done
 wait
 
-for name in $studies; do
+for name in cub_frozen cub_finetuned synthetic; do
   if [ "$name" != synthetic ] && [ ! -d "$DATA/CUB_200_2011" ]; then
     echo "study_$name,0,skipped: no $DATA/CUB_200_2011" | tee -a "$OUT/parts.csv"
     continue

@@ -15,7 +15,7 @@ from pathlib import Path
 from study import RESULTS, Run, learning_rate, short, train
 
 OUT = RESULTS / "mirrorguided_ablations.csv"
-PARTS = ("no_mirror", "fixed_guidance", "no_guidance", "no_consensus", "epe", "rows_and_epe")
+PARTS = ("no_mirror", "fixed_guidance", "no_consensus_no_guidance", "no_consensus", "epe", "rows_and_epe")
 ROWS = ("", *PARTS, "one_layer", "four_layers", "narrow")
 """Files of zoo_configs/ablation/mirrorguided; the first row is the whole head."""
 

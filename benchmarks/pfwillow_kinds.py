@@ -1,7 +1,7 @@
-"""PF-WILLOW in splits of one's own, by the kind of object: `lightning fit --plugins pfwillow_kinds ...`.
+"""PF-WILLOW in splits of one's own, by category: `lightning fit --plugins pfwillow_kinds ...`.
 
 For learning from real images without a look at the category that is tested on. This is no protocol of the field:
-PF-WILLOW has test pairs alone, and whoever learns from them cannot stand beside a paper's number.
+PF-WILLOW has test pairs alone, so results of a model trained on them are not comparable with published numbers.
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ class PFWillowKinds(PFWillow):
         split: "trn" (or "train"), "val" or "test".
         size: Side of the square network image, or its (H, W).
         kinds: Which, by split: `{"trn": ["car", "duck"], "val": ["motorbike"], "test": ["winebottle"]}`.
-        every: Of a split, score only each so-manieth pair: `{"val": 7}`.
+        every: Of a split, score only every n-th pair: `{"val": 7}`.
     """
 
     name = "pfwillow_kinds"

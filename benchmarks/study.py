@@ -50,7 +50,7 @@ SIZES = {
 }
 """Options of heads whose demos do not match on 12 x 12 cells."""
 ABLATIONS = {
-    "mirrorguided": ("no_mirror", "fixed_guidance", "no_guidance", "epe"),
+    "mirrorguided": ("no_mirror", "fixed_guidance", "no_consensus_no_guidance", "epe"),
     "actr": ("no_cross_attention", "no_reweighting", "no_multi_path", "no_super_resolution"),
     "lpmflow": ("no_larl", "no_contrastive_loss", "no_pfsr", "no_mmfi"),
     "vitsc": ("table4_none", "table4_asymmetric", "table6_bilinear", "table7_epe_only"),
@@ -83,8 +83,33 @@ ZERO_SHOT: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         (*LITE0, "data/pfwillow.yaml"),
         ("--model.readout=identity",),
     ),
+    "pfwillow/dense-flow-lite0": (
+        "dense flow",
+        (*LITE0, "data/pfwillow.yaml"),
+        ("--model.point_query=flow",),
+    ),
     "pfwillow/gsf-lite0": ("", (*UNTRAINED["gsf"], "data/pfwillow.yaml"), ()),
+    "pfwillow/gsf-eq9-lite0": (
+        "eq. 9 as printed",
+        (*UNTRAINED["gsf"], "ablation/gsf/eq9.yaml", "data/pfwillow.yaml"),
+        ("--model.readout_radius=null",),
+    ),
+    "pfwillow/gsf-widths-lite0": (
+        "7 and 5 as widths",
+        (*UNTRAINED["gsf"], "data/pfwillow.yaml"),
+        ("--model.c_p=7", "--model.c_m=5"),
+    ),
+    "pfwillow/gsf-variances-lite0": (
+        "7 and 5 as variances",
+        (*UNTRAINED["gsf"], "data/pfwillow.yaml"),
+        ("--model.c_p=2.646", "--model.c_m=2.236"),
+    ),
     "pfwillow/mirrorguided-lite0": ("", (*UNTRAINED["mirrorguided"], "data/pfwillow.yaml"), ()),
+    "pfwillow/mirrorguided-two-rounds-lite0": (
+        "two rounds of guidance",
+        (*UNTRAINED["mirrorguided"], "data/pfwillow.yaml"),
+        ("--model.rounds=2",),
+    ),
 }
 """Runs of `zero_shot` by result file: label, files of zoo_configs, and options."""
 WITHOUT = {

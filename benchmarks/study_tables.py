@@ -125,7 +125,7 @@ def parts() -> str:
             spreads = map(Spread.of, zip(*gains, strict=True))
             shown = [f"{'' if spread.mean < 0 else '+'}{spread}" for spread in spreads] or [MISSING] * len(ALPHAS)
             rows.append([NAMES[head], f"`{part}`", *shown])
-    return markdown(["head", "without", "@.05", "@.10", "@.15"], rows, (2, 3, 4))
+    return markdown(["head", "ablation", "@.05", "@.10", "@.15"], rows, (2, 3, 4))
 
 
 def left_out() -> str:

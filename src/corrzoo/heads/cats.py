@@ -31,7 +31,7 @@ class CATs(Matcher):
 
     With ResNet-101 it has 47,123,552 parameters and equals the released model, which has 49,173,320. The other
     2,049,768 never influence its output: the backbone's classifier and `decoder.norm`. The released
-    `net(target, source)` asks for points of its target: its target is `src` here.
+    `net(target, source)` takes query points in its target image, which is `src` here.
 
     our choice: with a ViT, which the paper does not read, any blocks are the levels. BatchNorm keeps its pretrained
     statistics, as for every head; the released training puts it into training mode, although the backbone is frozen.

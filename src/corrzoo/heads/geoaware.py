@@ -44,7 +44,7 @@ class Points(NamedTuple):
 
 @HEADS.register
 class GeoAware(Matcher):
-    """An aggregation network of one bottleneck for each level, and a sparse and a dense loss on mirrored pairs, too.
+    """An aggregation network of one bottleneck for each level, and a sparse and a dense loss, also on mirrored pairs.
 
     On the released features, three levels of Stable Diffusion and DINOv2-B's block 11 before the final norm, it equals
     the released network of 5,150,214 parameters, without `self_logit_scale`, which never has a gradient. Coordinates
@@ -63,9 +63,9 @@ class GeoAware(Matcher):
         noise: Deviation of the dense loss's ground truth, as a share of half of `noise_length` (released code: 0.1).
         noise_length: The larger side of the target's `box` (without one: of the image), or of the `image`, which is
             PF-PASCAL's threshold. `pixels` is the released code's mistake there: its 840 pixels are taken for cells.
-        pair_augment: Train on mirrored images, too: both mirrored, and, if the dataset tells what a mirror swaps, the
-            source with its own mirror image. our choice: the latter with keypoints that are visible in both images, as
-            datasets give no others; the released code takes all of the source.
+        pair_augment: Also train on mirrored pairs: both images mirrored and, if the dataset lists left-right parts,
+            the source with its own mirror image. our choice: the latter with keypoints that are visible in both images,
+            as datasets give no others; the released code takes all of the source.
         readout: How a row of cosines gives a position: a soft-argmax over a `window` around the maximum, with a
             `gaussian` around it, or over all cells (`soft`); or the maximum itself (`argmax`).
         window: Radius of the window in cells (released code: 7, zero-shot 5), or the Gaussian's standard deviation.

@@ -29,7 +29,7 @@ from corrzoo.types import Features, Match, Pair, ZooError
 OBJECT = 0.1
 """Share of a cell that the object must cover for the cell to count (SFNet's threshold on its resized masks)."""
 TRUST = 4.0
-"""our choice: added to the pruning network's logits, which start at 0. At sigma(0) = 0.5 no match would pass rho."""
+"""our choice: offset of the pruning network's logits. Without it, the confidence starts at 0.5, below rho."""
 GROUPS = 8
 
 

@@ -1,9 +1,9 @@
 """MirrorGuided: confident matches guide all others, in the image or in its mirror image. The zoo's own head.
 
-It combines cosines as in `Baseline`, a residual network on the features of
-an image and its mirror image, the consensus of neighbouring matches (NCNet, without its network), GSF's confident
-matches, guidance field and modulation (its eqs. 4 to 8, without a parameter), and a choice between the source and its
-mirror image (as in GeoAware). Equations are numbered in the order of the code.
+It combines cosines as in `Baseline`, a residual network on the features of an image and its mirror image, the consensus
+of neighbouring matches (NCNet, without its network), GSF's confident matches, guidance field and modulation (its eqs. 4
+to 8, without a parameter), and a choice between the source and its mirror image (as in GeoAware). Equations are
+numbered in the order of the code.
 """
 
 from typing import Any, ClassVar, NamedTuple
@@ -48,11 +48,11 @@ class Hypotheses(NamedTuple):
 class MirrorGuided(Matcher):
     """Match the source and its mirror image, each guided by its own confident matches, and keep one of the two.
 
-    The support of a match is how high the best scores of its cells are (eq. 7). The mirror image is kept if its support
-    is more than `margin` times the source's (eq. 8).
-    With `layers: 0` it has no parameter, and a backbone that is fine-tuned learns through the EPE of `Matcher`. The
-    constants are chosen on validation pairs by benchmarks/mirrorguided_constants.py. With layers, a network updates the
-    features, and how much consensus and guidance count is learned. Before training, it equals the head without layers.
+    The support of a hypothesis is the mean best score of its cells (eq. 7). The mirror image is kept if its support is
+    more than `margin` times the source's (eq. 8). With `layers: 0` the head has no parameter, and a backbone that is
+    fine-tuned learns through the EPE of `Matcher`. The constants are chosen on validation pairs by
+    benchmarks/mirrorguided_constants.py. With layers, a network updates the features, and the weights of consensus and
+    guidance are learned. Before training, it equals the head without layers.
 
     Args:
         stride: Resize all feature maps to this stride.

@@ -31,8 +31,8 @@ FRAME = 224
 class NCNet(Matcher):
     """Soft mutual filter, neighbourhood consensus network, the filter again, and the best cell of each row.
 
-    With ResNet-101 up to `layer3` it has 27,715,457 parameters, 180,033 of them in the consensus network, and equals
-    the released model. The loss reads images alone, no keypoint.
+    The parts that the paper uses, ResNet-101 up to `layer3` and the consensus network of 180,033 parameters, have
+    27,715,457 and equal the released model. The loss reads images alone, no keypoint.
 
     Args:
         kernel_sizes: Side of each 4-D kernel (released training: 5, 5, 5).

@@ -55,8 +55,8 @@ class TransforMatcher(Matcher):
         grid: Side g of the grid that is matched on (released code: 15). Every level is resized to it: g ** 4 matches.
         layers: Number of attention layers (released code: 6).
         rotary: Rotary embedding of a match's number n. `literal` is the released one, whose two frequencies of pi and
-            5 pi turn by half a circle from each n to the next, which tells its parity alone, with rounding. `parity` is
-            the exact (-1) ** n, and `none` is without.
+            5 pi rotate by half a turn from n to n + 1, and so encode only whether n is even, up to rounding. `parity`
+            is the exact (-1) ** n, and `none` is without.
         two_streams: Source and target have a backbone each, equal before training (released code). Takes twice the
             backbone's time. our choice: off, as the paper describes one backbone for both.
         **options: Options of Matcher.

@@ -208,7 +208,7 @@ class CrossPerception(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Maps (B, 256, h, w) of source and target -> enhanced maps of the same shapes."""
         (grid_a, pos_a), (grid_b, pos_b) = ((size_of(x), position_encoding(x)) for x in (a, b))
-        # our choice: LayerNorm, as features of a small scale would drown in what the blocks add early in training
+        # our choice: LayerNorm, as the blocks' output would dominate features of small norm early in training
         a, b = (F.layer_norm(rearrange(x, "b c h w -> b (h w) c"), (WIDTH,)) for x in (a, b))
         for i, block in enumerate(self.blocks):
             if self.order == "symmetric":
