@@ -42,15 +42,25 @@ def cell_centres(
 
 def resize_points(points: Tensor, old: tuple[int, int] | Tensor, new: tuple[int, int] | Tensor) -> Tensor:
     """Points (..., n, 2) of an image of size `old`, in the same image at size `new`: (w, h), or tensors (..., 2)."""
-    (w, h), (W, H) = (size.unsqueeze(-2).unbind(-1) if isinstance(size, Tensor) else size for size in (old, new))
+    (w, h), (W, H) = _sides(old), _sides(new)
     x, y = points.unbind(-1)
     return torch.stack([x * (W / w), y * (H / h)], dim=-1)
 
 
+def _sides(size: tuple[int, int] | Tensor) -> tuple[int | Tensor, ...]:
+    """Width and height: numbers, or (..., 1) each for a tensor (..., 2)."""
+    return size.unsqueeze(-2).unbind(-1) if isinstance(size, Tensor) else size
+
+
+def mirror_points(points: Tensor, width: int) -> Tensor:
+    """Points (..., 2) of an image of that width in pixels, in its mirror image."""
+    x, y = points.unbind(-1)
+    return torch.stack([width - x, y], dim=-1)
+
+
 def cells_to_pixels(cells: Tensor, grid: Size, image: Size) -> Tensor:
     """Positions or displacements (..., 2) in cells of a (h, w) grid -> pixels of the (H, W) image it covers."""
-    x, y = cells.unbind(-1)
-    return torch.stack([x * (image[1] / grid[1]), y * (image[0] / grid[0])], dim=-1)
+    return resize_points(cells, grid[::-1], image[::-1])
 
 
 def pixels_to_cells(points: Tensor, grid: Size, image: Size) -> Tensor:

@@ -136,8 +136,9 @@ class Features(NamedTuple):
 
     def halves(self) -> "tuple[Features, Features]":
         """Source and target features that were computed as one batch."""
+        src, trg = self.image.chunk(2)
         levels = [level.chunk(2) for level in self.maps]
-        (src, trg), (src_cls, trg_cls) = self.image.chunk(2), (None, None) if self.cls is None else self.cls.chunk(2)
+        src_cls, trg_cls = (None, None) if self.cls is None else self.cls.chunk(2)
         return Features(src, [a for a, _ in levels], src_cls), Features(trg, [b for _, b in levels], trg_cls)
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from corrzoo import visualize
 from corrzoo.apps import add_model, matcher_of
 from corrzoo.apps.pairs import Query, list_queries
 from corrzoo.errors import Parser, ZooError
-from corrzoo.files import whole_file, write_bytes, write_json
+from corrzoo.files import whole_file, write_json
 from corrzoo.images import as_rgb
 from corrzoo.inference import GRID, MAX_CYCLE_ERROR, ImagePair, open_pair
 from corrzoo.matcher import Matcher
@@ -106,8 +105,8 @@ def match_pair(
 def write_dense(pair: ImagePair, out: Path) -> list[Path]:
     """Write the flow, its picture and the warped target image, see DENSE."""
     flow, src, trg = pair.flow(), pil_to_tensor(pair.src), pil_to_tensor(pair.trg)
-    np.save(array := BytesIO(), flow.permute(1, 2, 0).numpy())
-    write_bytes(out / "flow.npy", array.getvalue())
+    with whole_file(out / "flow.npy") as partial, partial.open("wb") as file:
+        np.save(file, flow.permute(1, 2, 0).numpy())
     with whole_file(out / "warped.png") as partial:
         Image.fromarray(visualize.flow_warp(trg, flow).permute(1, 2, 0).numpy()).save(partial, "PNG")
     picture = visualize.save_figure(visualize.draw_flow([src], [flow]), out / "flow.png")

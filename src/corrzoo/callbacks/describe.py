@@ -31,7 +31,7 @@ def describe_scores(metric: BenchmarkMetric, dataset: PairDataset) -> dict[str, 
         **metric.describe(),
         "measures": [list(column) for column in metric.columns()],
         "pairs": sum(row["pairs"] for row in breakdown["category"].values()),
-        metric.name.lower().replace(" ", "_"): values,
+        metric.key: values,
         "breakdown": breakdown,
     }
 

@@ -140,7 +140,7 @@ class ScoreTable(Callback):
 
 def breakdown_table(name: str, metric: BenchmarkMetric, scores: dict[str, Any]) -> Table:
     """Scores by category, over all pairs, and of geometry-aware keypoints; `scores` are from `describe_scores`."""
-    values, breakdown = scores[metric.name.lower().replace(" ", "_")], scores["breakdown"]
+    values, breakdown = scores[metric.key], scores["breakdown"]
     how, columns = metric.describe(), metric.columns()
     title = f"{metric.name} on {name} (%), {how['protocol']}, average per {how['average']}"
     table = _table(title, "category", "pairs", *(heading for heading, _, _ in columns))

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from corrzoo.data.index import BORDER, build_index, cached_index
 from corrzoo.data.packed import PackedImages, pack_images
-from corrzoo.geometry import Size, resize_points
+from corrzoo.geometry import Size, mirror_points, resize_points
 from corrzoo.images import read_rgb, to_tensor
 from corrzoo.registry import Registry
 from corrzoo.types import DIFFICULTIES, Pair, Record, ZooError
@@ -73,7 +73,9 @@ class PairDataset(Dataset[Pair], ABC):
 
     def _of_split(self, option: str, given: int | dict[str, int] | None, usual: dict[str, int]) -> int:
         """The split's value of an option that is given as one value, or by the names of splits."""
-        values = given if isinstance(given, dict) else {} if given is None else {self.split: given}
+        if given is None:
+            given = {}
+        values = given if isinstance(given, dict) else {self.split: given}
         if unknown := values.keys() - usual.keys():
             told = f"{self.name} has no split {min(unknown)!r} to give a {option}"
             raise ZooError(f"{told}: choose from {', '.join(usual)}")
@@ -208,7 +210,7 @@ def mirror(sample: Pair) -> Pair:
         image, kps, size, box, mask = (getattr(sample, f"{side}_{f}") for f in ("img", "kps", "size", "box", "mask"))
         x1, y1, x2, y2 = box.unbind(-1)
         mirrored[f"{side}_img"], mirrored[f"{side}_mask"] = image.flip(-1), mask.flip(-1)
-        mirrored[f"{side}_kps"] = torch.stack([image.shape[-1] - kps[..., 0], kps[..., 1]], dim=-1)
+        mirrored[f"{side}_kps"] = mirror_points(kps, image.shape[-1])
         mirrored[f"{side}_box"] = torch.stack([size[..., 0] - x2, y1, size[..., 0] - x1, y2], dim=-1)
     return sample._replace(**mirrored)
 
@@ -301,7 +303,15 @@ class FolderDataset(PairDataset):
         both = src.visible & trg.visible
         kps_ids = both.nonzero()[:, 0] + first_part
         return Record(
-            *(src.path, trg.path, src.parts[both], trg.parts[both], src.size, trg.size, category, src.box, trg.box),
+            src_path=src.path,
+            trg_path=trg.path,
+            src_kps=src.parts[both],
+            trg_kps=trg.parts[both],
+            src_size=src.size,
+            trg_size=trg.size,
+            category=category,
+            src_box=src.box,
+            trg_box=trg.box,
             kps_ids=kps_ids,
             src_alike=self.alike(category, kps_ids, src_parts.tolist()),
             trg_alike=self.alike(category, kps_ids, trg_parts.tolist()),

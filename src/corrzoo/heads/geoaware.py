@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from corrzoo import ops
 from corrzoo.data.pairs import mirror
-from corrzoo.geometry import Size, cells_to_pixels, check_keypoints, pixels_to_cells, points_to_flow, size_of
+from corrzoo.geometry import (
+    Size,
+    cells_to_pixels,
+    check_keypoints,
+    mirror_points,
+    pixels_to_cells,
+    points_to_flow,
+    size_of,
+)
 from corrzoo.heads.levels import cells_of, expected_cells, resize, rows_of, stack_levels
 from corrzoo.losses import Term, mean_where, pair_means
 from corrzoo.matcher import HEADS, Matcher
@@ -80,8 +88,6 @@ class GeoAware(Matcher):
     evaluation_options: ClassVar[frozenset[str]] = Matcher.evaluation_options.union(
         "readout window outside read pose_alignment".split()
     )
-    x_normal: nn.Parameter
-    y_normal: nn.Parameter
 
     def __init__(
         self,
@@ -114,9 +120,9 @@ class GeoAware(Matcher):
         self.bottlenecks = nn.ModuleList(Bottleneck(level, width) for level in channels)
         self.mixing_weights = nn.Parameter(torch.ones(len(channels))) if len(channels) > 1 else None
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        for name, side in (("y_normal", self.grid[0]), ("x_normal", self.grid[1])):
-            coordinates = torch.linspace(-1, 1, side, dtype=torch.float64).float()
-            self.register_parameter(name, nn.Parameter(coordinates, requires_grad=dense))
+        rows, columns = (torch.linspace(-1, 1, side, dtype=torch.float64).float() for side in self.grid)
+        self.y_normal = nn.Parameter(rows, requires_grad=dense)
+        self.x_normal = nn.Parameter(columns, requires_grad=dense)
 
     def prepare(self, features: Features) -> Features:
         """Levels (B, C_i, h_i, w_i) -> one map (B, width, h, w) of normalised descriptors."""
@@ -197,9 +203,9 @@ class GeoAware(Matcher):
     def points_of_self_flip(self, pair: Pair) -> Points:
         """From the source's mirror image to the source: a part is where its mirror twin is in the other."""
         image = size_of(pair.src_img)
-        found = self_flip(pair.src_kps, pair.kps_ids, pair.mirror_ids, pair.kps_mask, image[1])
-        src, trg = (pixels_to_cells(kps, self.grid, image) for kps in (found[0], pick(pair.src_kps, found[1])))
-        return Points(src, trg, found[2], self.length(pair.src_box, pair.src_size))
+        kps, twin, known = self_flip(pair.src_kps, pair.kps_ids, pair.mirror_ids, pair.kps_mask, image[1])
+        src, trg = (pixels_to_cells(points, self.grid, image) for points in (kps, pick(pair.src_kps, twin)))
+        return Points(src, trg, known, self.length(pair.src_box, pair.src_size))
 
     def length(self, box: Tensor, size: Tensor) -> Tensor:
         """`noise_length` (B,) in cells, from the target's box (B, 4) and size (B, 2) in original pixels."""
@@ -319,8 +325,7 @@ def self_flip(kps: Tensor, ids: Tensor, mirrored: Tensor, mask: Tensor, width: i
     """
     same = (mirrored.unsqueeze(2) == ids.unsqueeze(1)) & (ids >= 0).unsqueeze(1) & mask.unsqueeze(1)  # (B, K, K)
     twin = same.to(torch.int8).argmax(2)  # (B, K)
-    x, y = kps.unbind(-1)
-    return torch.stack([width - x, y], dim=-1), twin, mask & same.any(2)
+    return mirror_points(kps, width), twin, mask & same.any(2)
 
 
 def combine(terms: list[tuple[float, Tensor, Tensor]]) -> Term:

@@ -345,6 +345,6 @@ def on_object(pair: Pair, grid: Size) -> Tensor:
     """
     covered = F.interpolate(pair.src_mask.float().unsqueeze(1), grid, mode="area").flatten(1) > OBJECT
     at = cell_centres(grid, (1, 1), pair.src_box.device, pair.src_box.dtype)  # (N, 2)
-    low, high = (pair.src_box.unflatten(1, (2, 2)) / pair.src_size.unsqueeze(1)).unsqueeze(2).unbind(1)  # (B, 1, 2)
+    low, high = ((corner / pair.src_size).unsqueeze(1) for corner in pair.src_box.split(2, dim=1))  # (B, 1, 2) each
     boxed = ((at >= low) & (at <= high)).all(2) | pair.src_box.isnan().any(1, keepdim=True)
     return covered & boxed

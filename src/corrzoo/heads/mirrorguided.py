@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from corrzoo import ops
 from corrzoo.errors import check_above_zero
-from corrzoo.geometry import Size, cell_centres, cells_to_pixels, pixels_to_cells, points_to_flow, sample, size_of
+from corrzoo.geometry import (
+    Size,
+    cell_centres,
+    cells_to_pixels,
+    mirror_points,
+    pixels_to_cells,
+    points_to_flow,
+    sample,
+    size_of,
+)
 from corrzoo.heads.guidance import EPS, confident_field, modulate, neighbour_consensus
 from corrzoo.heads.levels import rows_of, stack_levels, stride_grid
 from corrzoo.heads.update import FeatureUpdate, mirror_image, row_cross_entropy
@@ -186,8 +195,7 @@ class MirrorGuided(Matcher):
             if not self.mirror:
                 return Hypotheses(self.modulated_at(self.guide(source, target), points, (height, width)))
             guided = self.guide(torch.cat([source, mirror_image(source)]), target.repeat(2, 1, 1, 1))
-            x, y = points.unbind(-1)
-            both = torch.cat([points, torch.stack([width - x, y], -1)])  # (2B, n, 2)
+            both = torch.cat([points, mirror_points(points, width)])  # (2B, n, 2)
             plain, mirrored = self.modulated_at(guided, both, (height, width)).chunk(2)
             support, support_mirrored = guided.support.chunk(2)
             return Hypotheses(plain, mirrored, support_mirrored / support.clamp(min=EPS))
@@ -237,19 +245,24 @@ class MirrorGuided(Matcher):
 
     def loss(self, match: Match, pair: Pair) -> dict[str, Tensor]:
         """EPE, eq. 9 for the cosines and, if guidance is learned, for the modulated scores, and eq. 10."""
+        grid, mask, extras = size_of(match.flow), pair.kps_mask, match.extras
         terms = {"epe": self.keypoint_errors(match, pair)} if self.epe_weight else {}
-        grid, mask, ratio = size_of(match.flow), pair.kps_mask, match.extras.get("ratio")
-        volumes = {name: scores for name, scores in match.extras.items() if name != "ratio"}
-        rows = {name: row_cross_entropy(x, self.row_temperature, pair, grid) for name, x in volumes.items()}
-        terms |= {name: (rows[name], mask) for name in ("cosines", "plain") if name in rows}  # eq. 9
-        if ratio is not None:
-            logit = (ratio.detach().clamp(min=EPS) / self.learned("margin")).log() / CHOICE
-            plain, mirrored = (pair_means(rows[x].detach(), mask)[0] for x in ("plain", "mirrored"))
+        rows = {
+            name: row_cross_entropy(extras[name], self.row_temperature, pair, grid)  # eq. 9, (B, K)
+            for name in ("cosines", "plain", "mirrored")
+            if name in extras
+        }
+        terms |= {name: (rows[name], mask) for name in ("cosines", "plain") if name in rows}
+        if "mirrored" in rows:
+            plain, mirrored = (pair_means(rows[name].detach(), mask)[0] for name in ("plain", "mirrored"))  # (B,) each
+            logit = (extras["ratio"].detach().clamp(min=EPS) / self.learned("margin")).log() / CHOICE
             terms["choice"] = torch.lerp(plain, mirrored, logit.sigmoid()), mask.any(1)  # eq. 10
         return weighted_means(terms, {name: self.epe_weight if name == "epe" else self.row_weight for name in terms})
 
     def learned(self, name: str) -> float | Tensor:
         """Eq. 11 for `share`, `floor` or `margin`: start + strength (learned - start)."""
-        value, start = getattr(self, name), 1.0 if name == "share" else self.hparams[name]
-        changed = self.learns and self.strength < 1
-        return torch.lerp(torch.full_like(value, start), value, self.strength) if changed else value
+        value = getattr(self, name)
+        if not self.learns or self.strength == 1:
+            return value
+        start = 1.0 if name == "share" else self.hparams[name]
+        return torch.lerp(torch.full_like(value, start), value, self.strength)

@@ -156,11 +156,10 @@ class CrossAttention(nn.Module):
 
     def forward(self, s: Tensor, t: Tensor) -> tuple[Tensor | None, Tensor]:
         """(B, N, C), (B, M, C) -> the source's update (B, N, C) and the weights summed over the heads (B, N, M)."""
-        (q_weight, kv_weight), (q_bias, kv_bias) = (
-            x.split([self.dim, len(x) - self.dim]) for x in (self.qkv.weight, self.qkv.bias)
-        )
-        q = rearrange(F.linear(s, q_weight, q_bias), "b n (h d) -> b h n d", h=ATTENTION_HEADS)
-        kv = F.linear(t, kv_weight, kv_bias)
+        weight, bias = self.qkv.weight, self.qkv.bias
+        q = F.linear(s, weight[: self.dim], bias[: self.dim])
+        q = rearrange(q, "b n (h d) -> b h n d", h=ATTENTION_HEADS)
+        kv = F.linear(t, weight[self.dim :], bias[self.dim :])
         k, *v = rearrange(kv, "b m (kv h d) -> kv b h m d", h=ATTENTION_HEADS, d=q.shape[-1])
         with full_precision(s):
             weights = (full(q) * q.shape[-1] ** -0.5 @ full(k).mT).softmax(-1)  # (B, heads, N, M)
@@ -298,15 +297,13 @@ class SoftArgmax(nn.Module):
     sets `requires_grad` of the tensor inside the parameter; its checkpoints have their trained values.
     """
 
-    x_normal: nn.Parameter
-    y_normal: nn.Parameter
     cells: Tensor
 
     def __init__(self, grid: int) -> None:
         super().__init__()
         self.grid = grid
-        for name in ("x_normal", "y_normal"):
-            self.register_parameter(name, nn.Parameter(torch.linspace(-1, 1, grid, dtype=torch.float64).float()))
+        line = torch.linspace(-1, 1, grid, dtype=torch.float64).float()
+        self.x_normal, self.y_normal = nn.Parameter(line), nn.Parameter(line.clone())
         index = torch.arange(grid, dtype=torch.float32)
         self.register_buffer("cells", torch.stack(torch.meshgrid(index, index, indexing="xy")), persistent=False)
 

@@ -19,7 +19,7 @@ class BenchmarkMetric(torchmetrics.Metric, ABC):
     pair counts once. `compute()`, `rows()` and `breakdown()` are collective calls. Without pairs, they raise ZooError.
 
     Attributes:
-        name: Name in tables. Result files use it in lower case, with underscores.
+        name: Name in tables.
         protocol: How pairs are scored.
         query: Image whose points or outline are given, `src` or `trg`.
         evaluated: Image in which they are predicted, `src` or `trg`.
@@ -48,6 +48,11 @@ class BenchmarkMetric(torchmetrics.Metric, ABC):
     @abstractmethod
     def _scores(self, table: Tensor) -> dict[str, Tensor]:
         """Scores by name, (N,) each, of N rows."""
+
+    @property
+    def key(self) -> str:
+        """Name in result files, such as `pck`."""
+        return self.name.lower().replace(" ", "_")
 
     def rows(self) -> list[dict[str, Any]]:
         """One dict per pair, sorted by index: `index`, `category` and scores."""

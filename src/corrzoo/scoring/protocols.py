@@ -144,7 +144,7 @@ class Protocol:
         'larger side of the src box, or of the padded src keypoint box if there is no box; frame: stretch 512'
         """
         words = {IMG: "{} image", BBOX: "{} box", KP: "{} keypoint box", PADDED: "padded {} keypoint box"}
-        kinds = [self.kind] + [self.boxless] * (self.kind == BBOX and self.boxless != "")
+        kinds = [self.kind, self.boxless] if self.kind == BBOX and self.boxless else [self.kind]
         lengths = [words[kind].format(getattr(self, self._side(kind), self.query)) for kind in kinds]
         replaced = " if there is no box" if len(lengths) > 1 else ""
         return f"larger side of the {', or of the '.join(lengths)}{replaced}; frame: {self.frame}"
@@ -220,7 +220,10 @@ def get_protocol(name: str | Protocol, kind: str = "") -> Protocol:
 
 def check_protocol(name: str) -> None:
     """Raise ZooError unless `name` is `<preset>` or `<preset>:<kind>`."""
-    _ = get_protocol(name) if ":" in name else _PRESETS[name]
+    if ":" in name:
+        get_protocol(name)
+    else:
+        _PRESETS[name]  # raises if there is none
 
 
 def list_protocols() -> list[str]:

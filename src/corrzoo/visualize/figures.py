@@ -1,5 +1,6 @@
 """Figures of panels in rows, with images in the zoo's coordinates, and their files."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def panels(
 def show(ax: Axes, image: Tensor) -> None:
     """Draw an image (3, H, W) uint8; its top-left corner is (0, 0), as everywhere in the zoo."""
     H, W = image.shape[-2:]
-    pixels = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).reduce(-(-max(H, W) // FINEST))
+    pixels = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).reduce(math.ceil(max(H, W) / FINEST))
     ax.imshow(np.asarray(pixels), interpolation="lanczos", extent=(0, W, H, 0))
     ax.autoscale(False)  # points outside the image do not shrink it
 

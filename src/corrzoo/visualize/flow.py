@@ -1,5 +1,6 @@
 """Dense flow as colours, and as a Middlebury file."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def draw_flow(
     limits = [max(float(np.quantile(length, SATURATED)), 1e-12) for length in lengths]
     for row, image, flow, limit in zip(axes, src_img, flows, limits, strict=True):
         show(row[0], image)
-        (H, W), skip = size_of(image), -(-max(size_of(flow)) // FINEST)
+        (H, W), skip = size_of(image), math.ceil(max(size_of(flow)) / FINEST)
         colours = flow_colours(flow[:, skip // 2 :: skip, skip // 2 :: skip].cpu(), limit)
         row[1].imshow(colours.permute(1, 2, 0).numpy(), extent=(0, W, H, 0), interpolation="nearest")
         row[1].text(0.02 * W, 0.98 * H, f"full colour: {limit:.0f} px", fontsize=6, va="bottom")
