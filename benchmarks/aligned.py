@@ -11,9 +11,8 @@ import corrzoo
 from corrzoo.data import PairDataset
 from corrzoo.matcher import Matcher
 from corrzoo.scoring.evaluation import predict_points
-from corrzoo.scoring.pck import PCK
+from corrzoo.scoring.pck import ALPHAS, PCK
 
-ALPHAS = (0.05, 0.1, 0.15)
 DEPTH = {"ACTR": 2, "LPMFlow": 1}
 LEVELS = ["blocks.2.1", "blocks.4.2"]
 

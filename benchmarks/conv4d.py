@@ -5,9 +5,7 @@ each layer of a network of kernels of 5 and 16 channels. Ratios are medians of r
 """
 
 import argparse
-import re
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,18 +14,9 @@ import torch
 
 from corrzoo.ops.convolution import conv4d, conv4d_reference
 from corrzoo.tables import write_csv
+from measuring import RESULTS, device_name, timed
 
 LAYERS = ((1, 16), (16, 16), (16, 1))
-
-
-def timed(run: Callable[[], object], device: str) -> float:
-    """Seconds; on a CPU of its own work, so that other processes do not count."""
-    clock = time.perf_counter if device == "cuda" else time.process_time
-    start = clock()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return clock() - start
 
 
 def measure(channels: int, outputs: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -48,7 +37,7 @@ def measure(channels: int, outputs: int, args: argparse.Namespace) -> dict[str, 
         for function in (conv4d_reference, conv4d):
             run(function)  # kernels are chosen
         rounds = [
-            [timed(lambda f=f: run(f), args.device) for f in (conv4d_reference, conv4d)] for _ in range(args.rounds)
+            [timed(run, f, device=args.device)[0] for f in (conv4d_reference, conv4d)] for _ in range(args.rounds)
         ]
         row[f"{name}_reference_ms"] = round(1000 * statistics.median(plain for plain, _ in rounds), 1)
         row[f"{name}_ratio"] = round(statistics.median(ours / plain for plain, ours in rounds), 2)
@@ -61,12 +50,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the CSV")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = [measure(*layer, args) | {"bf16": args.bf16, "torch": torch.__version__} for layer in LAYERS]
-    name = re.sub(r"\W+", "_", torch.cuda.get_device_name() if args.device == "cuda" else "cpu").lower()
-    write_csv(args.out / f"conv4d_{name}.csv", rows)
+    write_csv(args.out / f"conv4d_{device_name(args.device)}.csv", rows)
     for row in rows:
         print(row)
 

@@ -37,6 +37,7 @@ from torch import Tensor
 from corrzoo import ops
 from corrzoo.ops import reference, strips
 from corrzoo.tables import write_csv
+from measuring import RESULTS, device_name, peak_bytes, timed
 
 C, TEMPERATURE, SIGMA = 768, 0.02, 7.0
 CPU_CASES = [("float32", 16, 16), ("float32", 32, 4), ("float32", 64, 1), ("float32", 128, 1)]
@@ -120,20 +121,10 @@ def once(method: Method, src: Tensor, trg: Tensor, side: int, backward: bool) ->
     return [xy.detach(), *torch.autograd.grad(xy, (src, trg, *parameters), torch.ones_like(xy))]
 
 
-def peak_bytes(call: Callable[[], list[Tensor]], device: str) -> int:
+def bytes_beyond(call: Callable[[], list[Tensor]], device: str) -> int:
     """Most bytes that a call holds at any time, beyond what was there before and what it returns."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        results = call()
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            results = call()
-        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-        held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-        before, peak = 0, max(held, default=0)
-    return max(0, peak - before - sum(x.nbytes for x in results))
+    peak, results = peak_bytes(call, device=device)
+    return max(0, peak - sum(x.nbytes for x in results))
 
 
 def errors(results: list[Tensor], src: Tensor, trg: Tensor, side: int, window: str) -> tuple[float, float]:
@@ -150,16 +141,10 @@ def errors(results: list[Tensor], src: Tensor, trg: Tensor, side: int, window: s
 def cpu_ratios(calls: dict[str, Callable[[], object]], gemm: Callable[[], None], rounds: int) -> dict[str, list[float]]:
     """Process time of every call in every round, over that round's GEMM; the order changes from round to round."""
     ratios: dict[str, list[float]] = {name: [] for name in calls}
-
-    def seconds(call: Callable[[], object]) -> float:
-        start = time.process_time()
-        call()
-        return time.process_time() - start
-
     for k in range(rounds):
-        floor, names = seconds(gemm), list(calls)
+        floor, names = timed(gemm)[0], list(calls)
         for name in names if k % 2 else names[::-1]:
-            ratios[name].append(seconds(calls[name]) / floor)
+            ratios[name].append(timed(calls[name])[0] / floor)
     return ratios
 
 
@@ -199,7 +184,7 @@ def measure(
     rows = {}
     for name, call in calls.items():
         error = errors(call(), src, trg, side, window)  # the first call compiles
-        volumes = peak_bytes(call, args.device) / (B * side**4 * 4)
+        volumes = bytes_beyond(call, args.device) / (B * side**4 * 4)
         rows[name] = {"dtype": dtype, "grid": side, "batch": B, "window": window, "pass": "f+b" if backward else "f"}
         rows[name] |= {"method": name, "volumes": f"{volumes:.3f}"}
         rows[name] |= {"error": f"{error[0]:.1e}", "gradient_error": f"{error[1]:.1e}"}
@@ -276,7 +261,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8, help="on a CPU; 3 at 128²")
     parser.add_argument("--seconds", type=float, default=120, help="on a GPU: start nothing new after so many")
     parser.add_argument("--against", help="a commit to compare with")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the tables")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the tables")
     args = parser.parse_args()
     start = time.time()
     torch.set_num_threads(1)
@@ -286,7 +271,6 @@ def main() -> None:
     passes: list[list[str]] = [["corrzoo", "learned", "before", "eager", "compile"]]
     if args.device == "cuda":  # what is compiled comes last: it takes the most time
         passes = [["corrzoo", "learned", "before"], ["eager"], ["compile"]]
-    stem = re.sub(r"\W+", "_", torch.cuda.get_device_name() if args.device == "cuda" else "cpu").lower()
     rows: list[dict[str, object]] = []
     for k, names in enumerate(passes):
         for case in CPU_CASES if args.device == "cpu" else GPU_CASES:
@@ -298,7 +282,7 @@ def main() -> None:
                 if case[1] == 128 and args.device == "cpu":  # a GEMM takes seconds, and eager methods gigabytes
                     wanted = [name for name in wanted if name not in ("eager", "compile")]
                 rows += measure(case, window, backward, wanted, args) if wanted else []
-                write(rows, args.out / f"correlation_{stem}.csv")
+                write(rows, args.out / f"correlation_{device_name(args.device)}.csv")
         if args.device == "cuda" and k == 0:
             tuned = tune(args, start + 0.75 * args.seconds)
             write(tuned, args.out / "correlation_tuned.csv")

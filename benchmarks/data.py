@@ -12,7 +12,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from itertools import islice, permutations
 from pathlib import Path
@@ -26,8 +25,8 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from corrzoo.data import PairDataset, create_dataset
 from corrzoo.data.readers.spair import CATEGORIES
 from corrzoo.tables import write_csv
+from measuring import RESULTS, timed
 
-RESULTS = Path(__file__).parent / "results"
 SPLITS = {"trn": (range(0, 55), 53_340), "val": (range(55, 73), 5_384), "test": (range(73, 100), 12_234)}
 """By split, its images among the 100 of a category, and its number of pairs, which give SPair-71k's counts."""
 SIZE, BATCH = 224, 16
@@ -116,17 +115,10 @@ class PublishedWay(Dataset[dict[str, Any]]):
         return sample
 
 
-def cpu(run: Callable[..., Any], *args: Any) -> tuple[float, Any]:
-    """CPU seconds of a call in this process (the machine may be shared), and its result."""
-    start = time.process_time()
-    result = run(*args)
-    return time.process_time() - start, result
-
-
 def rate(dataset: Any, pairs: int, collate: Callable[..., Any] | None = None) -> float:
     """Images read per CPU second, in shuffled batches."""
     loader = DataLoader(dataset, BATCH, sampler=RandomSampler(dataset, num_samples=pairs), collate_fn=collate)
-    return 2 * pairs / cpu(lambda: [None for _ in loader])[0]
+    return 2 * pairs / timed(lambda: [None for _ in loader])[0]
 
 
 def resident() -> dict[str, float]:
@@ -181,15 +173,15 @@ def row(
 
 def measure(root: Path, rounds: int, sample: int) -> list[dict[str, Any]]:
     """Measure all rows."""
-    opening, ours = cpu(open_ours, root)
-    packing, _ = cpu(ours.pack)
+    opening, ours = timed(open_ours, root)
+    packing, _ = timed(ours.pack)
     print(f"first start: {opening:.1f} s to parse, {packing:.1f} s to pack {len(ours.images)} images", flush=True)
     starts: dict[str, list[float]] = {"published": [], "corrzoo": []}
     rates: dict[str, list[float]] = {"published": [], "corrzoo": []}
     for _ in range(rounds):
-        seconds, theirs = cpu(PublishedWay, root, "trn")
+        seconds, theirs = timed(PublishedWay, root, "trn")
         starts["published"].append(seconds)
-        starts["corrzoo"].append(cpu(open_ours, root)[0])
+        starts["corrzoo"].append(timed(open_ours, root)[0])
         rates["published"].append(rate(theirs, sample))
         rates["corrzoo"].append(rate(ours, 20 * sample, PairDataset.collate))
     open_ours(root, "small").pack()  # the probes are to find the caches

@@ -30,11 +30,12 @@ from corrzoo.data.readers.spair import CATEGORIES
 from corrzoo.geometry import transfer
 from corrzoo.matcher import Matcher
 from corrzoo.scoring.evaluation import Evaluation
-from corrzoo.scoring.pck import PCK
+from corrzoo.scoring.pck import ALPHAS, PCK
+from corrzoo.tables import write_csv
 from corrzoo.types import Pair
-from data import BATCH, SIZE, PublishedWay, cpu, row, save, write
+from data import BATCH, SIZE, PublishedWay, row, write
+from measuring import RESULTS, timed
 
-ALPHAS = (0.05, 0.1, 0.15)
 STORED = 4096
 """Number of pairs whose stored predictions are scored at once."""
 
@@ -82,22 +83,28 @@ def part_of(root: Path, number: int, count: int) -> Path:
     return part
 
 
+def lightning_test(part: Path, profiler: Profiler | None = None) -> tuple[Trainer, PairsDataModule]:
+    """Trainer and data of `lightning test`, with images packed and annotations parsed, as in runs after the first."""
+    create_dataset("spair71k", part, "test", size=SIZE).pack()
+    quiet = dict(enable_progress_bar=False, enable_model_summary=False, logger=False, accelerator="cpu", devices=1)
+    trainer = Trainer(default_root_dir=part, profiler=profiler, **quiet)
+    data = PairsDataModule(root=str(part), test=["spair71k"], image_size=SIZE, batch_size=BATCH, num_workers=0)
+    return trainer, data
+
+
 def end_to_end(root: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Row of `lightning test`, with images packed and annotations parsed, as in every run after the first."""
+    """Row of `lightning test`."""
     model = corrzoo.create_matcher("Baseline", args.backbone, weights="random", alphas=ALPHAS).eval()
     rates: dict[str, list[float]] = {"published": [], "corrzoo": []}
     pairs = differing = 0
     for number in range(args.rounds):
         part = part_of(root, number, args.categories)
-        create_dataset("spair71k", part, "test", size=SIZE).pack()
+        trainer, data = lightning_test(part)
         theirs = PublishedWay(part, "test")
         chosen = torch.randperm(len(theirs), generator=torch.Generator().manual_seed(number))[: args.sample].tolist()
-        seconds, scores = cpu(published, model, theirs, chosen)
+        seconds, scores = timed(published, model, theirs, chosen)
         rates["published"].append(args.sample / seconds)
-        quiet = dict(enable_progress_bar=False, enable_model_summary=False, logger=False, accelerator="cpu", devices=1)
-        trainer = Trainer(default_root_dir=part, **quiet)
-        data = PairsDataModule(root=str(part), test=["spair71k"], image_size=SIZE, batch_size=BATCH, num_workers=0)
-        rates["corrzoo"].append(len(theirs) / cpu(trainer.test, model, data, None, False)[0])
+        rates["corrzoo"].append(len(theirs) / timed(trainer.test, model, data, None, False)[0])
         rows = model.evaluation.by_name()[0][1].rows()
         for index, score in zip(chosen, scores, strict=True):
             ours = [rows[index][f"pck@{alpha:g}"] / 100 for alpha in ALPHAS]
@@ -173,11 +180,8 @@ def profile(root: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     rounds: list[dict[str, float]] = []
     for number in range(args.rounds + 1):
         part = part_of(root, number, 1)
-        create_dataset("spair71k", part, "test", size=SIZE).pack()
         parts = Parts()
-        quiet = dict(enable_progress_bar=False, enable_model_summary=False, logger=False, accelerator="cpu", devices=1)
-        trainer = Trainer(default_root_dir=part, profiler=parts, **quiet)
-        data = PairsDataModule(root=str(part), test=["spair71k"], image_size=SIZE, batch_size=BATCH, num_workers=0)
+        trainer, data = lightning_test(part, parts)
         rounds.append(parts.measure(trainer, model, data))
     how = f"Baseline on {args.backbone}, {SIZE} px, batches of {BATCH}, no worker processes, one thread"
     return [
@@ -215,10 +219,10 @@ def pck_alone(root: Path, rounds: int, sample: int = 500) -> list[dict[str, Any]
     )
     rates: dict[str, list[float]] = {"loops": [], "stored": [], "batched": []}
     for _ in range(rounds):
-        seconds, scores = cpu(loops, pred[:sample], gt[:sample], pair.trg_box[:sample], counts[:sample])
+        seconds, scores = timed(loops, pred[:sample], gt[:sample], pair.trg_box[:sample], counts[:sample])
         rates["loops"].append(sample / seconds)
         for name, parts in (("stored", stored), ("batched", batched)):
-            seconds, metric = cpu(scored, parts)
+            seconds, metric = timed(scored, parts)
             rates[name].append(len(samples) / seconds)
             for ours, score in zip(metric.rows(), scores, strict=False):
                 assert max(abs(ours[f"pck@{a:g}"] / 100 - s) for a, s in zip(ALPHAS, score, strict=True)) < 1e-9
@@ -247,11 +251,11 @@ def main() -> None:
         if not (root / "SPair-71k").exists():
             write(root, ["test"])
         if args.only in (None, "pck"):
-            save("pck.csv", pck_alone(root, 5 * args.rounds))
+            write_csv(RESULTS / "pck.csv", pck_alone(root, 5 * args.rounds))
         if args.only in (None, "test"):
-            save("evaluation.csv", [end_to_end(root, args)])
+            write_csv(RESULTS / "evaluation.csv", [end_to_end(root, args)])
         if args.only in (None, "profile"):
-            save("evaluation_profile.csv", profile(root, args))
+            write_csv(RESULTS / "evaluation_profile.csv", profile(root, args))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ computed once; half an hour on one CPU core. Writes benchmarks/results/mirrorgui
 """
 
 import argparse
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +18,12 @@ import corrzoo
 from corrzoo.data import PairDataset
 from corrzoo.geometry import resize_points
 from corrzoo.heads import MirrorGuided
-from corrzoo.scoring.pck import PCK
+from corrzoo.scoring.pck import ALPHAS, PCK
 from corrzoo.tables import write_csv
 from corrzoo.types import Features, Pair
+from measuring import RESULTS
 
-OUT = Path(__file__).parent / "results" / "mirrorguided_constants.csv"
+OUT = RESULTS / "mirrorguided_constants.csv"
 SIZE = 320
 LENGTHS = {"cub": 400, "synthetic": 200}
 VALUES: dict[str, list[Any]] = {
@@ -73,7 +73,7 @@ def load(model: MirrorGuided, name: str, root: str) -> Kind:
 @torch.no_grad()
 def score(model: MirrorGuided, kind: Kind, margins: list[float]) -> list[tuple[list[float], float]]:
     """For each margin, PCK@.05, .10 and .15 of all pairs, and @.10 of those that face the same way."""
-    metrics = [(PCK("default:bbox", (0.05, 0.1, 0.15)), PCK("default:bbox", (0.1,))) for _ in margins]
+    metrics = [(PCK("default:bbox", ALPHAS), PCK("default:bbox", (0.1,))) for _ in margins]
     for (pair, src, trg), same in zip(kind.pairs, kind.same, strict=True):
         plain, mirrored, ratio = model.hypotheses(src, trg, pair.src_kps)
         found = [resize_points(model.read(s, trg).double(), (SIZE, SIZE), pair.trg_size) for s in (plain, mirrored)]
@@ -83,7 +83,7 @@ def score(model: MirrorGuided, kind: Kind, margins: list[float]) -> list[tuple[l
             if same:
                 kept.update(points, pair)
     return [
-        ([float(every.compute()[f"pck@{a}"]) for a in (0.05, 0.1, 0.15)], float(kept.compute()["pck@0.1"]))
+        ([float(every.compute()[f"pck@{a}"]) for a in ALPHAS], float(kept.compute()["pck@0.1"]))
         for every, kept in metrics
     ]
 
@@ -110,7 +110,7 @@ def scan(model: MirrorGuided, kinds: dict[str, Kind], option: str) -> list[dict[
         cub, synthetic = (score(model, kind, MARGINS) for kind in kinds.values())
         for margin, (all_cub, same), (drawn, _) in zip(MARGINS, cub, synthetic, strict=True):
             row = {"option": option, "value": value, "margin": margin}
-            row |= {f"cub@{a}": f"{v:.1f}" for a, v in zip((0.05, 0.1, 0.15), all_cub, strict=True)}
+            row |= {f"cub@{a}": f"{v:.1f}" for a, v in zip(ALPHAS, all_cub, strict=True)}
             row |= {"cub same way@0.1": f"{same:.1f}", "synthetic@0.1": f"{drawn[1]:.1f}"}
             rows.append(row | {"mean": f"{(all_cub[1] + same + drawn[1]) / 3:.2f}", "chosen": ""})
         print(*max(rows[-len(MARGINS) :], key=lambda row: float(row["mean"])).values(), flush=True)

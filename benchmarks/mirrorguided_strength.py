@@ -15,12 +15,12 @@ from lightning.pytorch import Trainer
 
 import corrzoo
 from corrzoo.data.module import PairsDataModule
+from corrzoo.scoring.pck import ALPHAS
 from corrzoo.tables import write_csv
 from study import RESULTS, RUNS, Run, learning_rate
 
 STRENGTHS = (1.0, 0.7, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
 SPLITS = (("cub", "val"), ("synthetic", "val"), ("cub", "test"), ("pfwillow", "test"))
-ALPHAS = (0.05, 0.1, 0.15)
 OPTIONS = {"synthetic": {"length": {"val": 400}}}
 
 

@@ -12,7 +12,6 @@ import functools
 import statistics
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from corrzoo.scoring.evaluation import predict_points
 from corrzoo.scoring.pck import PCK
 from corrzoo.tables import write_csv
 from corrzoo.types import Features, Pair
+from measuring import RESULTS
 
 BACKBONE = {"backbone": "efficientnet_lite0", "levels": ["blocks.2.1", "blocks.4.2"], "lr": 1e-3, "backbone_lr": 1e-3}
 HEADS: dict[str, dict[str, Any]] = {
@@ -157,7 +157,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1 if args.device == "cpu" else torch.get_num_threads())
-    path = Path(__file__).parent / "results" / f"precision_{args.device}.csv"
+    path = RESULTS / f"precision_{args.device}.csv"
     before = path.read_text().splitlines() if path.exists() else []
     rows: dict[Any, dict[str, Any]] = {(row["head"], row["precision"]): row for row in csv.DictReader(before)}
     for head in args.heads:

@@ -11,9 +11,7 @@ for `bf16`; without dropout. The input is tokens of iBOT's shape.
 """
 
 import argparse
-import itertools
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
@@ -31,6 +29,7 @@ from corrzoo.heads import ACTR, LPMFlow, actr, lpmflow, tokens
 from corrzoo.matcher import Matcher
 from corrzoo.tables import write_csv
 from corrzoo.types import Features, Match
+from measuring import RESULTS, peak_bytes, timed
 
 HEADS = tokens.ATTENTION_HEADS
 PLAIN_WAY = "plain"
@@ -183,23 +182,13 @@ def step(model: Matcher, src: Features, trg: Features, way: str) -> tuple[Tensor
     return match.flow.detach(), maps.grad
 
 
-def peak_mib(model: Matcher, src: Features, trg: Features, way: str) -> float:
-    """Most memory of tensors that a step allocates, at any time, in MiB."""
-    model.zero_grad()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step(model, src, trg, way)
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
-    return max(held) / 2**20
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--heads", nargs="+", choices=["ACTR", "LPMFlow"], default=["ACTR", "LPMFlow"])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch._inductor.config.fallback_random = True  # LPMFlow hides the same tokens when compiled
@@ -215,10 +204,10 @@ def main() -> None:
             if "bf16" not in way:
                 torch.testing.assert_close(flow2, flow, rtol=1e-3, atol=1e-2)  # pixels of 256
                 torch.testing.assert_close(grad2, grad, rtol=1e-2, atol=1e-3 * grad.abs().max().item())
-        rounds = [{way: seconds(m, src, trg, way) for way, m in models.items()} for _ in range(args.rounds)]
+        rounds = [{way: timed(step, m, src, trg, way)[0] for way, m in models.items()} for _ in range(args.rounds)]
         for model in models.values():
             model.zero_grad()
-        memory = {way: peak_mib(model, src, trg, way) for way, model in models.items()}
+        memory = {way: peak_bytes(step, model, src, trg, way)[0] / 2**20 for way, model in models.items()}
         for way in WAYS:
             ratios = [times[PLAIN_WAY] / times[way] for times in rounds]
             row = {"head": head, "options": way, "batch": args.batch}
@@ -229,13 +218,6 @@ def main() -> None:
             rows.append(row)
             print(row, flush=True)
     write_csv(args.out / "rendering_cpu.csv", rows)
-
-
-def seconds(model: Matcher, src: Features, trg: Features, way: str) -> float:
-    """CPU seconds of a step, which do not depend on other processes."""
-    start = time.process_time()
-    step(model, src, trg, way)
-    return time.process_time() - start
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import argparse
 import csv
 import json
 import multiprocessing
-import re
 import resource
 import statistics
 import time
@@ -30,6 +29,7 @@ from corrzoo.callbacks.compiling import compile_matcher
 from corrzoo.heads import HEADS
 from corrzoo.tables import write_csv
 from corrzoo.types import Pair, ZooError
+from measuring import RESULTS, device_name, timed
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "ACTR": {"backbone_size": 256, "optimizer": "adamw"},
@@ -63,19 +63,6 @@ def pairs(count: int, size: int, device: str) -> Pair:
     rest += [torch.ones(count, 1, 1)] * 2 + [number.new_full((count, 10), -1)] * 2  # no outlines, no names of parts
     mask = torch.ones(count, 10, dtype=torch.bool, device=device)
     return Pair(*images, *kps, mask, *(field.to(device) for field in rest))
-
-
-def timed(run: Callable[[], object], device: str) -> float:
-    """Milliseconds; on a CPU of this process, so that others do not count."""
-    if device == "cpu":
-        start = time.process_time()
-        run()
-        return 1000 * (time.process_time() - start)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - start)
 
 
 def measure(
@@ -177,10 +164,10 @@ def ratios(
     """Time of the backbone in ms, and of the whole model as a multiple: median, lowest, highest."""
     for _ in range(3 if args.device == "cuda" else 1):  # CUDA graphs are recorded at the second call
         alone(), whole()
-    rounds = [(timed(alone, args.device), timed(whole, args.device)) for _ in range(args.rounds)]
+    rounds = [[timed(run, device=args.device)[0] for run in (alone, whole)] for _ in range(args.rounds)]
     found = sorted(with_head / without for without, with_head in rounds)
     return {
-        f"{name}_backbone_ms": round(statistics.median(without for without, _ in rounds), 1),
+        f"{name}_backbone_ms": round(1000 * statistics.median(without for without, _ in rounds), 1),
         f"{name}_ratio": round(statistics.median(found), 3),
         f"{name}_low": round(found[0], 3),
         f"{name}_high": round(found[-1], 3),
@@ -200,9 +187,8 @@ def main() -> None:
     parser.add_argument("--options", type=json.loads, default={}, help="further options of each head, as JSON")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of timing; 0 counts alone")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing new after so many")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="output folder of the CSV")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="output folder of the CSV")
     args = parser.parse_args()
-    name = re.sub(r"\W+", "_", torch.cuda.get_device_name() if args.device == "cuda" else "cpu").lower()
     start = time.monotonic()
     for backbone, head, precisions, compiled in cases(args):
         what = f"{head} on {backbone}, {' '.join(precisions)}{', compiled' * compiled}"
@@ -217,7 +203,7 @@ def main() -> None:
                 print(f"{what} is skipped: {error}", flush=True)
                 continue
         print(rows[-1], flush=True)
-        write(args.out / f"step_{name}.csv", rows)
+        write(args.out / f"step_{device_name(args.device)}.csv", rows)
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:

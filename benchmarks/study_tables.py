@@ -7,9 +7,9 @@ from typing import Any
 
 import study
 from corrzoo.leaderboard.rows import Spread
+from corrzoo.scoring.pck import ALPHAS
 from corrzoo.tables import markdown
 
-ALPHAS = (0.05, 0.1, 0.15)
 NAMES = {
     "mirrorguided": "MirrorGuided",
     "geoaware": "GeoAware",

@@ -1,0 +1,43 @@
+"""What several scripts measure in the same way, and where they write it."""
+
+import itertools
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def device_name(device: str) -> str:
+    """`cpu`, or the name of the GPU, as a part of a file name."""
+    return re.sub(r"\W+", "_", torch.cuda.get_device_name() if device == "cuda" else "cpu").lower()
+
+
+def timed(run: Callable[..., Any], *args: Any, device: str = "cpu") -> tuple[float, Any]:
+    """Seconds of a call, and its result. On a CPU they are this process's own, so that others do not count."""
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = clock()
+    result = run(*args)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return clock() - start, result
+
+
+def peak_bytes(run: Callable[..., Any], *args: Any, device: str = "cpu") -> tuple[int, Any]:
+    """Most bytes of tensors that a call holds at any time, beyond those held before it, and its result."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = run(*args)
+        return torch.cuda.max_memory_allocated() - before, result
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = run(*args)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(held, default=0), result
