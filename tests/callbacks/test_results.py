@@ -1,12 +1,16 @@
 """Results, predictions and pictures of a run; what cannot be written is known before it."""
 
 import csv
+import multiprocessing
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lightning.pytorch import Trainer
 
 from corrzoo import callbacks
+from corrzoo.callbacks.lock import FolderLock
 from corrzoo.callbacks.pictures import spread_evenly
 from corrzoo.data.module import PairsDataModule
 from corrzoo.heads import create_matcher
@@ -67,3 +71,38 @@ def test_predictions_are_in_the_given_folder_and_of_one_run(tmp_path, monkeypatc
     assert not (tmp_path / "predictions").exists()
     with (tmp_path / "mine" / "predictions" / "synthetic.csv").open() as file:
         assert {row["index"] for row in csv.DictReader(file)} == {"0"}
+
+
+@pytest.mark.parametrize("command", ["test", "predict"])
+def test_a_folder_that_cannot_be_written_is_known_before_the_first_pair(tmp_path, monkeypatch, command):
+    monkeypatch.setattr(Matcher, f"{command}_step", lambda *_: pytest.fail("evaluated"))
+    (tmp_path / "file").touch()
+    trainer = quiet(tmp_path, callbacks=[callbacks.ResultsWriter(str(tmp_path / "file" / "results"))])
+    with pytest.raises(ZooError, match="cannot write results into"):
+        getattr(trainer, command)(create_matcher("Baseline", **TINY), two_pairs())
+
+
+def hold(folder: Path, ready: Any) -> None:
+    """Be another evaluation, which writes into the same folder."""
+    lock = FolderLock()
+    lock.claim(folder, "")
+    ready.set()
+    time.sleep(60)
+
+
+@pytest.mark.parametrize(("command", "folder"), [("test", "results"), ("predict", "predictions")])
+def test_the_folder_of_an_evaluation_that_runs_is_refused(tmp_path, command, folder):
+    """Of two evaluations that start together, the second would replace the results of the first."""
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Event()
+    other = fork.Process(target=hold, args=(tmp_path / folder, ready))
+    other.start()
+    assert ready.wait(60)
+    model, writer = create_matcher("Baseline", **TINY), callbacks.ResultsWriter(table=False)
+    with pytest.raises(ZooError, match=f"another run writes into .*{folder}: start this command again"):
+        getattr(quiet(tmp_path, callbacks=[writer]), command)(model, two_pairs())
+    other.kill()
+    other.join()
+    getattr(quiet(tmp_path, callbacks=[writer]), command)(model, two_pairs())
+    assert [path.name for path in (tmp_path / folder).glob("*.csv")] == ["synthetic.csv"]
+    assert not (tmp_path / folder / ".lock").exists()

@@ -1,11 +1,9 @@
 """Checkpoints that are whole, and a `last.ckpt` to resume from."""
 
-import fcntl
 import os
 import shutil
-from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -14,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from corrzoo.callbacks.folder import run_folder
+from corrzoo.callbacks.lock import FolderLock
 from corrzoo.callbacks.resume import can_resume_from
 from corrzoo.files import whole_file
 from corrzoo.types import ZooError
@@ -84,7 +83,7 @@ class Checkpoints(ModelCheckpoint):
         super().__init__(**options)
         self._keeps_last, self._every, self._trains = save_last, last_every_n_steps, False
         self._counts = options.get("enable_version_counter", True)
-        self._lock: IO[str] | None = None
+        self._lock = FolderLock()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         scores = [f"val/pck@{alpha:g}" for alpha in getattr(pl_module.hparams, "alphas", ())]
@@ -105,11 +104,11 @@ class Checkpoints(ModelCheckpoint):
             self._claim()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._release()
+        self._lock.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
-        self._release()
+        self._lock.release()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -146,30 +145,11 @@ class Checkpoints(ModelCheckpoint):
             }
         super().load_state_dict(state_dict)
 
-    @rank_zero_only
     def _claim(self) -> None:
         """Lock the folder until the end of training; a folder that another process trains into is an error."""
-        if self._lock or "://" in str(self.dirpath):
-            return
-        path = Path(str(self.dirpath), ".lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = open(path, "w")
-        try:
-            # not flock: workers inherit its locks, and outlive a killed run
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock = None
-            remedy = "wait for its end, or choose another --checkpoint.dirpath"
-            raise ZooError(f"another run writes its checkpoints into {self.dirpath}: {remedy}") from error
-        except OSError:
-            pass  # a network file system without locks
-
-    def _release(self) -> None:
-        if self._lock:
-            with suppress(OSError):  # a folder that has become unwritable
-                Path(self._lock.name).unlink()
-            self._lock.close()
-        self._lock = None
+        if "://" not in str(self.dirpath):
+            told = f"another run writes its checkpoints into {self.dirpath}"
+            self._lock.claim(str(self.dirpath), f"{told}: wait for its end, or choose another --checkpoint.dirpath")
 
 
 @rank_zero_only

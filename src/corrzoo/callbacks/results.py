@@ -13,6 +13,7 @@ from rich.table import Column, Table
 
 from corrzoo.callbacks.describe import describe_run, describe_scores, peak_memory_mb, seed
 from corrzoo.callbacks.folder import run_folder
+from corrzoo.callbacks.lock import FolderLock
 from corrzoo.files import writable, write_json
 from corrzoo.ops import resolve_backend
 from corrzoo.scoring.metric import BenchmarkMetric
@@ -37,17 +38,17 @@ class ResultsWriter(Callback):
     def __init__(self, folder: str | None = None, table: bool = True, label: str = "") -> None:
         self.folder, self.table, self.label = folder, table, label
         self._predictions: dict[int, list[tuple[int, int, float, float]]] = {}
+        self._lock = FolderLock()
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._lock.release()
         if trainer.state.fn == "fit" and trainer.global_step:  # in a notebook, the model may be tested now
             pl_module.on_fit_end()
 
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
         # fail before an hour of evaluation, not after it
         resolve_backend(pl_module.backend, next(pl_module.parameters()))
-        folder = self._folder(trainer)  # a collective call
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            writable(folder)
+        self._claim(trainer, self._folder(trainer))
         self._seconds: dict[int, float] = defaultdict(float)
         self._pairs: dict[int, int] = defaultdict(int)
         if pl_module.device.type == "cuda":
@@ -86,6 +87,7 @@ class ResultsWriter(Callback):
                 print(f"results: {folder / name}.json and .csv")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._claim(trainer, self._predictions_folder(trainer))
         self._predictions = {}  # an earlier run may have been interrupted
 
     def on_predict_batch_end(
@@ -96,7 +98,7 @@ class ResultsWriter(Callback):
             rows += [(index, k, x, y) for k, (x, y) in enumerate(kps[mask].tolist())]
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
-        folder = Path(self.folder or run_folder(trainer)) / "predictions"  # a collective call
+        folder = self._predictions_folder(trainer)  # a collective call
         for which, (name, metric) in enumerate(pl_module.evaluation.by_name()):
             parts: list[Any] = [self._predictions.get(which, [])]
             if trainer.world_size > 1:
@@ -109,8 +111,22 @@ class ResultsWriter(Callback):
                 write_csv(folder / f"{name}.csv", rows, ("index", "keypoint", "image", "x", "y"))
                 print(f"predictions: {folder / name}.csv, in original pixels of the {image} images")
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._lock.release()
+
     def _folder(self, trainer: Trainer) -> Path:
         return Path(self.folder or run_folder(trainer) / "results")
+
+    def _predictions_folder(self, trainer: Trainer) -> Path:
+        return Path(self.folder or run_folder(trainer)) / "predictions"
+
+    def _claim(self, trainer: Trainer, folder: Path) -> None:
+        """Check that the folder can be written, and lock that of a run: evaluations that start together share it."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        writable(folder)
+        if self.folder is None:
+            self._lock.claim(folder, f"another run writes into {folder}: start this command again")
 
 
 class ScoreTable(Callback):
