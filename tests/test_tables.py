@@ -19,7 +19,8 @@ def test_csv_is_read_as_it_was_written(tmp_path):
     [
         (None, "no such file: .*t.csv$"),
         (b"a,c\n1,2\n", "t.csv has no column 'b': expected a CSV file with a header line and the columns a, b$"),
-        (b"a,b\n", "t.csv has no column 'a'"),
+        (b"a,b\n", "t.csv has no rows: expected a CSV file with a header line and the columns a, b$"),
+        (b"", "t.csv has no rows"),
         (b"\xff\xfe\x00", "t.csv is not a CSV file: "),
     ],
 )

@@ -23,9 +23,11 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
         raise ZooError(f"no such file: {path}") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise ZooError(f"{path} is not a CSV file: {error}") from error
-    if missing := [name for name in columns if not rows or name not in rows[0]]:
-        told = f"expected a CSV file with a header line and the columns {', '.join(columns)}"
-        raise ZooError(f"{path} has no column {missing[0]!r}: {told}")
+    expected = f"expected a CSV file with a header line and the columns {', '.join(columns)}"
+    if not rows:
+        raise ZooError(f"{path} has no rows: {expected}")
+    if missing := [name for name in columns if name not in rows[0]]:
+        raise ZooError(f"{path} has no column {missing[0]!r}: {expected}")
     return rows
 
 

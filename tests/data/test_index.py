@@ -227,6 +227,23 @@ def test_two_roots_have_two_caches(tmp_path: Path) -> None:
     assert len(list(cache_folder().iterdir())) == 2
 
 
+def test_a_root_has_one_cache_however_it_is_written(
+    tmp_path: Path, parses: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_spair(tmp_path / "data")
+    (tmp_path / "link").symlink_to("data")
+    monkeypatch.chdir(tmp_path)
+    for root in (Path("data"), tmp_path / "data", Path("link"), Path("data")):
+        dataset = create_dataset("spair71k", root, "trn")
+        assert dataset.record(0).src_path.is_relative_to(root)
+    assert parses == ["trn"]
+    edit(tmp_path / "data" / "SPair-71k" / "Layout" / "large" / "trn.txt", "\n", "\n\n")
+    create_dataset("spair71k", "data", "trn")
+    edit(annotation(tmp_path / "data"), "[10, 12]", "[11, 12]")
+    create_dataset("spair71k", "link", "trn")  # an edited pair is noticed on request only, whichever way
+    assert parses == ["trn", "trn"]
+
+
 READER = """
 from corrzoo.data.pairs import FolderDataset
 from corrzoo.types import Record

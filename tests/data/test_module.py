@@ -157,13 +157,13 @@ class Watch(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def watch(folder, workers=0, saved=None, start=None, batch_size=2, kind=Watch, epochs=3):
+def watch(folder, workers=0, saved=None, start=None, batch_size=2, kind=Watch, epochs=3, **options):
     data = PairsDataModule(
         train="synthetic", image_size=48, batch_size=batch_size, num_workers=workers, augment="cats", options=FEW
     )
     trainer = Trainer(
         max_epochs=epochs, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        accelerator="cpu", devices=1, enable_checkpointing=False, limit_val_batches=0,
+        accelerator="cpu", devices=1, enable_checkpointing=False, limit_val_batches=0, **options,
     )  # fmt: skip
     model = kind(saved, folder / "saved.ckpt")
     trainer.fit(model, data, ckpt_path=start)
@@ -197,6 +197,14 @@ def test_a_run_resumes_with_the_next_batch(tmp_path, saved, workers):
     whole, _ = watch(tmp_path, saved=saved)
     rest, _ = watch(tmp_path, workers, start=tmp_path / "saved.ckpt")
     assert_batches(rest, whole[saved:])
+
+
+def test_a_run_that_overfits_a_few_batches_saves_checkpoints_and_resumes(tmp_path):
+    """Lightning replaces the sampler by one that does not shuffle, and knows neither processes nor a place."""
+    whole, _ = watch(tmp_path, saved=3, overfit_batches=2)
+    assert [(epoch, index) for epoch, index, _ in whole] == [(e, i) for e in range(3) for i in ([0, 1], [2, 3])]
+    rest, _ = watch(tmp_path, start=tmp_path / "saved.ckpt", overfit_batches=2)
+    assert [epoch for epoch, *_ in rest] == [1, 2, 2]
 
 
 def test_within_an_epoch_a_run_does_not_resume_with_another_batch_size(tmp_path):

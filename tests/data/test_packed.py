@@ -83,6 +83,19 @@ def test_images_are_decoded_once_and_again_when_one_changes(tmp_path: Path, monk
     assert log.stat().st_size == 15 and new.exists() and same(again, spair(tmp_path))
 
 
+def test_two_projects_with_the_same_relative_root_keep_their_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting(monkeypatch, log := tmp_path / "log")
+    for project in ("a", "b"):
+        write_spair(tmp_path / project / "data")
+    for project, decoded in (("a", 5), ("b", 10), ("a", 10), ("b", 10)):
+        monkeypatch.chdir(tmp_path / project)
+        for root in (Path("data"), tmp_path / project / "data"):  # both ways to write it mean the same file
+            spair(root).pack(tmp_path / "packed")
+            assert log.stat().st_size == decoded
+
+
 @pytest.mark.parametrize("replace", [True, False])
 def test_an_image_of_the_same_size_and_time_is_noticed(tmp_path: Path, replace: bool) -> None:
     """As after `cp --preserve` or `rsync --times` from another copy of the dataset."""

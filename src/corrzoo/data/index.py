@@ -212,7 +212,7 @@ def files_state(sources: list[Path], salt: str = "", pair_folder: Path | None = 
     It includes the time of the last status change, which cannot be set, unlike that of the modification.
 
     Args:
-        sources: Files, and folders that stand for the files directly in them.
+        sources: Files, and folders that stand for the files directly in them. Their paths count as they are written.
         salt: Further text to digest.
         pair_folder: A folder among them that counts by its own time, so that an edit of a file in it is not noticed.
             our choice: the states of SPair-71k's 53,340 annotations would take most of the start-up time.

@@ -42,19 +42,21 @@ class TrainLoader(DataLoader[Pair]):
     """A DataLoader that starts where Lightning's progress stands, so that a run can resume within an epoch.
 
     As a generator it reads nothing before the first batch: Lightning creates it before it sets the sampler's epoch.
+    With Trainer(overfit_batches=N), Lightning replaces the sampler by one of its own, which always starts anew.
     """
 
     trainer: Trainer | None = None
 
     def __iter__(self) -> Iterator[Pair]:  # type: ignore[override]
-        if self.trainer and self.trainer.training:
+        if self.trainer and self.trainer.training and isinstance(self.sampler, Shuffled):
             done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-            self.sampler.skip = done * (self.batch_size or 1)  # type: ignore[attr-defined]  # a Shuffled
+            self.sampler.skip = done * (self.batch_size or 1)
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
         """The number of pairs in a batch of all processes: Lightning's own progress has the position, in batches."""
-        return {"batch_size": (self.batch_size or 1) * self.sampler.num_replicas}  # type: ignore[attr-defined]
+        processes = getattr(self.sampler, "num_replicas", 1)  # a SequentialSampler of Lightning's has none
+        return {"batch_size": (self.batch_size or 1) * processes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Check the batch size of a run that resumes within an epoch. Lightning calls this only then.

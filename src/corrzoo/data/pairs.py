@@ -131,8 +131,9 @@ class PairDataset(Dataset[Pair], ABC):
         """
         if not self.images:
             raise ZooError(f"{self.name} renders its images: there are none to pack")
-        key, into = f"{self.name}-{self.split}-{_digest(self.images)}", Path(folder) if folder else None
-        self._packed = pack_images(key, self.images, self.size, self._decode, into)
+        files = [path.resolve() for path in self.images]  # a root has one packed file, however it is written
+        key, into = f"{self.name}-{self.split}-{_digest(files)}", Path(folder) if folder else None
+        self._packed = pack_images(key, files, self.size, self._decode, into)
 
     def order(self) -> list[int]:
         """All pairs, those that share an image close to each other, so that a small feature cache suffices."""
@@ -257,12 +258,13 @@ class FolderDataset(PairDataset):
     ) -> None:
         super().__init__(root, split, size, **options)
         self.need(self.home)
-        sources, readers = self.sources(), self._readers()
+        # Resolved: a root has one index, however it is written. (`sources` sets `pair_folder`.)
+        sources, readers = [path.resolve() for path in self.sources()], self._readers()
         self._index = cached_index(
-            f"{self.name}-{self.split}{self.variant()}-{_digest(path.resolve() for path in sources)}",
+            f"{self.name}-{self.split}{self.variant()}-{_digest(sources)}",
             [*sources, *(path for path in readers if path)],
             lambda: build_index(self.read(), self.home, self.categories, self.border),
-            self.pair_folder,
+            self.pair_folder and self.pair_folder.resolve(),
             refresh or None in readers,
             str(self.categories),
         )

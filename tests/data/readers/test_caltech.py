@@ -56,10 +56,11 @@ def test_bad_outlines_are_named(tmp_path: Path) -> None:
             create_dataset("caltech101", tmp_path, "test")
 
 
-def test_a_list_without_a_header_is_refused_and_loses_no_pair(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", [".jpg", ".JPG", ".jpeg", ".webp"])
+def test_a_list_without_a_header_is_refused_and_loses_no_pair(tmp_path: Path, suffix: str) -> None:
     write_caltech(tmp_path)
     path = tmp_path / "Caltech-101" / "test_pairs_caltech_with_category.csv"
-    path.write_text(path.read_text().partition("\n")[2])
+    path.write_text(path.read_text().partition("\n")[2].replace(".jpg", suffix))
     with pytest.raises(ZooError, match=r"with_category\.csv: its first line is a pair"):
         create_dataset("caltech101", tmp_path, "test")
 

@@ -11,6 +11,7 @@ import numpy as np
 import scipy.io
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from corrzoo.errors import ZooError, one_line
@@ -31,7 +32,8 @@ def read_list(path: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         rows = csv.reader(file)
         try:
-            if "".join(next(rows, [])[:1]).strip().endswith((".jpg", ".png")):
+            first_cell = "".join(next(rows, [])[:1]).strip()
+            if Path(first_cell).suffix.lower() in Image.registered_extensions():
                 raise ZooError(f"{path}: its first line is a pair: add a header line above it")
             for row in rows:
                 where = f"{path}:{rows.line_num}"
