@@ -28,6 +28,16 @@ def test_an_unknown_name_suggests_the_nearest():
         things["zzz"]
 
 
+def test_a_thing_has_the_name_that_it_is_registered_under():
+    class Named:
+        name = "my_thing"
+
+    things = Registry("thing")
+    things.register(Named)
+    inherits = type("Inherits", (Named,), {})
+    assert [things.name_of(thing) for thing in (Named, inherits)] == ["my_thing", "Inherits"]
+
+
 def test_nearest_ignores_case():
     assert nearest("lpmflow", ["LPMFlow", "Baseline"]) == ": did you mean 'LPMFlow'?"
     assert nearest("qqqqqq", ["LPMFlow"]) == ""

@@ -247,6 +247,8 @@ class Matcher(LightningModule, ABC):
 
     def on_fit_start(self) -> None:
         self.evaluation = None
+        if self.trained and not self.trainer.ckpt_path:  # weights of an earlier training, which does not go on
+            self.before = self.trained.get("dataset") or "unknown data"
         if not self.training:  # `load` and matching set eval mode, which Lightning would keep
             self.train()
         # Frozen parts of a backbone and its BatchNorm stay in eval mode: not the oversight that Lightning warns of.
@@ -272,7 +274,7 @@ class Matcher(LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": schedule} if schedule else optimizer
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["head"], checkpoint["module"] = type(self).__name__, type(self).__module__
+        checkpoint["head"], checkpoint["module"] = HEADS.name_of(type(self)), type(self).__module__
         checkpoint["trained"] = self.trained
         try:
             trainer = self.trainer

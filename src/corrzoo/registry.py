@@ -44,6 +44,11 @@ class Registry(Generic[T]):
         self._things[name] = thing
         return thing
 
+    def name_of(self, thing: T) -> str:
+        """Name that `thing` is registered under; the class name of a class that is not registered."""
+        names = (name for name, registered in self._things.items() if registered is thing)
+        return next(names, thing.__name__)  # type: ignore[attr-defined]
+
     def create(self, name: str, *args: Any, **options: Any) -> Any:
         """An instance of a registered class. Options must fit the annotations of its `__init__`; `args` are as given.
 

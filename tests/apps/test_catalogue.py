@@ -9,7 +9,7 @@ from corrzoo.__main__ import main
 from corrzoo.apps.catalogue import LISTS, weights_of
 from corrzoo.backbones import BACKBONES, get_spec, list_backbones
 from corrzoo.data import list_datasets
-from corrzoo.heads import create_matcher, list_heads
+from corrzoo.heads import HEADS, Baseline, create_matcher, list_heads
 from corrzoo.recipes import FOLDER
 from corrzoo.scoring.protocols import get_protocol, list_protocols
 
@@ -37,6 +37,18 @@ def test_heads_with_the_parameters_of_their_recipes(capsys):
     own = sum(p.numel() for name, p in net.named_parameters() if not name.startswith("backbone."))
     assert found["TransforMatcher"].split()[:3] == [f"{own:,}", "transformatcher", "resnet101"]
     assert found["Baseline"].split()[0] == "1"
+
+
+def test_a_head_whose_constructor_reads_values_of_tensors_is_listed_without_its_size(capsys, monkeypatch):
+    class Reading(Baseline):
+        """Reads a value."""
+
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.rate = torch.linspace(0, 1, 3)[1].item()
+
+    monkeypatch.setitem(HEADS._things, "Reading", Reading)
+    assert lines_of(capsys, "heads")["Reading"] == "Reads a value."
 
 
 def test_backbones_with_licence_and_whether_their_weights_are_here(capsys, monkeypatch, tmp_path):

@@ -97,6 +97,21 @@ def test_training_dataset_is_empty_if_none_or_unknown(board):
     assert rows == {60: ("spair71k", "keypoints"), 50: ("", "none"), 40: ("", "keypoints")}
 
 
+def test_a_released_checkpoint_is_not_training_free(board):
+    """Its dataset is unknown, as is that of a training with loaders of one's own."""
+    released = {"dataset": None, "size": 224, "source": "model_best.pth"}
+    others = [released | {"source": "other.pth"}, {"dataset": None, "before": "unknown data"}]
+    changes = dict(checkpoint=None)
+    (ranking,) = board(*(result(60 - i, trained=t, **changes) for i, t in enumerate([released, *others])))
+    assert [(row.supervision, row.trained, row.variant) for row in ranking.rows] == [
+        ("keypoints", "", "source=model_best.pth"),
+        ("keypoints", "", "source=other.pth"),
+        ("keypoints", "(after unknown data)", ""),
+    ]
+    (ranking,) = board(result(head="NCNet", trained=released, **changes), study="weak")[1:]
+    assert ranking.rows[0].supervision == "weak" and "None" not in to_markdown([ranking])
+
+
 def test_each_kind_of_supervision_is_ranked_separately(board):
     (ranking,) = board(
         result(60, head="GSF"),

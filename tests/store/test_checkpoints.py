@@ -182,6 +182,25 @@ def test_a_plugin_whose_constructor_reads_values_of_tensors_loads(tmp_path, monk
     assert corrzoo.load(checkpoint(tmp_path / "a.ckpt", Reading(**TINY))).rate == 0.5
 
 
+def test_a_head_with_a_name_of_its_own_loads(tmp_path, monkeypatch):
+    class Named(corrzoo.heads.Baseline):
+        name = "my_head"
+
+    monkeypatch.setattr(corrzoo.heads.HEADS, "_things", dict(corrzoo.heads.HEADS._things))  # forgotten after this test
+    corrzoo.heads.HEADS.register(Named)
+    model = corrzoo.create_matcher("my_head", **TINY)
+    results = [RESULT | {"head": head} for head in ("Named", "my_head")]
+    for path in (corrzoo.save(model, tmp_path / "saved", results), checkpoint(tmp_path / "a.ckpt", model)):
+        assert type(corrzoo.load(path)) is Named
+
+
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    folder = corrzoo.save(corrzoo.create_matcher("Baseline", **TINY, stride=4), "~/model")
+    assert folder == tmp_path / "model" and corrzoo.load("~/model").hparams.stride == 4
+
+
 def test_a_plugin_without_a_docstring_is_saved(tmp_path):
     class Plain(corrzoo.heads.Baseline):
         pass

@@ -7,8 +7,10 @@ import re
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import corrzoo
+from corrzoo.recipes import FOLDER
 from corrzoo.store.official import LAYOUTS, _state_of, official_key
 from corrzoo.types import ZooError
 
@@ -65,6 +67,38 @@ def test_the_training_dictionary_loads_from_memory_and_file(released, tmp_path):
     again = corrzoo.load_official(name, path)
     for (key, ours), value in zip(again.state_dict().items(), model.state_dict().values(), strict=True):
         assert torch.equal(ours, value), key
+
+
+@pytest.mark.parametrize("name", sorted(LAYOUTS))
+def test_the_image_size_is_the_recipes(name):
+    assert LAYOUTS[name].image_size == yaml.safe_load((FOLDER / f"{name}.yaml").read_text())["data"]["image_size"]
+
+
+def test_a_released_model_is_trained_and_has_its_image_size(released):
+    name, _, model = released
+    size = LAYOUTS[name].image_size
+    assert model.image_size == size and model.trained == {"dataset": None, "size": size, "source": "state dict"}
+
+
+def test_a_released_file_stays_trained_when_saved(tmp_path):
+    small = dict(backbone="timm/test_vit.r160_in1k", weights="random", levels=[-1])
+    torch.save(official_state_of(corrzoo.heads.GeoAware(**small)), tmp_path / "best_856.PTH")
+    model = corrzoo.load_official("geoaware", tmp_path / "best_856.PTH", **small)
+    content = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
+    model.on_save_checkpoint(content)
+    torch.save(content, tmp_path / "a.ckpt")
+    for again in (corrzoo.load(corrzoo.save(model, tmp_path / "saved")), corrzoo.load(tmp_path / "a.ckpt")):
+        assert again.image_size == 840 and again.trained == model.trained
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert "an unnamed dataset (size 840, source best_856.PTH)" in card
+    assert "None" not in card.partition("## Options")[0]
+
+
+def official_state_of(model):
+    """The weights of our model under the authors' names."""
+    layout = LAYOUTS["geoaware"]
+    ours = {key: value for key, value in model.state_dict().items() if not re.fullmatch(layout.absent, key)}
+    return {official_key(key, layout.names): value for key, value in ours.items()}
 
 
 def test_keys_that_do_not_fit_are_named(released):

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from textwrap import fill
@@ -56,16 +57,17 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def heads(_: Path) -> Table:
-    """All heads, with the parameters of a head as its recipe configures it."""
+    """All heads, with the parameters of a head as its recipe configures it; none if it reads values of tensors."""
     rows = []
     for name in HEADS.names():
         recipe = recipes.FOLDER / f"{name.lower()}.yaml"
         options = yaml.safe_load(recipe.read_text())["model"]["init_args"] if recipe.is_file() else {}
-        with torch.device("meta"):  # nothing is allocated or initialised
+        backbone, size = options.get("backbone", ""), ""
+        with suppress(RuntimeError), torch.device("meta"):  # nothing is allocated or initialised
             head = HEADS.create(name, **options | {"weights": "random"})
-        own, _ = head.count_parameters()
+            backbone, size = head.hparams.backbone, f"{head.count_parameters()[0]:,}"
         about = (HEADS[name].__doc__ or "").partition("\n")[0]
-        rows.append([name, f"{own:,}", recipe.stem if recipe.is_file() else "", head.hparams.backbone, about])
+        rows.append([name, size, recipe.stem if recipe.is_file() else "", backbone, about])
     return "head | parameters | recipe | its backbone | description", rows
 
 

@@ -211,13 +211,14 @@ def _row(seeds: Sequence[dict[str, Any]], variant: str, papers: Sequence[dict[st
     trained, options = first.get("trained") or {}, first.get("options", {})
     size = options.get("backbone_size", options.get("resize"))  # `resize` in 0.1.0; True stands for the head's own size
     size = size if type(size) is int else first.get("resolution")
+    before = trained.get("before")
     height, width = size if isinstance(size, list) else (size, size)
     row = Row(
         head=first["head"],
         backbone=first["backbone"],
         variant=variant,
         supervision=first["supervision"],
-        trained=str(trained.get("dataset") or "") + (f" (after {before})" if (before := trained.get("before")) else ""),
+        trained=" ".join(str(part) for part in (trained.get("dataset"), before and f"(after {before})") if part),
         resolution="" if size is None else str(height) if height == width else f"{height}x{width}",
         pairs_seen=trained.get("pairs_seen"),
         runs=len(seeds),

@@ -45,9 +45,10 @@ def save(matcher: Matcher, folder: str | Path, results: Sequence[str | Path | di
     Raises:
         ZooError: if the folder cannot be written, or a result cannot be read or is of another model.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     options = {name: value for name, value in dict(matcher.hparams).items() if not name.startswith("_")}
-    config: dict[str, Any] = {"head": type(matcher).__name__, "module": type(matcher).__module__, "options": options}
+    cls = type(matcher)
+    config: dict[str, Any] = {"head": HEADS.name_of(cls), "module": cls.__module__, "options": options}
     config |= {"image_size": matcher.image_size, "trained": matcher.trained}
     card = model_card(matcher, config, results)
     try:
@@ -70,7 +71,7 @@ def load(path: str | Path) -> Matcher:
     Raises:
         ZooError: if the file is missing, damaged, contains pickled objects, or is not a corrzoo checkpoint.
     """
-    path = _fetch(path) if str(path).startswith(HUB) else Path(path)
+    path = _fetch(path) if str(path).startswith(HUB) else Path(path).expanduser()
     content = _read(path)
     head, options, weights = content["head"], content["hyper_parameters"], content.get("state_dict", {})
     known = HEADS.options(head)
@@ -105,7 +106,7 @@ def init_from(matcher: Matcher, path: str | Path) -> None:
     if faults := key_faults(weights, matcher.state_dict()):
         raise ZooError(f"{path}, {other.title}, does not fit this model: {faults}")
     matcher.load_state_dict(weights)
-    matcher.before = (other.trained or {}).get("dataset")
+    matcher.trained = other.trained  # the training that follows keeps its dataset as `before`
 
 
 class Stored(NamedTuple):

@@ -23,6 +23,8 @@ class Layout(NamedTuple):
     """Mapping from the keys of our head to those of a released model."""
 
     head: str
+    image_size: int
+    """Network image of the recipe: neither shapes nor files tell it."""
     names: Names
     unused: str
     """Pattern of their keys that we do not load: no output depends on them, or they are tables that we compute."""
@@ -154,6 +156,7 @@ def _ncnet_convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
 LAYOUTS = {
     "actr": Layout(
         "ACTR",
+        512,
         _COMMON
         | {f"blocks.{i}.": (f"decoder.blocks.{i}.", _BLOCK) for i in range(5)}
         | {
@@ -171,6 +174,7 @@ LAYOUTS = {
     ),
     "lpmflow": Layout(
         "LPMFlow",
+        512,
         _COMMON
         | {
             "encoder.": ("encoder.", _ENCODER),
@@ -190,6 +194,7 @@ LAYOUTS = {
     ),
     "cats": Layout(
         "CATs",
+        256,
         _COMMON
         | {
             "pos_embed_": "decoder.pos_embed_",
@@ -203,6 +208,7 @@ LAYOUTS = {
     ),
     "ncnet": Layout(
         "NCNet",
+        400,
         _RESNET | {"consensus.": "NeighConsensus.conv."},
         r"FeatureExtraction\.model\.7\..*",  # layer4, if it was kept
         _ncnet_options,
@@ -211,6 +217,7 @@ LAYOUTS = {
     ),
     "geoaware": Layout(
         "GeoAware",
+        840,
         {"bottlenecks.": ("bottleneck_layers.", {name: f"0.{name}" for name in ("conv", "shortcut")})},
         r"self_logit_scale",
         lambda state: {"width": len(state.get("bottleneck_layers.0.0.conv3.norm.bias", range(768)))},
@@ -218,6 +225,7 @@ LAYOUTS = {
     ),
     "transformatcher": Layout(
         "TransforMatcher",
+        240,
         {
             "backbone.trunk.model.": "source.",
             "target_backbone.trunk.model.": "target.",
@@ -268,6 +276,10 @@ def load_official(
         theirs["encoder.pos_embed_trg"] = theirs["encoder.pos_embed_src"]
         theirs["encoder.cls_pos_embed_src"] = theirs["encoder.cls_pos_embed_trg"]
     matcher.load_state_dict({key: theirs[official] for key, official in ours.items()}, strict=not layout.absent)
+    matcher.image_size = layout.image_size
+    origin = "state dict" if isinstance(source, Mapping) else Path(source).name
+    # without it, results would be ranked as training-free; the file does not tell the dataset
+    matcher.trained = {"dataset": None, "size": layout.image_size, "source": origin}
     return matcher.eval()
 
 
