@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import os
 import shlex
 import struct
 from pathlib import Path
@@ -141,6 +142,15 @@ def test_an_image_is_matched_to_each_image_of_a_folder():
         Image.open("b.jpg").save(Path("targets", name))
     match("a.png", "targets", "--points=30,40", "--format=csv", *TINY)
     assert [path.name for path in sorted(Path("matches").iterdir())] == ["1-a-first", "2-a-second"]
+
+
+def test_names_that_the_terminal_cannot_show_stop_no_run(capsys):
+    Path("targets").mkdir()
+    for name in (b"1\xff.png", b"2.png"):
+        Image.open("a.png").save(Path("targets", os.fsdecode(name)))
+    match("a.png", "targets", "--points=30,40", *TINY)
+    assert "matches/1-a-1\\udcff/matches.json" in capsys.readouterr().out
+    assert len(list(Path("matches").glob("*/matches.png"))) == 2
 
 
 @pytest.mark.parametrize("name", ["flow.npy", "flow.flo"])

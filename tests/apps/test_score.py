@@ -5,13 +5,16 @@ import json
 import os
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import fixtures
 import pytest
+import torch
 
 import corrzoo
 from corrzoo.__main__ import main
+from corrzoo.data import DATASETS
 from corrzoo.scoring.protocols import get_protocol
 from pages import blocks
 
@@ -43,9 +46,9 @@ def write(path, rows):
         writer.writerows(rows)
 
 
-def answers(protocol="default"):
+def answers(protocol="default", split="test"):
     """The ground truth of every query, a list of rows."""
-    dataset = corrzoo.create_dataset("spair71k", ".", "test")
+    dataset = corrzoo.create_dataset("spair71k", ".", split)
     side = get_protocol(protocol, dataset.threshold).evaluated
     points = [getattr(dataset.record(i), f"{side}_kps").tolist() for i in range(len(dataset))]
     return [
@@ -149,6 +152,70 @@ def test_every_query_is_answered_once():
     assert "no such file: q.csv" in failing("score", "q.csv", "--dataset=spair71k", "--root=.")
     assert "has no image files with keypoints: choose ap10k, cub, " in failing("queries", "synthetic")
     assert "has no split 'tets'" in failing("queries", "spair71k", "--root=.", "--split=tets")
+
+
+def test_results_of_different_runs_do_not_replace_each_other():
+    args = ("score", "p.csv", "--dataset=spair71k", "--root=.")
+    write("p.csv", answers())
+    main([*args, "--method=a b"])
+    write("val.csv", answers(split="val"))
+    main([args[0], "val.csv", *args[2:], "--method=a b", "--split=val"])
+    main([*args, "--method=a b", "--options={layout: large}"])
+    names = ["a-b-spair71k-default-bbox.json", "a-b-spair71k-large-default-bbox.json"]
+    assert sorted(os.listdir("results")) == [*names, "a-b-spair71k-val-default-bbox.json"]
+    before = Path("results", names[0]).read_bytes()
+    said = failing(*args, "--method=a-b")
+    assert f"results/{names[0]} has another result, of 'a b'" in said and "choose another --method" in said
+    assert "has another result, of 'a b'" in failing(*args, "--method=a", "--label=b")
+    main([*args, "--method=a b", "--source=again"])
+    assert Path("results", names[0]).read_bytes() != before
+    Path("results", names[0]).write_text("[]")
+    assert "has another result" in failing(*args, "--method=a b")
+
+
+def test_options_of_the_dataset_choose_its_pairs():
+    fixtures.write_ap10k(Path("."))
+    test = ["--model=Baseline", *TINY[1:-2], "--data.test=[ap10k]", "--data.root=.", "--trainer.callbacks=null"]
+    test += ["--data.options={ap10k: {subset: cross-species}}"]
+    main(["predict", *test])
+    main(["test", *test])
+    (tested,), (predictions,) = Path().glob("runs/*/*/results/ap10k.json"), Path().glob("runs/*/*/predictions/*.csv")
+    args = ["--root=.", '--options={"subset": "cross-species"}']
+    main(["score", str(predictions), "--dataset=ap10k", *args])
+    (scored,) = Path("results").iterdir()
+    scored, tested = json.loads(scored.read_text()), json.loads(tested.read_text())
+    for name in ("dataset_options", "pck", "pairs", "fingerprint"):
+        assert scored[name] == tested[name], name
+    main(["queries", "ap10k", *args])
+    (query,) = {(row["query_image"], row["category"]) for row in read("queries/ap10k-test.csv")}
+    assert query[1] == "Bovidae"
+    for given, message in {
+        "cross-species": "--options: 'cross-species': expected a mapping",
+        "{": "--options: '{': expected a mapping",
+        "{1: 2}": "--options: '{1: 2}': expected a mapping",
+        "{subset: cross}": "dataset 'ap10k'",
+        "{subsets: cross-species}": "has no option 'subsets': did you mean 'subset'",
+        "{split: val}": "--options: 'split' is no option of one dataset",
+    }.items():
+        assert message in failing("queries", "ap10k", "--root=.", f"--options={given}")
+
+
+def test_pairs_without_keypoints_are_neither_asked_nor_scored(monkeypatch):
+    spair71k = DATASETS["spair71k"]
+    read_record = spair71k.record
+
+    def record(self, i):
+        found, none = read_record(self, i), torch.zeros(0, 2)
+        return found if i != 1 else replace(found, src_kps=none, trg_kps=none, kps_ids=None)
+
+    monkeypatch.setattr(spair71k, "record", record)
+    main(["queries", "spair71k", "--root=.", "--out=q.csv"])
+    asked = {int(row["index"]) for row in read("q.csv")}
+    assert 0 in asked and 1 not in asked
+    write("truth.csv", answers())
+    main(["score", "truth.csv", "--dataset=spair71k", "--root=."])
+    result = json.loads(Path("results/truth-spair71k-default-bbox.json").read_text())
+    assert result["pairs"] == len(asked) and result["pck"]["pck@0.05"] == 100
 
 
 def test_the_worked_example_of_the_docs_runs(tmp_path, capsys):

@@ -7,6 +7,7 @@ import random
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -14,12 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torchmetrics import MetricCollection
 
 from corrzoo.scoring.pck import PCK, correct, correct_points, score
 from corrzoo.scoring.protocols import get_protocol, list_protocols
 from corrzoo.types import DIFFICULTIES, Pair, Record, ZooError
 
 ALPHAS = (0.01, 0.05, 0.1, 0.15, 0.5)
+M = TypeVar("M", PCK, MetricCollection)
 
 
 def make_record(rng: random.Random, n: int, boxes: bool, whole: bool, category: int = 0) -> Record:
@@ -421,7 +424,7 @@ def benchmark(count: int, protocol: str = "default:bbox", seed: int = 0) -> tupl
     return records, [make_pred(rng, record, get_protocol(protocol).evaluated) for record in records]
 
 
-def feed(metric: PCK, records: list[Record], preds: list[torch.Tensor], order: list[int], batch: int) -> PCK:
+def feed(metric: M, records: list[Record], preds: list[torch.Tensor], order: list[int], batch: int) -> M:
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
         padded = torch.full((len(chosen), 12, 2), torch.nan, dtype=torch.float64)  # what the mask hides may be NaN
@@ -554,9 +557,13 @@ def test_pairs_without_keypoints_do_not_count() -> None:
     only = PCK()
     only.update(torch.zeros(1, 12, 2), collate([empty], [0]))
     only.update(torch.zeros(1, 0, 2), collate([empty], [0], K=0))
+    only.update(torch.zeros(0, 2), empty)
     for ask in (only.compute, only.rows, only.breakdown):
         with pytest.raises(ZooError, match="PCK has no scored pairs"):
             ask()
+    assert correct_points(torch.zeros(1, 0, 2), collate([empty], [0], K=0), "default:bbox-kp", 0.1).shape == (1, 0)
+    with pytest.raises(ZooError, match="each of 0 keypoints"):
+        only.update(torch.zeros(1, 2), empty)
 
 
 def test_invalid_batches_raise() -> None:
@@ -644,3 +651,32 @@ def test_reset_deepcopy_and_dtypes() -> None:
     metric.reset()
     metric.update(torch.zeros(1, 12, 2, dtype=torch.bfloat16, requires_grad=True), collate(records[:1], [0]))
     assert [row["index"] for row in metric.rows()] == [0]
+
+
+def test_torchmetrics_operations_keep_buffered_batches() -> None:
+    """`forward`, which resets the state for a while, `merge_state` and `state_dict`."""
+    records, preds = benchmark(8)
+    one = feed(PCK(), records, preds, list(range(8)), 8)
+    called = feed(PCK(), records, preds, list(range(6)), 2)
+    padded = torch.zeros(2, 12, 2, dtype=torch.float64)
+    for b, i in enumerate((6, 7)):
+        padded[b, : len(preds[i])] = preds[i]
+    batch = called(padded, collate(records[6:], [6, 7]))
+    assert called.rows() == one.rows() and batch == feed(PCK(), records, preds, [6, 7], 2).compute()
+    merged, other = feed(PCK(), records, preds, [0, 1, 2], 1), feed(PCK(), records, preds, [3, 4, 5, 6, 7], 2)
+    merged.merge_state(other)
+    assert merged.rows() == one.rows()
+    saved = feed(PCK(), records, preds, list(range(8)), 2)
+    saved.persistent(True)
+    assert sum(map(len, saved.state_dict()["table"])) == 8
+
+
+@pytest.mark.parametrize("changes", [{}, {"protocol": "default:img"}, {"alphas": (0.01, 0.02, 0.03)}])
+def test_a_collection_scores_each_metric_as_alone(changes: dict[str, object]) -> None:
+    """The first batch, exact predictions, scores alike. torchmetrics groups metrics whose states are equal after it."""
+    records, preds = benchmark(8)
+    preds[:2] = [record.trg_kps for record in records[:2]]
+    both = MetricCollection({"one": PCK(), "other": PCK(**changes)})
+    feed(both, records, preds, list(range(8)), 2)
+    for name, alone in {"one": PCK(), "other": PCK(**changes)}.items():
+        assert both[name].rows() == feed(alone, records, preds, list(range(8)), 2).rows()

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from corrzoo import visualize
 from corrzoo.apps import add_model, matcher_of
 from corrzoo.apps.pairs import Query, list_queries
 from corrzoo.errors import Parser, ZooError
-from corrzoo.files import whole_file, write_json
+from corrzoo.files import whole_file, write_bytes, write_json
 from corrzoo.images import as_rgb
 from corrzoo.inference import GRID, MAX_CYCLE_ERROR, ImagePair, open_pair
 from corrzoo.matcher import Matcher
@@ -99,14 +100,21 @@ def match_pair(
         written += write_dense(pair, out)
     uncertain = len(rows) - int(confident.sum())
     note = f", {uncertain} of them uncertain (cycle error above {limit:.3g} px)" if uncertain else ""
-    print(f"{len(rows)} match{'es' * (len(rows) != 1)}{note}: {', '.join(map(str, written))}")
+    say(f"{len(rows)} match{'es' * (len(rows) != 1)}{note}: {', '.join(map(str, written))}")
+
+
+def say(text: str) -> None:
+    """Print a text. It may have file names with characters that the output cannot encode: they are escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def write_dense(pair: ImagePair, out: Path) -> list[Path]:
     """Write the flow, its picture and the warped target image, see DENSE."""
     flow, src, trg = pair.flow(), pil_to_tensor(pair.src), pil_to_tensor(pair.trg)
-    with whole_file(out / "flow.npy") as partial, partial.open("wb") as file:
-        np.save(file, flow.permute(1, 2, 0).numpy())
+    array = BytesIO()
+    np.save(array, flow.permute(1, 2, 0).numpy())
+    write_bytes(out / "flow.npy", array.getvalue())
     with whole_file(out / "warped.png") as partial:
         Image.fromarray(visualize.flow_warp(trg, flow).permute(1, 2, 0).numpy()).save(partial, "PNG")
     picture = visualize.save_figure(visualize.draw_flow([src], [flow]), out / "flow.png")

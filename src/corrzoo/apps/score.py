@@ -1,14 +1,17 @@
 """`corrzoo queries` and `corrzoo score`: the evaluation for matches that were made elsewhere, without a model."""
 
 import argparse
+import json
 import os
 import re
 import time
 from collections.abc import Iterator
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from corrzoo.callbacks.describe import describe_scores, versions
@@ -34,12 +37,30 @@ The CSV file has a row for each query of `corrzoo queries`, with the columns `in
 match in pixels of the target image. The files that `corrzoo predict` writes have this form.
 """
 
+SAME = ("head", "label", "dataset", "dataset_options", "split", "protocol")
+"""Fields of a result file that are equal in one that may replace it."""
+
 
 def add_dataset(parser: Parser) -> None:
     """Add the options that `read_dataset` reads."""
     parser.add_argument("--split", default="test", help="trn, val or test (test)")
     parser.add_argument("--root", default="data", type=Path, help="folder of the datasets (data)")
     parser.add_argument("--plugins", help="modules that register datasets, separated by commas")
+    which = """options of the dataset, as JSON or YAML, such as '{"subset": "cross-species"}' of ap10k"""
+    parser.add_argument("--options", default={}, type=dataset_options, help=which)
+
+
+def dataset_options(text: str) -> dict[str, Any]:
+    """The options of a dataset as `data.options` has them, of JSON or YAML text."""
+    try:
+        given = yaml.safe_load(text)
+    except yaml.YAMLError:
+        given = None
+    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
+        raise argparse.ArgumentTypeError(f"""{text!r}: expected a mapping such as '{{"subset": "cross-species"}}'""")
+    for name in given.keys() & {"name", "root", "split", "size", "augment"}:
+        raise argparse.ArgumentTypeError(f"{name!r} is no option of one dataset: leave it out")
+    return given
 
 
 def read_dataset(name: str, options: argparse.Namespace) -> tuple[PairDataset, list[Record]]:
@@ -50,7 +71,7 @@ def read_dataset(name: str, options: argparse.Namespace) -> tuple[PairDataset, l
     """
     if options.plugins:
         import_plugins(options.plugins)
-    dataset = create_dataset(name, options.root, options.split)
+    dataset = create_dataset(name, options.root, options.split, **options.options)
     records = [dataset.record(index) for index in range(len(dataset))] if dataset.images else []
     if not any(len(record.src_kps) for record in records) or any(record.flip for record in records):
         classes = map(DATASETS.__getitem__, DATASETS.names())
@@ -115,20 +136,41 @@ def main(args: list[str]) -> None:
         metric = PCK(protocol, ALPHAS, dataset.categories)
         for index, (pred, record) in enumerate(zip(points, records, strict=True)):
             metric.update(pred, record, index, dataset.categories.index(record.category))
-        words = filter(None, [options.method, options.label, dataset.name, str(protocol)])
-        path = options.out / (re.sub(r"[^\w.-]+", "-", "-".join(words)) + ".json")
-        result = describe_scores(metric, dataset)
-        write_json(path, about(options) | result)
+        split = "" if dataset.split == "test" else dataset.split
+        which = [dataset.name, *map(str, options.options.values()), split, str(protocol)]
+        words = "-".join(filter(None, [options.method, options.label, *which]))
+        path = options.out / (re.sub(r"[^\w.-]+", "-", words) + ".json")
+        result = about(options) | describe_scores(metric, dataset)
+        write_result(path, result)
         scores = ", ".join(f"{title} {result['pck'][key]:.1f}" for title, _, key in metric.columns())
         print(f"{protocol}: {scores}: {path}")
 
 
-def about(options: argparse.Namespace) -> dict[str, object]:
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Write a result file. It may replace an earlier result of the same method.
+
+    Raises:
+        ZooError: if the file has another result, as methods `a b` and `a-b` have one file name.
+    """
+    if path.exists():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            found = None
+        found = found if isinstance(found, dict) else {}
+        if any((found.get(name) or "") != (result[name] or "") for name in SAME):  # older files lack some
+            told = f"{path} has another result, of {found.get('head')!r}"
+            raise ZooError(f"{told}: choose another --method, --label or --out, or delete it")
+    write_json(path, result)
+
+
+def about(options: argparse.Namespace) -> dict[str, Any]:
     """Fields of a result file that a run of corrzoo knows by itself."""
     return {
         "label": options.label,
         "head": options.method,
         "backbone": options.backbone,
+        "dataset_options": options.options,
         "source": options.source,
         "supervision": options.supervision,
         "predictions": os.fspath(options.predictions),

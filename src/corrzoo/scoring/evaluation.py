@@ -28,6 +28,8 @@ def predict_points(
     computes the prepared features of a batch; `matcher.features` by default.
     """
     asked = pair if query == "src" else pair.swapped()
+    if not asked.src_kps.shape[1]:  # heads expect points
+        return asked.src_kps.double()
     src, trg = (features or matcher.features)(asked)
     found = matcher.match_keypoints(src, trg, asked).double()
     return resize_points(found, size_of(asked.src_img)[::-1], asked.trg_size.double())

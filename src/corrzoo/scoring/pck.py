@@ -82,6 +82,8 @@ def correct(pred: Tensor, gt: Tensor, threshold: Tensor, alphas: Sequence[float]
 
 def correct_points(pred: Tensor, pair: Pair, protocol: str | Protocol, alpha: float) -> Tensor:
     """(B, K) bool: correct predictions of a batch, for pictures. Arguments as for `PCK.update`."""
+    if not pred.shape[1]:  # there is no keypoint box without a row
+        return pair.kps_mask.cpu()
     return _pair_hits(pred, pair, get_protocol(protocol), (alpha,))[..., 0]
 
 
@@ -173,12 +175,26 @@ class PCK(BenchmarkMetric):
         categories: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
+        self._buffer: list[tuple[Tensor, Pair]] = []
+        self._buffered = 0
         # index, category, 4 flags; number of keypoints, and of correct ones by alpha; the same of geometry-aware ones
         super().__init__(6 + 2 * (1 + len(alphas)), categories, **kwargs)
         self.protocol, self.alphas = get_protocol(protocol), tuple(alphas)
         self.query, self.evaluated = self.protocol.query, self.protocol.evaluated
-        self._buffer: list[tuple[Tensor, Pair]] = []
-        self._buffered = 0
+        # A MetricCollection updates only one of the metrics whose states are equal after the first batch. Their rows
+        # can be equal by chance, so what decides on them is part of the state.
+        decides = torch.tensor(list(repr((self.protocol, self.alphas)).encode()))
+        self.add_state("decides", decides, dist_reduce_fx="max")
+
+    @property
+    def table(self) -> list[Tensor]:
+        """The rows. Buffered batches are scored first, as torchmetrics reads and replaces the state in many places."""
+        self._score_buffer()
+        return self._table
+
+    @table.setter
+    def table(self, rows: list[Tensor]) -> None:
+        self._table = rows
 
     def update(self, pred: Tensor, pair: Pair | Record, index: int = 0, category: int = 0) -> None:
         """Add a batch, or one annotated pair. Batches are buffered, so a later call may raise the error of this one.
@@ -194,6 +210,8 @@ class PCK(BenchmarkMetric):
             ZooError: if shapes differ, a prediction is not finite, a category has no name, or boxes are missing.
         """
         if isinstance(pair, Record):
+            if not len(pair.trg_kps) and not len(pred):
+                return
             start = torch.tensor([[index, category, *(pair.flags.get(name, -1) for name in DIFFICULTIES)]])
             self._add(start, *_record_hits(pred, pair, self.protocol, self.alphas))
             return
@@ -204,18 +222,13 @@ class PCK(BenchmarkMetric):
             self._score_buffer()
         self._buffer.append((pred.detach(), small))
         self._buffered += len(pred)
-        if self._buffered >= BUFFERED or not len(self.table):  # the first batch at once, to find set-up errors early
+        if self._buffered >= BUFFERED or not len(self._table):  # the first batch at once, to find set-up errors early
             self._score_buffer()
-
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Score buffered batches, then gather the rows of all processes."""
-        self._score_buffer()
-        super().sync(*args, **kwargs)
 
     def reset(self) -> None:
         """Forget all pairs."""
+        self._buffer, self._buffered = [], 0  # first, or it would be scored
         super().reset()
-        self._buffer, self._buffered = [], 0
 
     def _score_buffer(self) -> None:
         """Turn buffered batches into rows."""
@@ -241,7 +254,7 @@ class PCK(BenchmarkMetric):
             raise ZooError(f"category {category} has no name: PCK was given {len(self.categories)}")
         aware = mask & alike
         rows = torch.cat([start, _counts(hits, mask), _counts(hits & aware[..., None], aware)], dim=1)
-        self.table.append(rows[rows[:, 6] > 0].to(self.device))
+        self._table.append(rows[rows[:, 6] > 0].to(self.device))
 
     def compute(self) -> dict[str, Tensor]:
         """Averages by name, see the class."""
