@@ -111,9 +111,14 @@ class Matcher(LightningModule, ABC):
         self._training_features: FeatureCache | None = None
 
     @property
+    def head_name(self) -> str:
+        """Name that the head is registered under; its class name if it is not registered."""
+        return HEADS.name_of(type(self))
+
+    @property
     def title(self) -> str:
         """Head and backbone in words: "ACTR on ibot_b16"."""
-        return f"{type(self).__name__} on {self.hparams.backbone}"
+        return f"{self.head_name} on {self.hparams.backbone}"
 
     # ------------------------------------------------------------------ what a head provides
 
@@ -274,7 +279,7 @@ class Matcher(LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": schedule} if schedule else optimizer
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["head"], checkpoint["module"] = HEADS.name_of(type(self)), type(self).__module__
+        checkpoint["head"], checkpoint["module"] = self.head_name, type(self).__module__
         checkpoint["trained"] = self.trained
         try:
             trainer = self.trainer

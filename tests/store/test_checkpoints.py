@@ -189,7 +189,8 @@ def test_a_head_with_a_name_of_its_own_loads(tmp_path, monkeypatch):
     monkeypatch.setattr(corrzoo.heads.HEADS, "_things", dict(corrzoo.heads.HEADS._things))  # forgotten after this test
     corrzoo.heads.HEADS.register(Named)
     model = corrzoo.create_matcher("my_head", **TINY)
-    results = [RESULT | {"head": head} for head in ("Named", "my_head")]
+    assert model.title == "my_head on timm/test_vit.r160_in1k"
+    results = [RESULT | {"head": model.head_name}]  # as result files have it
     for path in (corrzoo.save(model, tmp_path / "saved", results), checkpoint(tmp_path / "a.ckpt", model)):
         assert type(corrzoo.load(path)) is Named
 

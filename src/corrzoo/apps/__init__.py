@@ -58,7 +58,7 @@ def matcher_of(args: argparse.Namespace) -> Matcher:
         import_plugins(args.plugins)
     if args.ckpt:
         matcher = load(args.ckpt)
-        for name, found in (("head", type(matcher).__name__), ("backbone", matcher.hparams.backbone)):
+        for name, found in (("head", matcher.head_name), ("backbone", matcher.hparams.backbone)):
             if getattr(args, name) not in (None, found):
                 raise ZooError(f"{args.ckpt} has the {name} {found}, not {getattr(args, name)}: leave --{name} out")
         if args.weights:

@@ -89,7 +89,7 @@ def match_pair(
     if options.format == "csv":
         write_csv(out / "matches.csv", rows, COLUMNS)
     else:
-        model = {"head": type(matcher).__name__, "backbone": matcher.hparams.backbone, "ckpt": options.ckpt}
+        model = {"head": matcher.head_name, "backbone": matcher.hparams.backbone, "ckpt": options.ckpt}
         src, trg = {"path": query.src, "size": images[0].size}, {"path": query.trg, "size": images[1].size}
         content = {"src": src, "trg": trg, "model": model, "max_error": limit, "matches": rows}
         write_json(out / "matches.json", content)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from corrzoo.callbacks.describe import describe_scores, versions
 from corrzoo.data import DATASETS, create_dataset
-from corrzoo.data.pairs import PairDataset
+from corrzoo.data.pairs import OPTIONS_OF_ALL, PairDataset
 from corrzoo.errors import Parser, ZooError
 from corrzoo.files import write_json
 from corrzoo.registry import import_plugins
@@ -58,7 +58,7 @@ def dataset_options(text: str) -> dict[str, Any]:
         given = None
     if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
         raise argparse.ArgumentTypeError(f"""{text!r}: expected a mapping such as '{{"subset": "cross-species"}}'""")
-    for name in given.keys() & {"name", "root", "split", "size", "augment"}:
+    for name in given.keys() & (OPTIONS_OF_ALL | {"name"}):
         raise argparse.ArgumentTypeError(f"{name!r} is no option of one dataset: leave it out")
     return given
 

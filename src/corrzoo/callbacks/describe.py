@@ -45,7 +45,7 @@ def describe_run(trainer: Trainer, module: Any, dataset: str) -> dict[str, Any]:
     own, inside = module.count_parameters()
     checkpoint = trainer.ckpt_path
     return {
-        "head": type(module).__name__,
+        "head": module.head_name,
         "options": {k: v for k, v in dict(module.hparams).items() if not k.startswith("_")},
         "backbone": module.hparams.backbone,
         "weights": module.hparams.weights,

@@ -50,8 +50,9 @@ def _new_folder(runs: Path, command: str, checkpoint: str | None) -> Path:
 
 def run_folder(trainer: Trainer) -> Path:
     """Output folder of the run. A collective call: every process must make it."""
-    logger, model = trainer.logger, trainer.lightning_module
+    logger = trainer.logger
     if isinstance(logger, WandbLogger):  # all its runs share `log_dir`, and only the first process knows the version
-        group = group_name(type(model).__name__, str(model.hparams.get("backbone", "")))
+        model: Any = trainer.lightning_module
+        group = group_name(model.head_name, str(model.hparams.get("backbone", "")))
         return Path(trainer.strategy.broadcast(f"{logger.save_dir}/{group}/{logger.version}"))
     return Path(trainer.log_dir or trainer.default_root_dir)

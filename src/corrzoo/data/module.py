@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from corrzoo.data import create_dataset
 from corrzoo.data import download as downloads
 from corrzoo.data.augment import create_augment
-from corrzoo.data.pairs import DATASETS, FolderDataset, PairDataset
+from corrzoo.data.pairs import DATASETS, OPTIONS_OF_ALL, FolderDataset, PairDataset
 from corrzoo.types import Pair, ZooError
 
 
@@ -117,7 +117,7 @@ class PairsDataModule(LightningDataModule):
             raise ZooError(f"data.test names {', '.join(sorted(repeated))} more than once")
         create_augment(augment)
         for name, given in (options or {}).items():
-            for option in given.keys() & {"root", "split", "size", "augment"}:
+            for option in given.keys() & OPTIONS_OF_ALL:
                 told = f"data.options: {option!r} of {name} is no option of one dataset"
                 raise ZooError(f"{told}: data.root, data.image_size and data.augment hold for all")
         if isinstance(image_size, list) and len(image_size) != 2:

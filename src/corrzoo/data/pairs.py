@@ -31,6 +31,10 @@ Groups = Mapping[str, Sequence[tuple[int, ...]]]
 """Groups of keypoint ids by category."""
 
 
+OPTIONS_OF_ALL = frozenset({"root", "split", "size", "augment"})
+"""Options that all datasets of a command have in common, so that none has its own."""
+
+
 class PairDataset(Dataset[Pair], ABC):
     """Pairs of images with keypoints. `dataset[i]` is a sample, `dataset.record(i)` its annotation.
 

@@ -82,7 +82,7 @@ def correct(pred: Tensor, gt: Tensor, threshold: Tensor, alphas: Sequence[float]
 
 def correct_points(pred: Tensor, pair: Pair, protocol: str | Protocol, alpha: float) -> Tensor:
     """(B, K) bool: correct predictions of a batch, for pictures. Arguments as for `PCK.update`."""
-    if not pred.shape[1]:  # there is no keypoint box without a row
+    if not pred.shape[1]:  # a protocol may need the box around the keypoints
         return pair.kps_mask.cpu()
     return _pair_hits(pred, pair, get_protocol(protocol), (alpha,))[..., 0]
 

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from corrzoo.backbones.specs import get_spec
 from corrzoo.leaderboard.results import completed, scores
-from corrzoo.matcher import HEADS, Matcher
+from corrzoo.matcher import Matcher
 from corrzoo.tables import markdown
 from corrzoo.types import ZooError
 
@@ -98,8 +98,7 @@ def read_result(result: str | Path | dict[str, Any], config: dict[str, Any]) -> 
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ZooError(f"{name} is not a result file of `corrzoo test` ({type(error).__name__}: {error})") from error
     model = config["head"], config["options"]["backbone"]
-    its_class = HEADS[model[0]].__name__ if model[0] in HEADS else model[0]  # the head in a result file
-    if found not in (model, (its_class, model[1])):
+    if found != model:
         told = "{} is of {} on {}, but the model is {} on {}: give the files that `corrzoo test` wrote for it"
         raise ZooError(told.format(name, *found, *model))
     own = json.loads(json.dumps(config["options"]))  # lists for tuples, as in the file

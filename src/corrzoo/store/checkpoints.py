@@ -47,8 +47,7 @@ def save(matcher: Matcher, folder: str | Path, results: Sequence[str | Path | di
     """
     folder = Path(folder).expanduser()
     options = {name: value for name, value in dict(matcher.hparams).items() if not name.startswith("_")}
-    cls = type(matcher)
-    config: dict[str, Any] = {"head": HEADS.name_of(cls), "module": cls.__module__, "options": options}
+    config: dict[str, Any] = {"head": matcher.head_name, "module": type(matcher).__module__, "options": options}
     config |= {"image_size": matcher.image_size, "trained": matcher.trained}
     card = model_card(matcher, config, results)
     try:
