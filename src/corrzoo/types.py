@@ -134,6 +134,10 @@ class Features(NamedTuple):
     cls: Tensor | None = None
     """(B, C) class token of the last level; None when the backbone has none."""
 
+    def with_maps(self, maps: list[Tensor]) -> "Features":
+        """The same images with other maps. `_replace` in a method that is compiled returns nothing in torch 2.11."""
+        return Features(self.image, maps, self.cls)
+
     def halves(self) -> "tuple[Features, Features]":
         """Source and target features that were computed as one batch."""
         src, trg = self.image.chunk(2)

@@ -71,7 +71,7 @@ class Baseline(Matcher):
     def prepare(self, features: Features) -> Features:
         """All levels (B, C_i, h_i, w_i) as one map (B, C, h, w) of the head's stride."""
         grid = stride_grid(size_of(features.image), self.stride)
-        return features._replace(maps=[stack_levels(features.maps, grid, self.remove_mean)])
+        return features.with_maps([stack_levels(features.maps, grid, self.remove_mean)])
 
     def match(self, src: Features, trg: Features) -> Match:
         """Eqs. 1-4 for every cell of the source grid."""

@@ -96,7 +96,7 @@ class CATs(Matcher):
         normalised = [nearly_unit(level) for level in levels]
         projections = zip(self.project, levels, strict=False)  # none without appearance
         projected = [project(level.movedim(1, -1)).movedim(-1, 1) for project, level in projections]
-        return features._replace(maps=normalised + projected)
+        return features.with_maps(normalised + projected)
 
     def match(self, src: Features, trg: Features) -> Match:
         """The flow (B, 2, g, g); `correlation` has the refined scores, the mean of the levels."""

@@ -130,7 +130,7 @@ class GeoAware(Matcher):
             maps = full(self.aggregate(features.maps))
         else:
             maps = full(stack_levels(features.maps, self.grid))
-        return features._replace(maps=[maps / (torch.linalg.vector_norm(maps, dim=1, keepdim=True) + EPS)])
+        return features.with_maps([maps / (torch.linalg.vector_norm(maps, dim=1, keepdim=True) + EPS)])
 
     def aggregate(self, levels: list[Tensor]) -> Tensor:
         """Levels (B, C_i, h_i, w_i) -> their weighted sum (B, width, h, w) after the bottlenecks."""

@@ -140,7 +140,7 @@ class GSF(Matcher):
             if self.remove_mean:
                 level = level - level.mean((2, 3), keepdim=True)
             maps.append(F.normalize(resize(level, self.grid), dim=1))
-        return features._replace(maps=maps)
+        return features.with_maps(maps)
 
     def match(self, src: Features, trg: Features) -> Match:
         """Eqs. 1 to 9; the extras hold what the losses read."""

@@ -154,7 +154,7 @@ class MirrorGuided(Matcher):
         if self.mirror:
             mirrored = self.unit_map(self.backbone(features.image.flip(-1)).maps, grid)
             maps = torch.cat([maps, mirrored.flip(-1)], 1)
-        return features._replace(maps=[maps if self.update is None else self.update(maps, self.strength)])  # eq. 1
+        return features.with_maps([maps if self.update is None else self.update(maps, self.strength)])  # eq. 1
 
     def unit_map(self, levels: list[Tensor], grid: Size) -> Tensor:
         """Levels (B, C_i, h_i, w_i) as one map (B, C, h, w) of unit length in every cell."""
@@ -228,7 +228,7 @@ class MirrorGuided(Matcher):
         if self.row_weight and torch.is_grad_enabled():
             extras["cosines"] = ops.correlation(rows_of(src), rows_of(trg))
             if not self.epe_weight:
-                src, trg = (x._replace(maps=[x.maps[0].detach()]) for x in (src, trg))
+                src, trg = (x.with_maps([x.maps[0].detach()]) for x in (src, trg))
         found = self.hypotheses(src, trg, points)
         if extras and self.learns:
             extras |= {name: x for name, x in found._asdict().items() if x is not None}

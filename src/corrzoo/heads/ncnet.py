@@ -82,7 +82,7 @@ class NCNet(Matcher):
         our choice, as the paper reads one level: several are normalised to weigh the same, on the grid of the last.
         """
         stacked = full(stack_levels(features.maps, size_of(features.maps[-1])))
-        return features._replace(maps=[nearly_unit(stacked)])
+        return features.with_maps([nearly_unit(stacked)])
 
     def match(self, src: Features, trg: Features) -> Match:
         """The filtered volume as `correlation`; `extras` has the features, which the loss reads."""

@@ -82,7 +82,7 @@ class TokenMatcher(Matcher):
         tokens = torch.cat(levels, dim=-1)  # (B, g*g, channels)
         cls = features.cls if features.cls is not None and len(levels) == 1 else tokens.mean(1)
         tokens = self.embed(torch.cat([cls.unsqueeze(1), tokens], dim=1))  # (B, 1 + g*g, width)
-        return features._replace(maps=[as_map(tokens)], cls=tokens[:, 0])
+        return Features(features.image, [as_map(tokens)], tokens[:, 0])
 
     def tokens(self, features: Features) -> Tensor:
         """Prepared features -> tokens (B, 1 + g*g, C)."""

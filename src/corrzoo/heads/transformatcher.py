@@ -86,7 +86,7 @@ class TransforMatcher(Matcher):
         levels = list(features.maps)
         if self.target_backbone is not None:
             levels += self.target_backbone(features.image).maps
-        return features._replace(maps=[resize(normalise(level), (self.grid, self.grid), True) for level in levels])
+        return features.with_maps([resize(normalise(level), (self.grid, self.grid), True) for level in levels])
 
     def match(self, src: Features, trg: Features) -> Match:
         """The flow (B, 2, G, G); `correlation` has the refined scores, `extras` the match of each source cell."""

@@ -119,7 +119,7 @@ class ViTSC(Matcher):
         native = size_of(features.maps[-1])
         grid = native if self.attend_at == "native" else stride_grid(size_of(features.image), STRIDE)
         maps = [full(self.project(stack_levels(features.maps, grid)))]
-        return features._replace(maps=maps if self.low is None else [*maps, self.low(features.image).maps[0]])
+        return features.with_maps(maps if self.low is None else [*maps, self.low(features.image).maps[0]])
 
     def match(self, src: Features, trg: Features) -> Match:
         """Flow (B, 2, H, W) of every source pixel; `extras` has the enhanced features for the triplet loss."""
