@@ -27,8 +27,10 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +39,7 @@ from torch import Tensor
 from corrzoo import ops
 from corrzoo.ops import reference, strips
 from corrzoo.tables import write_csv
-from measuring import RESULTS, device_name, peak_bytes, timed
+from measuring import RESULTS, Failures, device_name, peak_bytes, timed
 
 C, TEMPERATURE, SIGMA = 768, 0.02, 7.0
 CPU_CASES = [("float32", 16, 16), ("float32", 32, 4), ("float32", 64, 1), ("float32", 128, 1)]
@@ -206,7 +208,7 @@ def measure(
     return list(rows.values())
 
 
-def tune(args: argparse.Namespace, end: float) -> list[dict[str, object]]:
+def tune(args: argparse.Namespace, end: float, failures: Failures) -> None:
     """Ratios to the GEMM, in CUDA graphs, for values of the op's constants; the defaults are in the first row."""
     from corrzoo.ops import kernels
 
@@ -218,17 +220,15 @@ def tune(args: argparse.Namespace, end: float) -> list[dict[str, object]]:
         src, trg = (torch.randn(B, side**2, C, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         floor = graph_ms(lambda: gemms(src, trg, backward))
         owners = {name: strips if hasattr(strips, name) else kernels for name in constants}
-        before = {name: getattr(owner, name) for name, owner in owners.items()}
-        for name, owner in owners.items():
-            setattr(owner, name, constants[name])
         src.requires_grad_(backward), trg.requires_grad_(backward)
-        ratio = graph_ms(lambda: once(ours("kernel"), src, trg, side, backward)) / floor
-        for name, owner in owners.items():
-            setattr(owner, name, before[name])
-        rows.append(
-            {"grid": side, "batch": B, "pass": "f+b" if backward else "f", **constants, "ratio": f"{ratio:.2f}"}
-        )
-        print("tune", *(f"{k}={v}" for k, v in rows[-1].items()), flush=True)
+        row = {"grid": side, "batch": B, "pass": "f+b" if backward else "f", **constants}
+        with failures.note(f"tune {row}"), ExitStack() as stack:
+            for name, owner in owners.items():
+                stack.enter_context(mock.patch.object(owner, name, constants[name]))
+            ratio = graph_ms(lambda: once(ours("kernel"), src, trg, side, backward)) / floor
+            rows.append(row | {"ratio": f"{ratio:.2f}"})
+            print("tune", *(f"{k}={v}" for k, v in rows[-1].items()), flush=True)
+            write(rows, args.out / "correlation_tuned.csv")
 
     MB = 2**20
     for side, B in ((64, 4), (32, 8), (16, 32), (128, 1)):
@@ -245,7 +245,6 @@ def tune(args: argparse.Namespace, end: float) -> list[dict[str, object]]:
     for rows_, channels, warps in ((16, 128, 4), (8, 128, 4), (16, 64, 4), (16, 256, 8), (4, 256, 4)):
         for side, B in ((64, 4), (16, 32)):
             attempt(side, B, True, FEATURES={"R": rows_, "TILE_C": channels, "num_warps": warps})
-    return rows
 
 
 def write(rows: list[dict[str, object]], path: Path) -> None:
@@ -263,7 +262,7 @@ def main() -> None:
     parser.add_argument("--against", help="a commit to compare with")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the tables")
     args = parser.parse_args()
-    start = time.time()
+    start, failures = time.time(), Failures()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     args.before = at_commit(args.against) if args.against else None
@@ -281,11 +280,13 @@ def main() -> None:
                 wanted = [name for name in names if not args.methods or name in args.methods]
                 if case[1] == 128 and args.device == "cpu":  # a GEMM takes seconds, and eager methods gigabytes
                     wanted = [name for name in wanted if name not in ("eager", "compile")]
-                rows += measure(case, window, backward, wanted, args) if wanted else []
-                write(rows, args.out / f"correlation_{device_name(args.device)}.csv")
+                if wanted:
+                    with failures.note(f"{wanted} {case} {window}"):
+                        rows += measure(case, window, backward, wanted, args)
+                        write(rows, args.out / f"correlation_{device_name(args.device)}.csv")
         if args.device == "cuda" and k == 0:
-            tuned = tune(args, start + 0.75 * args.seconds)
-            write(tuned, args.out / "correlation_tuned.csv")
+            tune(args, start + 0.75 * args.seconds, failures)
+    failures.exit()
 
 
 def processor() -> str:

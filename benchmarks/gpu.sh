@@ -42,7 +42,8 @@ part() {
 
 recompute='{"checkpointing": true}'
 if [ $DEVICE = cuda ]; then
-  part op_tests pytest 30 60 -m pytest -p no:cacheprovider tests/ops -k "cuda or triton"
+  workers=() && has xdist && workers=(-n 8)
+  part op_tests pytest 30 90 -m pytest "${workers[@]}" -p no:cacheprovider tests/ops -k "cuda or triton"
   part op triton 60 140 benchmarks/correlation.py --device cuda --windows plain kernel crop --seconds 100 --out "$OUT"
   steps=(benchmarks/step.py --device cuda --rounds 3 --compile)
   part steps timm 60 170 "${steps[@]}" --heads $HEADS --batch 16 --precisions fp32 tf32 bf16 --seconds 130 --out "$OUT"

@@ -3,7 +3,9 @@
 import itertools
 import re
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,23 @@ RESULTS = Path(__file__).parent / "results"
 def device_name(device: str) -> str:
     """`cpu`, or the name of the GPU, as a part of a file name."""
     return re.sub(r"\W+", "_", torch.cuda.get_device_name() if device == "cuda" else "cpu").lower()
+
+
+class Failures(list[str]):
+    """What could not be measured. The rest is: time on a GPU is short."""
+
+    @contextmanager
+    def note(self, what: str) -> Iterator[None]:
+        """Go on after an error in the body, which is printed."""
+        try:
+            yield
+        except Exception:
+            traceback.print_exc()
+            self.append(what)
+
+    def exit(self) -> None:
+        """End the process; its status says whether anything failed."""
+        raise SystemExit("not measured: " + ", ".join(self) if self else 0)
 
 
 def timed(run: Callable[..., Any], *args: Any, device: str = "cpu") -> tuple[float, Any]:

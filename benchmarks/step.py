@@ -29,7 +29,7 @@ from corrzoo.callbacks.compiling import compile_matcher
 from corrzoo.heads import HEADS
 from corrzoo.tables import write_csv
 from corrzoo.types import Pair, ZooError
-from measuring import RESULTS, device_name, timed
+from measuring import RESULTS, Failures, device_name, timed
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "ACTR": {"backbone_size": 256, "optimizer": "adamw"},
@@ -189,21 +189,22 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing new after so many")
     parser.add_argument("--out", type=Path, default=RESULTS, help="output folder of the CSV")
     args = parser.parse_args()
-    start = time.monotonic()
+    start, failures = time.monotonic(), Failures()
     for backbone, head, precisions, compiled in cases(args):
         what = f"{head} on {backbone}, {' '.join(precisions)}{', compiled' * compiled}"
         if time.monotonic() - start > args.seconds:
             print(f"{what} is skipped: {args.seconds} seconds are over", flush=True)
             continue
         context = multiprocessing.get_context("spawn")  # a fresh process each: peak memory is a process's
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
+        with failures.note(what), ProcessPoolExecutor(1, mp_context=context) as pool:
             try:
                 rows = pool.submit(measure, head, backbone, precisions, compiled, args).result()
             except (ZooError, torch.OutOfMemoryError) as error:
                 print(f"{what} is skipped: {error}", flush=True)
                 continue
-        print(rows[-1], flush=True)
-        write(args.out / f"step_{device_name(args.device)}.csv", rows)
+            print(rows[-1], flush=True)
+            write(args.out / f"step_{device_name(args.device)}.csv", rows)
+    failures.exit()
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,17 @@ def test_new_counts_keep_the_times_of_other_rows_and_their_own(tmp_path):
     step.write(path, [{"head": "A", **key, "gflops": 3.0}, {"head": "A", **key, "size": 512, "gflops": 4.0}])
     found = [(row["head"], row["size"], row["gflops"], row["forward_ms"]) for row in csv.DictReader(path.open())]
     assert found == [("A", "256", "3.0", "7.0"), ("B", "256", "2.0", ""), ("A", "512", "4.0", "")]
+
+
+def test_a_head_that_fails_does_not_end_the_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(step, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
+    options = ["--backbones", "timm/test_vit.r160_in1k", "--size", "64", "--rounds", "0", "--out", str(tmp_path)]
+    options += ["--heads", "Baseline", "GSF", "--options", '{"levels": null, "grid": 8}']  # the Baseline has no grid
+    monkeypatch.setattr(sys, "argv", ["step.py", *options])
+    with pytest.raises(SystemExit, match="not measured: Baseline"):
+        step.main()
+    assert "'grid'" in capsys.readouterr().err
+    assert [row["head"] for row in csv.DictReader((tmp_path / "step_cpu.csv").open())] == ["GSF"]
 
 
 @pytest.mark.parametrize(
