@@ -38,6 +38,14 @@ part() {
   echo "$name,$((SECONDS - start)),$?" | tee -a "$OUT/parts.csv"
 }
 
+# beside JOBS NAME ...: a part in the background, with at most JOBS of them at a time. What is measured runs alone.
+beside() {
+  local most=$1
+  shift
+  while [ "$(jobs -rp | wc -l)" -ge "$most" ]; do wait -n; done
+  part "$@" &
+}
+
 [ -d "$DATA/wheels" ] && part wheels pip 5 60 -m pip install --no-index --no-deps "$DATA"/wheels/*.whl
 
 recompute='{"checkpointing": true}'
@@ -51,29 +59,28 @@ if [ $DEVICE = cuda ]; then
   part steps_authors timm 40 80 "${steps[@]}" --heads ACTR LPMFlow --size 512 --batch 32 --precisions bf16 \
     --options "$recompute" --seconds 50 --out "$OUT/authors"
   part steps_one timm 30 40 "${steps[@]}" --heads ACTR --precisions bf16 --out "$OUT/one"
-  count=50 jobs=5
+  count=50 jobs=5 most=60
   fit=()
   study=(--device cuda --jobs 5 --pairs 1600 --data_root "$DATA")
 else
   part op_tests pytest 0 300 -m pytest -p no:cacheprovider tests/ops/test_functional.py -k "mutual and cpu"
   part op torch 0 300 benchmarks/correlation.py --grids 16 --windows plain --methods corrzoo eager --rounds 1 --out "$OUT"
   steps=(benchmarks/step.py --backbones timm/test_vit.r160_in1k --size 64 --rounds 1 --precisions bf16)
-  part steps timm 0 300 "${steps[@]}" --heads $HEADS --options '{"levels": null}' --out "$OUT"
+  beside 2 steps timm 0 300 "${steps[@]}" --heads $HEADS --options '{"levels": null}' --out "$OUT"
   compile=() && command -v "${CXX:-g++}" > /dev/null && compile=(--compile)
-  part steps_authors timm 0 300 "${steps[@]}" --heads ACTR --options "$recompute" --out "$OUT/authors"
-  part steps_one timm 0 300 "${steps[@]}" --heads Baseline "${compile[@]}" --out "$OUT/one"
-  count=2 jobs=2
+  beside 2 steps_authors timm 0 300 "${steps[@]}" --heads ACTR --options "$recompute" --out "$OUT/authors"
+  beside 2 steps_one timm 0 300 "${steps[@]}" --heads Baseline "${compile[@]}" --out "$OUT/one"
+  count=2 jobs=2 most=300
   fit=(--trainer.accelerator cpu --trainer.devices 1 --trainer.strategy auto)
-  study=(--pairs 160 --heads gsf --data_root "$DATA" --option=--trainer.limit_test_batches=2
+  study=(--jobs 2 --pairs 160 --heads gsf --data_root "$DATA" --option=--trainer.limit_test_batches=2
     --option '--data.options={synthetic: {length: {trn: 160, val: 16, test: 16}}}')
 fi
 has "$LITE" || fit+=(--model.weights random)
 
 for head in $HEADS; do
-  while [ "$(jobs -rp | wc -l)" -ge $jobs ]; do wait -n; done
-  part "fit_$head" jsonargparse 15 60 -m corrzoo fit --config "zoo_configs/demo/${head,,}.yaml" \
+  beside $jobs "fit_$head" jsonargparse 15 $most -m corrzoo fit --config "zoo_configs/demo/${head,,}.yaml" \
     --config zoo_configs/trainer/gpus.yaml "${fit[@]}" --trainer.max_steps $count --trainer.val_check_interval $count \
-    --trainer.limit_val_batches 2 --trainer.num_sanity_val_steps 0 --trainer.default_root_dir "$OUT/fit/$head" &
+    --trainer.limit_val_batches 2 --trainer.num_sanity_val_steps 0 --trainer.default_root_dir "$OUT/fit/$head"
 done
 wait
 
