@@ -176,6 +176,7 @@ def measure(
     case: tuple[str, int, int], window: str, backward: bool, names: list[str], args: argparse.Namespace
 ) -> list[dict[str, object]]:
     """A row for each method."""
+    torch.compiler.reset()  # after eight sizes it would compile no more
     dtype, side, B = case
     src, trg = (
         torch.randn(B, side**2, C, device=args.device, dtype=getattr(torch, dtype)).requires_grad_(backward)

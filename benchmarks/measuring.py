@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode, bmm_flop
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -46,6 +48,15 @@ def timed(run: Callable[..., Any], *args: Any, device: str = "cpu") -> tuple[flo
     if device == "cuda":
         torch.cuda.synchronize()
     return clock() - start, result
+
+
+def gflops(run: Callable[[], object]) -> float:
+    """Operations of a call in 10⁹, two for each multiplication and addition."""
+    # torch 2.11 cannot count products with an `out_dtype`, nor the CPU's fused attention.
+    products = {torch.ops.aten.bmm: lambda x, y, *_, **__: bmm_flop(x, y)}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=products) as counter:
+        run()
+    return counter.get_total_flops() / 1e9
 
 
 def peak_bytes(run: Callable[..., Any], *args: Any, device: str = "cpu") -> tuple[int, Any]:

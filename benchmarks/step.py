@@ -8,6 +8,7 @@ benchmarks/results/step_<device>.csv. Run `python benchmarks/step.py --heads ACT
 
 import argparse
 import csv
+import gc
 import json
 import multiprocessing
 import resource
@@ -22,14 +23,12 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from corrzoo.callbacks.compiling import compile_matcher
 from corrzoo.heads import HEADS
 from corrzoo.tables import write_csv
 from corrzoo.types import Pair, ZooError
-from measuring import RESULTS, Failures, device_name, timed
+from measuring import RESULTS, Failures, device_name, gflops, timed
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "ACTR": {"backbone_size": 256, "optimizer": "adamw"},
@@ -70,6 +69,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row of the table for each precision."""
     torch.set_num_threads(args.threads)
+    gc.collect()  # a GPU's process has had other heads, whose memory must not count
     return [measure_precision(head, backbone, precision, compiled, args) for precision in precisions]
 
 
@@ -122,9 +122,7 @@ def measure_precision(
     model.eval()
     runs = {"forward": (forward(lambda: features(both)), forward(lambda: model(pair.src_img, pair.trg_img)))}
     for key, run in zip(("gflops_backbone", "gflops"), runs["forward"], strict=True):
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            run()  # the counter leaves out the CPU's fused attention
-        row[key] = round(counter.get_total_flops() / 1e9 / args.batch, 1)  # of a pair
+        row[key] = round(gflops(run) / args.batch, 1)  # of a pair
     if not args.rounds:
         return row
     if compiled:
@@ -190,20 +188,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="output folder of the CSV")
     args = parser.parse_args()
     start, failures = time.monotonic(), Failures()
+    context, pool = multiprocessing.get_context("spawn"), None
     for backbone, head, precisions, compiled in cases(args):
         what = f"{head} on {backbone}, {' '.join(precisions)}{', compiled' * compiled}"
         if time.monotonic() - start > args.seconds:
             print(f"{what} is skipped: {args.seconds} seconds are over", flush=True)
             continue
-        context = multiprocessing.get_context("spawn")  # a fresh process each: peak memory is a process's
-        with failures.note(what), ProcessPoolExecutor(1, mp_context=context) as pool:
+        pool, failed = pool or ProcessPoolExecutor(1, mp_context=context), len(failures)
+        with failures.note(what):
             try:
                 rows = pool.submit(measure, head, backbone, precisions, compiled, args).result()
+                print(rows[-1], flush=True)
+                write(args.out / f"step_{device_name(args.device)}.csv", rows)
             except (ZooError, torch.OutOfMemoryError) as error:
                 print(f"{what} is skipped: {error}", flush=True)
-                continue
-            print(rows[-1], flush=True)
-            write(args.out / f"step_{device_name(args.device)}.csv", rows)
+        if args.device == "cpu" or len(failures) > failed:
+            # On a CPU peak memory is a process's. An error on a GPU can leave it unusable to its process.
+            pool.shutdown()
+            pool = None
     failures.exit()
 
 

@@ -10,7 +10,7 @@ import pytest
 SRC = Path(__file__).resolve().parents[1] / "src" / "corrzoo"
 
 LAYERS = [
-    {"errors", "precision", "losses"},
+    {"errors", "precision", "losses", "version"},
     {"files", "types", "geometry", "optimizers"},
     {"tables", "registry", "images", "commands"},
     {"ops", "backbones", "data", "visualize", "leaderboard", "recipes"},

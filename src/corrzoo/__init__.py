@@ -6,7 +6,7 @@ Names are imported on first use, so that `import corrzoo.ops` needs torch only.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from corrzoo.version import __version__ as __version__
 
 __all__ = [
     "PCK", "Features", "Match", "Matcher", "Pair", "Record", "ZooError", "create_backbone", "create_dataset",

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import step  # noqa: E402
 from corrzoo.heads import HEADS  # noqa: E402
+from measuring import gflops  # noqa: E402
 
 ROWS = {row["head"]: row for row in csv.DictReader((ROOT / "benchmarks/results/step_cpu.csv").open())}
 
@@ -23,6 +25,12 @@ def test_new_counts_keep_the_times_of_other_rows_and_their_own(tmp_path):
     step.write(path, [{"head": "A", **key, "gflops": 3.0}, {"head": "A", **key, "size": 512, "gflops": 4.0}])
     found = [(row["head"], row["size"], row["gflops"], row["forward_ms"]) for row in csv.DictReader(path.open())]
     assert found == [("A", "256", "3.0", "7.0"), ("B", "256", "2.0", ""), ("A", "512", "4.0", "")]
+
+
+def test_products_in_half_precision_are_counted():
+    with FakeTensorMode():  # no GPU is needed
+        x = torch.empty(2, 5, 6, device="cuda", dtype=torch.bfloat16)
+        assert gflops(lambda: torch.bmm(x, x.mT, out_dtype=torch.float32)) == 2 * (2 * 5 * 5 * 6) / 1e9
 
 
 def test_a_head_that_fails_does_not_end_the_table(tmp_path, monkeypatch, capsys):

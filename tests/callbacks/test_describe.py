@@ -2,11 +2,13 @@
 
 import hashlib
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
 
 import torch
 from lightning.pytorch.loops.progress import _BatchProgress
 
+import corrzoo
 from corrzoo.callbacks import describe
 from corrzoo.heads import create_matcher
 
@@ -17,6 +19,18 @@ def test_memory_is_that_of_the_device_that_ran(monkeypatch):
     """On a machine with a GPU, a run on the CPU needs no memory of the GPU."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert describe.peak_memory_mb(torch.device("cpu")) > 10
+
+
+def test_the_versions_of_a_checkout_that_is_not_installed(monkeypatch):
+    """With `src` on PYTHONPATH there is no package of that name."""
+
+    def installed(package):
+        if package == "corrzoo":
+            raise PackageNotFoundError(package)
+        return version(package)
+
+    monkeypatch.setattr(describe, "version", installed)
+    assert describe.versions()["corrzoo"] == corrzoo.__version__ and describe.versions()["timm"] == version("timm")
 
 
 def test_the_commit_is_that_of_a_checkout_that_tracks_the_package(tmp_path, monkeypatch):

@@ -83,7 +83,9 @@ def test_autocast_changes_nothing(where: Place) -> None:
         with torch.autocast(where.device.type, torch.bfloat16):
             return function(*tensors)
 
-    assert_close(run(within, inputs, device=where.device), run(function, inputs, device=where.device), 0)
+    # On a GPU, sums by atomic operations differ from call to call.
+    tolerance = 0 if where.device.type == "cpu" else 1e-6
+    assert_close(run(within, inputs, device=where.device), run(function, inputs, device=where.device), tolerance)
 
 
 def test_gradcheck(device: torch.device) -> None:
@@ -96,7 +98,7 @@ def test_gradcheck(device: torch.device) -> None:
     maps = trg.detach().mT.unflatten(2, (3, 4)).requires_grad_()
     centre = centres(3, (3, 4), 1).to(device).requires_grad_()
     assert torch.autograd.gradcheck(lambda s, t, c: ops.local_correlation(s, t, c, 1), (src, maps, centre))
-    assert torch.autograd.gradcheck(lambda s, t: ops.mutual(s, t)[::2], (src, trg))
+    assert torch.autograd.gradcheck(lambda s, t: ops.mutual(s, t)[::2], (src, trg), nondet_tol=1e-12)
 
 
 def test_second_derivatives_are_an_error(where: Place) -> None:
@@ -170,6 +172,7 @@ def test_memory_is_bounded_on_a_gpu(cuda: torch.device) -> None:
         return torch.cuda.max_memory_allocated() - before
 
     with torch.no_grad():
+        peak()  # the first product of a process takes memory for all of its products
         assert peak() < 80 * 2**20
     assert peak() < 680 * 2**20
 

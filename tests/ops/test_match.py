@@ -23,8 +23,8 @@ def check(
     the temperature.
     """
     mine = run(lambda s, t, T: ops.match(s, t, grid, T, backend=where.backend, **options), inputs, device=where.device)
-    exact = run(lambda s, t, T: naive(s, t, grid, T, **options), inputs, torch.float64)
-    assert torch.equal(mine[1].cpu(), exact[1])
+    exact = run(lambda s, t, T: naive(s, t, grid, T, **options), inputs, torch.float64, where.device)
+    assert torch.equal(mine[1], exact[1])
     assert mine[0].dtype == torch.promote_types(inputs[0].dtype, torch.float32)
     assert_close(mine[:1], exact[:1], tolerances[0], floor=1.0)
     assert_close(mine[2:4], exact[2:4], tolerances[1], floor=floors[0])
@@ -65,8 +65,9 @@ def test_widths_of_backbones(where: Place, C: int, window: str) -> None:
 def test_full_size_on_a_gpu(cuda: torch.device, window: str, dtype: torch.dtype) -> None:
     tolerances = (1e-5, 2e-5 if dtype == torch.float32 else 8e-3)
     options = {"window": window, "sigma": 7.0, "radius": 3}
-    floors = (1e-3, 1e3)  # dT sums 8,192 points' terms of either sign
-    check(Place("triton", cuda), problem(4096, (64, 64), 768, dtype=dtype), tolerances, (64, 64), floors, **options)
+    floors = (1e-3, 1e3)  # dT sums 8,180 points' terms of either sign
+    # Of these points, no two best cosines are closer than 5e-7: of 4,096 they would be, and rounding would decide.
+    check(Place("triton", cuda), problem(4090, (64, 64), 768, dtype=dtype), tolerances, (64, 64), floors, **options)
 
 
 def test_a_batch_larger_than_a_launch_axis_on_a_gpu(cuda: torch.device) -> None:

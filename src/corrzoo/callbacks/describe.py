@@ -17,6 +17,7 @@ from corrzoo.data.pairs import PairDataset
 from corrzoo.files import sha256
 from corrzoo.ops import resolve_backend
 from corrzoo.scoring.metric import BenchmarkMetric
+from corrzoo.version import __version__
 
 
 def describe_scores(metric: BenchmarkMetric, dataset: PairDataset) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def describe_training(trainer: Trainer) -> dict[str, Any] | None:
 
 def versions() -> dict[str, str]:
     """Versions of corrzoo and the packages that results depend on."""
-    installed = {package: version(package) for package in ("corrzoo", "lightning", "timm")}
+    installed = {"corrzoo": __version__} | {package: version(package) for package in ("lightning", "timm")}
     return installed | {"torch": torch.__version__, "python": platform.python_version()}
 
 

@@ -247,7 +247,9 @@ def to_flow(matched: Tensor, image: Size) -> Tensor:
     side = math.isqrt(matched.shape[1])
     moved = rearrange(matched - lattice(side, matched), "b (h w) xy -> b xy h w", h=side)
     centres = cell_centres((side, side), (2, 2), matched.device, matched.dtype) - 1  # (G*G, 2) from -1 to 1
-    flow = F.grid_sample(moved, centres.expand(len(moved), 1, -1, -1), align_corners=True)  # (B, 2, 1, G*G)
+    # All centres lie inside. With "zeros", torch 2.11 compiles no call on a GPU whose sizes are dynamic.
+    centres = centres.expand(len(moved), 1, -1, -1)
+    flow = F.grid_sample(moved, centres, padding_mode="border", align_corners=True)  # (B, 2, 1, G*G)
     return cells_to_pixels(flow.squeeze(2).mT, (2, 2), image).mT.unflatten(2, (side, side))
 
 
