@@ -52,7 +52,7 @@ beside() {
   part "$@" &
 }
 
-[ -d "$DATA/wheels" ] && part wheels pip 5 60 -m pip install --no-index --no-deps "$DATA"/wheels/*.whl
+[ -d "$DATA/wheels" ] && PARTS="" part wheels pip 5 60 -m pip install --no-index --no-deps "$DATA"/wheels/*.whl
 
 recompute='{"checkpointing": true}'
 if [ $DEVICE = cuda ]; then

@@ -69,7 +69,9 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row of the table for each precision."""
     torch.set_num_threads(args.threads)
-    gc.collect()  # a GPU's process has had other heads, whose memory must not count
+    # On a GPU, the process has measured other heads. torch compiles a method at most eight times.
+    torch.compiler.reset()
+    gc.collect()
     return [measure_precision(head, backbone, precision, compiled, args) for precision in precisions]
 
 
