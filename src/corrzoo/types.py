@@ -135,7 +135,7 @@ class Features(NamedTuple):
     """(B, C) class token of the last level; None when the backbone has none."""
 
     def with_maps(self, maps: list[Tensor]) -> "Features":
-        """The same images with other maps. `_replace` in a method that is compiled returns nothing in torch 2.11."""
+        """The same images with other maps. In a compiled method, `_replace` gives an empty tuple with torch 2.11."""
         return Features(self.image, maps, self.cls)
 
     def halves(self) -> "tuple[Features, Features]":
